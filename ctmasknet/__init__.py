@@ -1,0 +1,77 @@
+"""ctmasknet: lightweight Mask R-CNN models that segment lesions in chest CT slices and classify COVID-19 from them.
+
+Names are resolved when first used, so that importing the package or listing its variants needs no torch.
+Research software, not a medical device.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ctmasknet.errors import (
+        ConfigError,
+        CTMaskNetError,
+        DataError,
+        InputError,
+        MissingExtraError,
+        WeightsError,
+    )
+    from ctmasknet.predictor import Predictor, predict
+    from ctmasknet.registry import Variant, get_variant, list_models
+    from ctmasknet.results import Prediction
+    from ctmasknet.zoo import create_model, from_pretrained, load_released
+
+try:
+    __version__ = version("ctmasknet")
+except PackageNotFoundError:  # imported from a checkout that was never installed
+    __version__ = "0+unknown"
+
+_HOMES = {
+    "ctmasknet.errors": (
+        "CTMaskNetError",
+        "ConfigError",
+        "DataError",
+        "InputError",
+        "MissingExtraError",
+        "WeightsError",
+    ),
+    "ctmasknet.registry": ("Variant", "get_variant", "list_models"),
+    "ctmasknet.zoo": ("create_model", "from_pretrained", "load_released"),
+    "ctmasknet.predictor": ("Predictor", "predict"),
+    "ctmasknet.results": ("Prediction",),
+}
+_MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "CTMaskNetError",
+    "ConfigError",
+    "DataError",
+    "InputError",
+    "MissingExtraError",
+    "Prediction",
+    "Predictor",
+    "Variant",
+    "WeightsError",
+    "__version__",
+    "create_model",
+    "from_pretrained",
+    "get_variant",
+    "list_models",
+    "load_released",
+    "predict",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'ctmasknet' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

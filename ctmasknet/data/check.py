@@ -1,0 +1,273 @@
+"""Look through a data set before training on it, and say everything that is wrong at once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ctmasknet.data.datasets import (
+    ImageRecord,
+    LesionRecord,
+    PathLike,
+    Scan,
+    check_sizes,
+    guess_task,
+    read_class_mask,
+    read_image,
+    scan,
+)
+from ctmasknet.data.targets import LesionClasses, instances
+from ctmasknet.errors import CTMaskNetError, DataError, MissingExtraError
+from ctmasknet.registry import Task
+
+PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
+
+
+@dataclass
+class DataReport:
+    """What a data set holds and what is wrong with it.
+
+    Attributes:
+        task, layout, sources: what it was read as, and from where.
+        slices: those with everything they need, by name.
+        image_sizes: slices by ``"WIDTHxHEIGHT"``.
+        class_counts: instances by class, of more than `min_area` pixels (segmentation); slices by class
+            (classification). Classes that do not occur count 0.
+        empty_slices: slices without an instance of more than `min_area` pixels (segmentation).
+        mask_values: pixels by value over all masks (CNCB folders).
+        min_area: components of this many pixels or fewer are not instances.
+        dropped_instances: components that `min_area` drops.
+        instance_areas: percentiles of the areas of the instances kept, pixels; keys ``"p0"`` to ``"p100"``.
+        instances_per_slice: percentiles over the slices that have any.
+        patients: how many are known.
+        slices_without_patient: slices of which the patient is not known.
+        shared_patients: patients that also occur in the other split.
+        shared_images: files of the same bytes as one of the other split.
+        images_without_mask, masks_without_image: files.
+        unreadable: reasons by file; unknown mask values are among them.
+        size_mismatches: reasons by image file.
+        problems: all of the above that should be put right, one line each, file and fix.
+    """
+
+    task: Task
+    layout: str
+    sources: list[str]
+    slices: int = 0
+    image_sizes: dict[str, int] = field(default_factory=dict)
+    class_counts: dict[str, int] = field(default_factory=dict)
+    empty_slices: int = 0
+    mask_values: dict[int, int] = field(default_factory=dict)
+    min_area: int = 0
+    dropped_instances: int = 0
+    instance_areas: dict[str, float] = field(default_factory=dict)
+    instances_per_slice: dict[str, float] = field(default_factory=dict)
+    patients: int = 0
+    slices_without_patient: int = 0
+    shared_patients: list[str] = field(default_factory=list)
+    shared_images: list[str] = field(default_factory=list)
+    images_without_mask: list[str] = field(default_factory=list)
+    masks_without_image: list[str] = field(default_factory=list)
+    unreadable: dict[str, str] = field(default_factory=dict)
+    size_mismatches: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing needs to be put right."""
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, for JSON; `ok` included."""
+        return {**asdict(self), "ok": self.ok}
+
+    def table(self) -> str:
+        """The report for people: facts in two columns, then the problems, one per line."""
+        rows = [
+            ("data", ", ".join(self.sources)),
+            ("read as", f"{self.task}, {self.layout}"),
+            ("slices", str(self.slices)),
+            ("image sizes", _counts(self.image_sizes)),
+            ("classes", _counts(self.class_counts)),
+        ]
+        if self.task == "segmentation":
+            rows += [
+                ("slices without lesions", str(self.empty_slices)),
+                ("mask pixels by value", _counts(self.mask_values)),
+                (f"components <= {self.min_area} px", f"{self.dropped_instances} (not instances)"),
+                ("instance areas, px", _percentiles(self.instance_areas)),
+                ("instances per slice", _percentiles(self.instances_per_slice)),
+            ]
+        unknown = f", unknown for {self.slices_without_patient} slices" if self.slices_without_patient else ""
+        rows += [
+            ("patients", f"{self.patients}{unknown}"),
+            ("patients in both splits", ", ".join(self.shared_patients) or "none"),
+            ("images in both splits", str(len(self.shared_images))),
+            ("problems", str(len(self.problems))),
+        ]
+        width = max(len(label) for label, _ in rows)
+        lines = [f"{label:<{width}}  {value}" for label, value in rows]
+        return "\n".join([*lines, *(f"- {problem}" for problem in self.problems)])
+
+
+def check_dataset(
+    data: PathLike | Sequence[PathLike],
+    *,
+    task: Task | None = None,
+    against: PathLike | Sequence[PathLike] | None = None,
+    classes: LesionClasses = "merge",
+    min_area: int = 100,
+    list_file: PathLike | None = None,
+) -> DataReport:
+    """Read every file of a data set and report on it; a bad file is an entry of it, never an exception.
+
+    Args:
+        data, classes, min_area, list_file: as `open_dataset` takes them.
+        task: None looks for masks to tell.
+        against: the other split; patients and images that occur in both are reported.
+
+    Raises:
+        ConfigError: unknown `task` or `classes`, a negative `min_area`.
+        MissingExtraError: scipy or the COCO decoder (extra ``train``) is needed and not installed.
+    """
+    task = task or guess_task(data)
+    found = scan(task, data, classes=classes, min_area=min_area, list_file=list_file)
+    report = DataReport(task, found.layout, [str(source) for source in found.sources], min_area=min_area)
+    report.slices = len(found.records)
+    report.problems = [str(problem) for problem in found.problems]
+    report.images_without_mask = [p.source for p in found.problems if p.kind == "image without mask"]
+    report.masks_without_image = [p.source for p in found.problems if p.kind == "mask without image"]
+    _read_all(found, report)
+    patients = {record.patient for record in found.records if record.patient is not None}
+    report.patients = len(patients)
+    report.slices_without_patient = sum(record.patient is None for record in found.records)
+    if against is not None:
+        _compare(found, scan(task, against, classes=classes, min_area=min_area), report)
+    return report
+
+
+def _read_all(found: Scan, report: DataReport) -> None:
+    """Read images and targets, and fill in what they hold."""
+    sizes: Counter[str] = Counter()
+    values = np.zeros(4, dtype=np.int64)
+    classes: Counter[int] = Counter()
+    areas: list[int] = []
+    per_slice: list[int] = []
+    for record in found.records:
+        image_size: tuple[int, ...] | None = None
+        try:
+            image_size = tuple(read_image(record.image).shape[1:])
+            sizes[f"{image_size[1]}x{image_size[0]}"] += 1
+        except MissingExtraError:
+            raise
+        except CTMaskNetError as error:
+            _add(report.unreadable, record.image, error, report)
+        if isinstance(record, ImageRecord):
+            classes[record.label] += 1
+            continue
+        target_file = record.mask if isinstance(record, LesionRecord) else record.source
+        try:
+            if isinstance(record, LesionRecord):
+                mask = read_class_mask(record.mask)
+                values += np.bincount(mask.ravel(), minlength=4)
+                target = instances(mask, classes=record.classes, min_area=0)
+            else:
+                target = replace(record, min_area=0).target()
+        except DataError as error:
+            _add(report.unreadable, target_file, error, report)
+            continue
+        try:
+            if image_size is not None:
+                check_sizes(record, image_size, tuple(target["masks"].shape[1:]))
+        except DataError as error:
+            _add(report.size_mismatches, record.image, error, report)
+        here = target["masks"].flatten(1).sum(dim=1, dtype=torch.int64)
+        kept = here > report.min_area
+        report.dropped_instances += int((~kept).sum())
+        report.empty_slices += int(not kept.any())
+        areas += here[kept].tolist()
+        per_slice += [int(kept.sum())] if kept.any() else []
+        classes.update(target["labels"][kept].tolist())
+
+    report.image_sizes = dict(sizes.most_common())
+    first = 1 if found.task == "segmentation" else 0
+    report.class_counts = {
+        name: classes[label] for label, name in enumerate(found.class_names) if label >= first
+    }
+    report.instance_areas, report.instances_per_slice = _spread(areas), _spread(per_slice)
+    if any(isinstance(record, LesionRecord) for record in found.records):
+        report.mask_values = dict(enumerate(values.tolist()))
+    _judge_classes(found, report)
+
+
+def _judge_classes(found: Scan, report: DataReport) -> None:
+    """Add what stands against training on these classes."""
+    where = ", ".join(report.sources)
+    missing = [name for name, count in report.class_counts.items() if count == 0]
+    if not found.records or not missing:
+        return
+    if found.task == "segmentation" and len(missing) == len(report.class_counts):
+        report.problems.append(
+            f"{where}: no slice holds a lesion of more than {report.min_area} px; "
+            "add slices with lesions, or lower min_area"
+        )
+    else:
+        report.problems.append(
+            f"{where}: no sample of class {', '.join(missing)}; add some, or train without it"
+        )
+
+
+def _compare(found: Scan, other: Scan, report: DataReport) -> None:
+    """Fill in what two splits share."""
+    report.problems += [str(problem) for problem in other.problems]
+    elsewhere = {record.patient for record in other.records}
+    shared = sorted({record.patient for record in found.records if record.patient is not None} & elsewhere)
+    report.shared_patients = [patient for patient in shared if patient is not None]
+    report.problems += [
+        f"patient {patient} is in both splits; keep each patient in one" for patient in report.shared_patients
+    ]
+    theirs: dict[str, Path] = {}
+    for record in other.records:
+        theirs.setdefault(_digest(record.image), record.image)
+    for record in found.records:
+        twin = theirs.get(_digest(record.image))
+        if twin is not None:
+            report.shared_images.append(str(record.image))
+            report.problems.append(f"{record.image}: the same image as {twin} of the other split; remove one")
+
+
+def _digest(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return str(path.resolve())  # reported as unreadable; equal to nothing but itself
+
+
+def _add(into: dict[str, str], path: Path, error: CTMaskNetError, report: DataReport) -> None:
+    """Note the error under its file, without the name of the file that stands before it."""
+    line = str(error)
+    into[str(path)] = line.removeprefix(f"{path}: ")
+    report.problems.append(line if str(path) in line else f"{path}: {line}")
+
+
+def _spread(values: list[int]) -> dict[str, float]:
+    if not values:
+        return {}
+    return {f"p{p}": float(np.percentile(values, p)) for p in PERCENTILES}
+
+
+def _percentiles(spread: dict[str, float]) -> str:
+    if not spread:
+        return "none"
+    return f"{spread['p0']:.0f} to {spread['p100']:.0f}, median {spread['p50']:.0f}"
+
+
+def _counts(counts: dict[Any, int]) -> str:
+    shown = [f"{key}: {count}" for key, count in list(counts.items())[:6]]
+    return ", ".join(shown + ["…"] * (len(counts) > 6)) or "none"

@@ -1,0 +1,552 @@
+"""Image files, DICOM files, PIL images, arrays and tensors -> one axial chest CT slice, grey, in 0..1.
+
+The models see slices in the lung window, -1350 to 150 HU. Pictures with 8 bits are taken to be in a lung
+window already, as the data sets of the paper are; Hounsfield units (HU) are put into it, whatever window a
+DICOM file stores for display.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image, ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from ctmasknet.errors import ConfigError, CTMaskNetError, InputError
+from ctmasknet.extras import import_extra
+
+LUNG_WINDOW = (-1350.0, 150.0)  # HU
+MIN_SIDE = 32  # pixels; two cells of the models' stride 16, less cannot be a chest
+MAX_SIDE = 4096  # pixels; eight times a CT slice, more is a mistake or an attack
+UNITS = (None, "hu", "range")
+
+# What a chest CT in HU must look like; see _require_chest_hu.
+PADDING_BELOW = -1500.0  # HU; no matter is that thin, scanners write -2000, -2048, -3024 outside the circle
+AIR_BELOW = -500.0  # HU; air and lung
+DENSER_THAN_BONE = 1500.0  # HU
+
+FLOAT_SLACK = 1e-4  # resampling overshoots 0..1 by rounding; more than this is another unit
+PHOTOMETRIC_TAG = 262  # TIFF 6.0; 0 is white-is-zero, which Pillow inverts at 8 bits only
+LUMINANCE = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, Pillow's weights for mode "L"
+
+# The plugins are called directly, since Image.open checks the size by warnings and before we can.
+IMAGE_PLUGINS: dict[str, type[ImageFile.ImageFile]] = {
+    "png": PngImageFile,
+    "jpeg": JpegImageFile,
+    "webp": WebPImageFile,
+    "tiff": TiffImageFile,
+}
+DISPLAY_NAMES = {"png": "PNG", "jpeg": "JPEG", "webp": "WebP", "tiff": "TIFF", "dicom": "DICOM"}
+
+JPEG_SYNTAXES = (  # baseline, extended, lossless, lossless with first-order prediction
+    "1.2.840.10008.1.2.4.50",
+    "1.2.840.10008.1.2.4.51",
+    "1.2.840.10008.1.2.4.57",
+    "1.2.840.10008.1.2.4.70",
+)
+
+REFUSED_MAGIC = {
+    b"GIF8": "GIF",
+    b"BM": "BMP",
+    b"\x00\x00\x00\x0cjP  ": "JPEG 2000",
+    b"\xff\x4f\xff\x51": "JPEG 2000",
+    b"8BPS": "Photoshop",
+    b"\x00\x00\x01\x00": "ICO",
+    b"%PDF": "PDF",
+    b"PK\x03\x04": "ZIP",
+    b"\x1f\x8b": "gzip",
+    b"\x93NUMPY": "NumPy",
+    b"\x5c\x01\x00\x00": "NIfTI",
+    b"NRRD": "NRRD",
+}
+
+Source = str | os.PathLike[str] | Image.Image | np.ndarray | torch.Tensor
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One axial slice as the models see it.
+
+    Attributes:
+        pixels: (H, W) float32 in 0..1, grey, air dark.
+        source: the path as given, or ``"PIL image"``, ``"array"``, ``"tensor"``.
+        kind: ``"png"``, ``"jpeg"``, ``"webp"``, ``"tiff"``, ``"dicom"``,
+            ``"pil"``, ``"array"``, ``"tensor"``.
+    """
+
+    pixels: np.ndarray
+    source: str
+    kind: str
+
+
+def read_slice(source: Source, *, units: str | None = None) -> Slice:
+    """Read one axial slice.
+
+    Files are recognised by their content, not by their name: PNG, JPEG, WebP, TIFF (8-bit grey, colour,
+    palette; 16- and 32-bit grey) and DICOM (extra ``io``). Colour becomes luminance (ITU-R BT.601); alpha is
+    dropped. Arrays and tensors are (H, W), (H, W, 1|3|4), (1, H, W) or (3, H, W); uint8, or float in 0..1.
+
+    Args:
+        source: a path, a PIL image, a numpy array, or a tensor on any device.
+        units: what the values mean.
+
+            - None: 8-bit pixels and floats in 0..1 are taken as they are. Images of 16 or 32 bits are
+              stretched from their own minimum..maximum to 0..1, with a UserWarning. A CT DICOM file is
+              rescaled to HU and put into the lung window. Everything else is an error.
+            - ``"hu"``: values are Hounsfield units (for DICOM: after rescale, if the file has one) and are
+              put into the lung window. Not for 8-bit pictures, which cannot hold HU.
+            - ``"range"``: the slice's own minimum..maximum is stretched to 0..1; a constant slice gives
+              zeros. DICOM files stored as MONOCHROME1 are inverted, as every viewer shows them.
+
+    Returns:
+        The slice, MIN_SIDE to MAX_SIDE pixels on each side.
+
+    Raises:
+        ConfigError: unknown `units`.
+        InputError: anything that is not one readable slice; the text names the file and the fix.
+        MissingExtraError: a DICOM file, and pydicom or the decoder for its compression is not installed.
+    """
+    if units not in UNITS:
+        raise ConfigError(f'units={units!r} is unknown. Use None, "hu" or "range".')
+    if isinstance(source, Image.Image):
+        return Slice(_pixels_of_image(source, "PIL image", units), "PIL image", "pil")
+    if isinstance(source, torch.Tensor):
+        return Slice(_pixels_of_array(_to_numpy(source), "tensor", units), "tensor", "tensor")
+    if isinstance(source, np.ndarray):
+        return Slice(_pixels_of_array(source, "array", units), "array", "array")
+    if isinstance(source, str | os.PathLike):
+        return _read_file(os.fsdecode(source), units)
+    raise InputError(
+        f"{type(source).__name__}: not a slice. Give a path, a PIL image, a numpy array or a torch tensor."
+    )
+
+
+def window(hu: np.ndarray) -> np.ndarray:
+    """Put Hounsfield units into the lung window.
+
+    Args:
+        hu: HU, any shape, any real dtype.
+
+    Returns:
+        Same shape, float32: 0 at -1350 HU and below, 1 at 150 HU and above, linear between.
+    """
+    low, high = LUNG_WINDOW
+    return np.clip((np.asarray(hu, np.float64) - low) / (high - low), 0.0, 1.0).astype(np.float32)
+
+
+def _read_file(name: str, units: str | None) -> Slice:
+    """Find out what the file is by its first bytes and hand it to its reader."""
+    with _open(name) as stream:
+        kind = _kind_of(stream.read(132), name)
+        stream.seek(0)
+        if kind == "dicom":
+            return Slice(_pixels_of_dicom(stream, name, units), name, kind)
+        return Slice(_pixels_of_image(_open_image(stream, kind, name), name, units), name, kind)
+
+
+def _open(name: str) -> BinaryIO:
+    try:
+        status = Path(name).stat()
+        if stat.S_ISREG(status.st_mode) and status.st_size > 0:
+            return Path(name).open("rb")
+    except FileNotFoundError as error:
+        raise InputError(f"{name}: no such file. Check the path.") from error
+    except PermissionError as error:
+        raise InputError(f"{name}: no permission to read it. Change its permissions or copy it.") from error
+    except (OSError, ValueError) as error:  # ValueError: a null byte, or not encodable
+        raise InputError(f"{name!r}: cannot be opened ({_reason(error)}). Check the path.") from error
+    if stat.S_ISDIR(status.st_mode):
+        raise InputError(f"{name}: a directory, not a slice. Give one image or DICOM file inside it.")
+    if stat.S_ISREG(status.st_mode):
+        raise InputError(f"{name}: the file is empty. Copy or export it again.")
+    # Opening a pipe would wait for ever.
+    raise InputError(f"{name}: not a regular file. Give an image or a DICOM file.")
+
+
+def _kind_of(head: bytes, name: str) -> str:
+    """Name the format by the first 132 bytes; `name` decides only for DICOM files without preamble."""
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "png"
+    if head.startswith(b"\xff\xd8\xff"):
+        return "jpeg"
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "webp"
+    if head[:4] in (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+") and head[128:132] != b"DICM":
+        return "tiff"
+    if head[128:132] == b"DICM" or name.lower().endswith(".dcm"):
+        return "dicom"
+    for magic, refused in REFUSED_MAGIC.items():
+        if head.startswith(magic):
+            raise InputError(
+                f"{name}: {refused} files are not supported. Give one axial slice as PNG, JPEG, WebP, TIFF or DICOM."
+            )
+    suffix = Path(name).suffix.lower().lstrip(".")
+    expected = {"jpg": "jpeg", "tif": "tiff"}.get(suffix, suffix)
+    missing = f"{DISPLAY_NAMES[expected]} header missing" if expected in DISPLAY_NAMES else "unknown format"
+    raise InputError(
+        f"{name}: not a readable image ({missing}). Give a PNG, JPEG, WebP, TIFF or DICOM file; "
+        "a DICOM file without preamble must be named .dcm."
+    )
+
+
+def _open_image(stream: BinaryIO, kind: str, name: str) -> Image.Image:
+    """Open an image file, its pixels not yet decoded."""
+    with _reading(name, DISPLAY_NAMES[kind]):
+        image = IMAGE_PLUGINS[kind](stream)
+        _require_size(image.height, image.width, name)
+        if kind == "png":
+            # Decoding does not look at checksums; verify() does, and uses the image up.
+            image.verify()
+            stream.seek(0)
+            image = PngImageFile(stream)
+        return image
+
+
+def _pixels_of_image(image: Image.Image, source: str, units: str | None) -> np.ndarray:
+    """A PIL image, decoded or not -> (H, W) float32 in 0..1."""
+    _require_size(image.height, image.width, source)
+    with _reading(source, "image"):
+        frames = getattr(image, "n_frames", 1)
+        image.load()
+    if frames > 1:
+        raise InputError(f"{source}: {frames} pages or frames, one slice is expected. Split them.")
+    if image.mode in ("L", "LA", "RGB", "RGBX", "RGBA", "P", "PA"):
+        if units == "hu":
+            raise InputError(
+                f"{source}: 8-bit pixels cannot hold Hounsfield units. Leave units out, or give the DICOM file."
+            )
+        # Going to RGBA looks palette colours up and leaves them alone, so alpha is never blended in.
+        values = np.asarray(image.convert("RGBA") if image.mode in ("P", "PA") else image)
+        if image.mode == "LA":
+            values = values[..., 0]
+        return _scale(_grey(values) / 255, source, units)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        if isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC_TAG) == 0:
+            raise InputError(f"{source}: white-is-zero TIFF of more than 8 bits. Save it as black-is-zero.")
+        values = np.asarray(image).astype(np.float64)
+        _require_finite(values, source)
+        if units is None:
+            warnings.warn(
+                f"{source}: not an 8-bit image, stretched from its own range "
+                f"{values.min():g}..{values.max():g} to 0..1. "
+                'Pass units="hu" for Hounsfield units, or units="range" if this is what you want.',
+                UserWarning,
+                stacklevel=3,
+            )
+        return _scale(values, source, units or "range")
+    raise InputError(
+        f"{source}: colour mode {image.mode} is not supported. Save it as 8-bit grey or RGB, or 16-bit grey."
+    )
+
+
+def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    try:
+        tensor = tensor.detach().cpu()
+        return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    except (RuntimeError, TypeError, NotImplementedError) as error:  # sparse, quantised, meta
+        raise InputError(
+            f"tensor: {tensor.dtype}, {tensor.layout} on {tensor.device} cannot be read. Give a dense tensor with data."
+        ) from error
+
+
+def _pixels_of_array(values: np.ndarray, source: str, units: str | None) -> np.ndarray:
+    """An array of a supported shape and any dtype -> (H, W) float32 in 0..1."""
+    shape = tuple(values.shape)
+    if values.ndim == 3 and shape[-1] in (1, 3, 4):
+        height, width = shape[:2]
+    elif values.ndim == 3 and shape[0] in (1, 3):
+        height, width = shape[1:]
+    elif values.ndim == 2:
+        height, width = shape
+    else:
+        raise InputError(
+            f"{source}: shape {shape} is not one slice. Give (H, W), (H, W, 1|3|4), (1, H, W) or (3, H, W)."
+        )
+    _require_size(height, width, source)
+    if values.dtype.kind not in "uif":
+        raise InputError(f"{source}: dtype {values.dtype} is not an image. Give uint8, or float in 0..1.")
+    if values.ndim == 3 and (height, width) != shape[:2]:
+        values = values.transpose(1, 2, 0)
+    _require_finite(values, source)
+    if units is not None:
+        return _scale(_grey(values), source, units)
+    if values.dtype == np.uint8:
+        return _scale(_grey(values) / 255, source, None)
+    if values.dtype.kind != "f":
+        raise InputError(
+            f'{source}: dtype {values.dtype} does not tell its units. Pass units="hu" for Hounsfield units, '
+            'units="range" to stretch the values to 0..1, or give uint8.'
+        )
+    low, high = float(values.min()), float(values.max())
+    if low < -FLOAT_SLACK or high > 1 + FLOAT_SLACK:
+        raise InputError(
+            f"{source}: values from {low:g} to {high:g} are outside 0..1. "
+            'Pass units="hu" for Hounsfield units, units="range" to stretch them to 0..1, or scale them.'
+        )
+    return _scale(_grey(values), source, None)
+
+
+def _grey(values: np.ndarray) -> np.ndarray:
+    """(H, W) or (H, W, 1|3|4) -> (H, W) float64 luminance, in the units of `values`; alpha is dropped."""
+    if values.ndim == 3:
+        values = values[..., 0] if values.shape[-1] == 1 else values[..., :3] @ LUMINANCE
+    return values.astype(np.float64)
+
+
+def _scale(values: np.ndarray, source: str, units: str | None) -> np.ndarray:
+    """(H, W) values -> (H, W) float32 in 0..1, by `units`; None clips values that are in 0..1 already."""
+    if units == "hu":
+        return window(values)
+    if units == "range":
+        low, high = values.min(), values.max()
+        # Halves first: the difference of two large floats may overflow.
+        span = high / 2 - low / 2
+        return ((values / 2 - low / 2) / span if span > 0 else np.zeros_like(values)).astype(np.float32)
+    return np.clip(values, 0.0, 1.0).astype(np.float32)
+
+
+def _pixels_of_dicom(stream: BinaryIO, name: str, units: str | None) -> np.ndarray:
+    """A single-frame DICOM file -> (H, W) float32 in 0..1.
+
+    Rescale, then padding, then the lung window or the stretch. MONOCHROME1 says how values are to be *shown*,
+    the smallest as white, after rescale and display window (DICOM PS3.3 C.7.6.3.1.2). HU come out of the
+    rescale, before that, so they are never inverted; only units="range", a way of showing, inverts. A
+    MONOCHROME1 CT that is dense all along its edge was stored upside down, against the standard: refused.
+    """
+    pydicom = import_extra("pydicom", "io", "reading DICOM files")
+    with _reading(name, "DICOM"):
+        header = pydicom.dcmread(stream, stop_before_pixels=True, force=True)
+        if "Rows" not in header or "Columns" not in header:
+            raise InputError(f"{name}: no image in this DICOM file (or no DICOM file at all). Give an image file.")
+        frames = int(header.get("NumberOfFrames") or 1)
+        if frames > 1:
+            raise InputError(f"{name}: {frames} frames, one slice is expected. Export the frames as single files.")
+        _require_size(int(header.Rows), int(header.Columns), name)
+        inverted = _is_monochrome1(header, name)
+        rescale = _rescale_of(header)
+        if units is None:
+            _require_ct(header, rescale, name)
+
+        stream.seek(0)
+        dataset = pydicom.dcmread(stream, force=True)
+        stored = _decode(pydicom, dataset, name)
+        slope, intercept = rescale or (1.0, 0.0)
+        values = stored.astype(np.float64) * slope + intercept
+        _require_finite(values, name)
+        padding = _padding_of(dataset, stored)
+        if padding.all():
+            raise InputError(f"{name}: every pixel is padding, there is no slice. Export it again.")
+        if units == "range":
+            values = np.where(padding, values[~padding].min(), values)
+            stretched = _scale(values, name, "range")
+            if not inverted or not stretched.any():
+                return stretched
+            return np.where(padding, np.float32(0), 1 - stretched)
+        if units is None:
+            _require_chest_hu(values[~padding], values, name, inverted)
+        # Padding written with the value of air (stored 0, -1024 HU) cannot be told from air, nor need it be.
+        return window(np.where(padding & (values > AIR_BELOW), LUNG_WINDOW[0], values))
+
+
+def _is_monochrome1(header: Any, name: str) -> bool:
+    photometric = str(header.get("PhotometricInterpretation") or "MONOCHROME2")
+    if photometric not in ("MONOCHROME1", "MONOCHROME2") or int(header.get("SamplesPerPixel") or 1) != 1:
+        raise InputError(
+            f"{name}: {photometric} pixels, so not a CT slice. Give the original CT slice, or save it as PNG."
+        )
+    return photometric == "MONOCHROME1"
+
+
+def _rescale_of(header: Any) -> tuple[float, float] | None:
+    """Rescale slope and intercept, or None; Enhanced CT keeps them in its functional groups."""
+    holders = [header]
+    for groups in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
+        for group in header.get(groups) or []:
+            holders.extend(group.get("PixelValueTransformationSequence") or [])
+    for holder in holders:
+        slope, intercept = holder.get("RescaleSlope"), holder.get("RescaleIntercept")
+        if slope is not None and intercept is not None:
+            slope, intercept = float(slope), float(intercept)
+            if math.isfinite(slope) and math.isfinite(intercept) and slope != 0:
+                return slope, intercept
+    return None
+
+
+def _require_ct(header: Any, rescale: tuple[float, float] | None, name: str) -> None:
+    """Refuse what the header says is not a CT slice in HU."""
+    modality = str(header.get("Modality") or "missing")
+    kind = str(header.get("RescaleType") or "HU").strip()
+    image_type = header.get("ImageType") or []
+    if modality != "CT":
+        raise InputError(_not_hu(name, f"DICOM modality is {modality}, not CT, so the values may not be HU"))
+    if "LOCALIZER" in ([image_type] if isinstance(image_type, str) else image_type):
+        raise InputError(f"{name}: a localizer (scout view), not an axial slice. Give an axial slice of the series.")
+    if rescale is None:
+        raise InputError(_not_hu(name, "no usable rescale slope and intercept, so the values may not be HU"))
+    if kind != "HU":
+        raise InputError(_not_hu(name, f"rescale type is {kind}, so the values are not HU"))
+
+
+def _require_chest_hu(image: np.ndarray, values: np.ndarray, name: str, monochrome1: bool) -> None:
+    """Refuse values that cannot be HU of a chest.
+
+    Args:
+        image: (N,) values that are not padding.
+        values: (H, W) all of them.
+    """
+    matter = image[image >= PADDING_BELOW]
+    if matter.size == 0 or matter.min() > AIR_BELOW:
+        low = matter.min() if matter.size else image.min()
+        raise InputError(_not_hu(name, f"the lowest value is {low:g} HU, but a chest holds air (-1000 HU)"))
+    if np.median(matter) > DENSER_THAN_BONE:
+        raise InputError(_not_hu(name, f"half of it is above {DENSER_THAN_BONE:g} HU, denser than bone"))
+    edge = np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])
+    if monochrome1 and np.median(edge) > -AIR_BELOW:
+        raise InputError(_not_hu(name, f"MONOCHROME1, and its edge is at {np.median(edge):g} HU, where air must be"))
+
+
+def _not_hu(name: str, what: str) -> str:
+    return (
+        f'{name}: {what}. Pass units="hu" if they are Hounsfield units, '
+        'or units="range" to stretch the slice to its own range.'
+    )
+
+
+def _decode(pydicom: Any, dataset: Any, name: str) -> np.ndarray:
+    """Stored values, (H, W), integer or float, before rescale."""
+    meta = getattr(dataset, "file_meta", None)
+    if meta is None:
+        meta = dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    if "TransferSyntaxUID" not in meta:
+        implicit, little_endian = dataset.original_encoding
+        if little_endian is False:
+            meta.TransferSyntaxUID = pydicom.uid.ExplicitVRBigEndian
+        else:
+            meta.TransferSyntaxUID = (
+                pydicom.uid.ExplicitVRLittleEndian if implicit is False else pydicom.uid.ImplicitVRLittleEndian
+            )
+    if meta.TransferSyntaxUID in JPEG_SYNTAXES:
+        frame = pydicom.encaps.get_frame(dataset.PixelData, 0, number_of_frames=1)
+        if not _is_sound_jpeg(frame, int(dataset.Rows), int(dataset.Columns)):
+            raise InputError(f"{name}: the JPEG data in this DICOM file is damaged. Copy or export it again.")
+    try:
+        stored = np.asarray(dataset.pixel_array)
+    except (
+        RuntimeError,
+        NotImplementedError,
+    ):  # how pydicom says that no decoder is there, or that it failed
+        if meta.TransferSyntaxUID.is_compressed:
+            import_extra("gdcm", "io", f"{name}: decoding {meta.TransferSyntaxUID.name}")
+        raise
+    if stored.shape != (int(dataset.Rows), int(dataset.Columns)):
+        raise InputError(f"{name}: pixels have shape {stored.shape}, one (H, W) slice is expected. Export it again.")
+    return stored
+
+
+def _is_sound_jpeg(frame: bytes, rows: int, columns: int) -> bool:
+    """Are the segments before the pixels (ITU-T T.81, B.2) sound, for one grey component of this size?
+
+    GDCM ends the whole process, not with an exception, on some that are not.
+    """
+    if frame[:2] != b"\xff\xd8":
+        return False
+    place, tables, component, lossless = 2, set(), None, False
+    while True:
+        marker, length = struct.unpack_from(">HH", frame, place)
+        body = frame[place + 4 : place + 2 + length]
+        if length < 2 or len(body) != length - 2:
+            return False
+        if marker in (0xFFC0, 0xFFC1, 0xFFC3):  # start of frame: baseline, extended, lossless
+            precision, height, width, components, component = struct.unpack_from(">BHHBB", body)
+            lossless = marker == 0xFFC3
+            if (height, width, components, len(body)) != (rows, columns, 1, 9) or not 2 <= precision <= 16:
+                return False
+            if not (1 <= body[7] >> 4 <= 4 and 1 <= body[7] & 0x0F <= 4):  # sampling factors
+                return False
+        elif marker == 0xFFC4:  # Huffman tables
+            while body:
+                counts, symbols = body[1:17], body[17 : 17 + sum(body[1:17])]
+                codes = sum(count << (16 - bits) for bits, count in enumerate(counts, start=1))
+                if len(symbols) != sum(counts) or not symbols or codes > 1 << 16:
+                    return False
+                if lossless and max(symbols) > 16:
+                    return False
+                tables.add(body[0])
+                body = body[17 + len(symbols) :]
+        elif marker == 0xFFDA:  # start of scan
+            if component is None or len(body) != 6 or body[0] != 1 or body[1] != component:
+                return False
+            dc_table, ac_table = body[2] >> 4, 0x10 | body[2] & 0x0F
+            if lossless:
+                return dc_table in tables and 1 <= body[3] <= 7
+            return dc_table in tables and ac_table in tables
+        elif marker == 0xFFE0 and body[:5] == b"JFIF\0":
+            if body[5:6] != b"\x01":  # major version; GDCM stops at others
+                return False
+        elif not (0xFFE0 <= marker <= 0xFFEF or marker in (0xFFDB, 0xFFDD, 0xFFFE)):
+            return False
+        place += 2 + length
+
+
+def _padding_of(dataset: Any, stored: np.ndarray) -> np.ndarray:
+    """(H, W) bool: is the stored value Pixel Padding Value, or between it and Pixel Padding Range Limit?"""
+    first = dataset.get("PixelPaddingValue")
+    if first is None or stored.dtype.kind not in "ui":
+        return np.zeros(stored.shape, bool)
+    last = dataset.get("PixelPaddingRangeLimit")
+    # Some writers store -2000 as unsigned 63536: wrap both ends into the dtype of the pixels.
+    bits, signed = 8 * stored.dtype.itemsize, stored.dtype.kind == "i"
+    ends = [int(first) % 2**bits, int(first if last is None else last) % 2**bits]
+    low, high = sorted(end - 2**bits if signed and end >= 2 ** (bits - 1) else end for end in ends)
+    return (stored >= low) & (stored <= high)
+
+
+def _require_size(height: int, width: int, source: str) -> None:
+    if min(height, width) < MIN_SIDE:
+        raise InputError(
+            f"{source}: {width} x {height} pixels is too small. A slice has at least {MIN_SIDE} on each side."
+        )
+    if max(height, width) > MAX_SIDE:
+        raise InputError(
+            f"{source}: {width} x {height} pixels is too large. A slice has at most {MAX_SIDE} on each side: "
+            "give the original slice, or make it smaller."
+        )
+
+
+def _require_finite(values: np.ndarray, source: str) -> None:
+    bad = values.size - int(np.isfinite(values).sum())
+    if bad:
+        raise InputError(f"{source}: {bad} of {values.size} values are NaN or infinite. Replace them first.")
+
+
+@contextmanager
+def _reading(source: str, what: str) -> Iterator[None]:
+    """Turn whatever a decoder raises on damaged bytes (struct.error, SyntaxError, …) into InputError."""
+    try:
+        yield
+    except CTMaskNetError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{source}: not a readable {what} ({_reason(error)}). It is damaged or incomplete: copy or export it again."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The exception's text on one line."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split())[:200] or type(error).__name__

@@ -1,0 +1,116 @@
+"""Is this installation sound? Checks that name the fix when it is not."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import sys
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from ctmasknet import __version__
+from ctmasknet.errors import CTMaskNetError
+from ctmasknet.registry import get_variant
+
+_EXTRAS = {"io": ("pydicom", "gdcm")}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding: what was looked at, whether it works, and what was seen or how to mend it."""
+
+    name: str
+    ok: bool
+    detail: str
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def examine() -> list[Check]:
+    """Every check, in the order a person would want them. Never raises for a broken installation."""
+    checks = [
+        Check(
+            "ctmasknet",
+            True,
+            f"{__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}",
+        )
+    ]
+    checks.append(_torch())
+    if checks[-1].ok:
+        checks += [_devices(), *_bundled_weights()]
+    checks += [_cache(), *(_extra(name, modules) for name, modules in _EXTRAS.items())]
+    return checks
+
+
+def _torch() -> Check:
+    # A CUDA build of one with a CPU build of the other imports, or fails to, with an operator that does not exist.
+    installed = ", ".join(f"{name} {_version(name)}" for name in ("torch", "torchvision", "timm"))
+    try:
+        import torch
+        from torchvision.ops import nms
+
+        kept = nms(
+            torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 30, 30]]), torch.tensor([0.9, 0.8, 0.7]), 0.5
+        )
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return Check(
+            "torch and torchvision",
+            False,
+            f"{installed}: do not work together ({reason}). Reinstall both from one place: "
+            "pip install --force-reinstall torch torchvision",
+        )
+    return Check("torch and torchvision", kept.tolist() == [0, 2], f"{installed} work together")
+
+
+def _devices() -> Check:
+    import torch
+
+    names = [f"cpu ({torch.get_num_threads()} threads)"]
+    names += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        names.append("mps")
+    return Check("devices", True, ", ".join(names))
+
+
+def _bundled_weights() -> list[Check]:
+    from ctmasknet.weights.hub import load_stored
+    from ctmasknet.weights.manifest import manifest
+
+    checks = []
+    for entry in manifest():
+        try:
+            load_stored("default", get_variant(entry.variant))
+            detail, ok = f"{entry.tag}, {entry.bytes / 1e6:.1f} MB, hash matches", True
+        except CTMaskNetError as error:
+            detail, ok = str(error), False
+        checks.append(Check(f"weights of {entry.variant}", ok, detail))
+    return checks
+
+
+def _cache() -> Check:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folder = Path(HF_HUB_CACHE)
+    existing = next((parent for parent in (folder, *folder.parents) if parent.exists()), folder)
+    ok = os.access(existing, os.W_OK)
+    return Check("cache", ok, f"{folder}{'' if ok else ' cannot be written: set HF_HOME to a folder that can'}")
+
+
+def _extra(name: str, modules: tuple[str, ...]) -> Check:
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    detail = f"pip install 'ctmasknet[{name}]' adds {', '.join(missing)}" if missing else "installed"
+    return Check(f"extra {name}", True, detail)
+
+
+def _version(package: str) -> str:
+    if package in sys.modules and hasattr(sys.modules[package], "__version__"):
+        return str(sys.modules[package].__version__)
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "is not installed"

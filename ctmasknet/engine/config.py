@@ -1,0 +1,383 @@
+"""Everything a training run is told, as one dataclass of plain values, and the recipes that fill its gaps."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+import types
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from ctmasknet.data.augment import Augmentation
+from ctmasknet.data.targets import LesionClasses
+from ctmasknet.errors import ConfigError
+from ctmasknet.extras import import_extra
+from ctmasknet.models.config import model_config
+from ctmasknet.registry import Task, get_variant
+
+RECIPES: dict[Task, dict[str, dict[str, Any]]] = {
+    "segmentation": {
+        # Paper, section 3, and its released code; slices without lesions, which it skipped, stay in.
+        "paper": {
+            "optimizer": "adam",
+            "lr": 1e-5,
+            "weight_decay": 1e-3,
+            "schedule": "constant",
+            "batch_size": 1,
+            "epochs": 100,
+            "clip_norm": 0.0,
+            "ema": 0.0,
+            "augment": False,
+            "precision": "float32",
+            "model_options": {},
+        },
+        # RoI sampling as in torchvision: with the paper's foreground IoU of 0.75 an untrained RPN offers almost no
+        # positive RoI, so training from random values starts slowly.
+        "fast": {
+            "optimizer": "adamw",
+            "lr": 5e-4,
+            "weight_decay": 1e-2,
+            "schedule": "cosine",
+            "batch_size": 4,
+            "epochs": 24,
+            "clip_norm": 5.0,
+            "ema": 0.998,
+            "augment": True,
+            "precision": "auto",
+            "model_options": {
+                "box_fg_iou_thresh": 0.5,
+                "box_batch_size_per_image": 128,
+                "box_positive_fraction": 0.25,
+                "rpn_post_nms_top_n_train": 500,
+            },
+        },
+    },
+    "classification": {
+        "paper": {
+            "optimizer": "adam",
+            "lr": 1e-5,
+            "weight_decay": 1e-3,
+            "schedule": "constant",
+            "batch_size": 8,
+            "epochs": 50,
+            "clip_norm": 0.0,
+            "ema": 0.0,
+            "augment": False,
+            "precision": "float32",
+            "model_options": {},
+        },
+        "fast": {
+            "optimizer": "adamw",
+            "lr": 3e-4,
+            "weight_decay": 1e-2,
+            "schedule": "cosine",
+            "batch_size": 8,
+            "epochs": 20,
+            "clip_norm": 5.0,
+            "ema": 0.99,
+            "augment": True,
+            "precision": "auto",
+            "model_options": {},
+        },
+    },
+}
+"""Per task, the fields of `TrainConfig` that a recipe sets; `fast` is the default, `paper` the paper's."""
+
+_FROM_RECIPE: Any = None
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. Fields marked (recipe) come from `RECIPES` unless given; after construction none is open.
+
+    Attributes:
+        model: variant to train, one of `list_models()`.
+        data: training data, a path or several; layouts as in `ctmasknet.data.datasets.open_dataset`.
+        out: folder of the run, made if missing: checkpoints, weights, logs, record.
+        val: validation data, a path or several. None: no validation, `best` is the last epoch.
+        list_file, val_list_file: restrict data and val to the names a text file lists.
+        classes: ``"merge"`` (lesion), ``"both"`` (GGO and consolidation) or ``"ggo"``; segmentation only.
+        min_area: instances of so many pixels or fewer join the background.
+        weights: where to start: None (random), ``"default"``, a folder or safetensors file, an author's `.pth`.
+            A classifier also takes a segmenter's: module S then starts anew.
+        partial_weights: copy whatever has the same name and shape, from any variant, and log what starts anew.
+        weights_backbone: start the body from timm's ImageNet weights (downloaded); not together with `weights`.
+        model_options: options of `ModelConfig`, added to those of the recipe.
+        recipe: ``"fast"`` or ``"paper"``.
+        optimizer: (recipe) ``"adamw"`` (no decay on biases and normalisation) or ``"adam"`` (decay on all, coupled).
+        lr: (recipe) highest learning rate.
+        weight_decay: (recipe) of the optimizer.
+        schedule: (recipe) ``"cosine"`` to zero, after a linear warm-up, or ``"constant"``.
+        warmup: fraction of all steps in which the rate of a cosine schedule rises from zero.
+        batch_size: (recipe) slices per process and forward pass.
+        accumulate: forward passes per optimizer step.
+        epochs: (recipe) passes over the training data.
+        clip_norm: (recipe) largest gradient norm, 0 for no clipping.
+        ema: (recipe) decay of the moving average of the weights, which is what is validated and saved; 0: none.
+        precision: (recipe) of body and FPN: ``"float32"``, ``"bfloat16"``, or ``"auto"``: bfloat16 where the
+            device computes in it. Boxes and losses are float32 always.
+        augment: (recipe) change training slices at random.
+        augmentation: fields of `Augmentation` that differ from its defaults.
+        train_min_size: shorter image side in training, pixels; None: the model's own, as in validation.
+        full_size_epochs: with train_min_size, this many epochs at the end use the model's own size all the same.
+        cache_rois: classifiers: compute RoI batches once and train module S alone on them.
+        roi_views: with cache_rois, RoI batches per slice: one plain, the others augmented.
+        seed: fixes order, augmentation and sampling.
+        device: ``"auto"`` (a GPU if there is one), ``"cpu"`` or ``"cuda"``.
+        workers: processes that read and augment slices; 0 does it in the training process.
+        cache: keep decoded slices in ``"ram"``, on the ``"device"``, or ``"none"``.
+        cache_gb: limit of the cache in RAM, GB per process.
+        channels_last: memory layout of the body's tensors.
+        compile: `torch.compile` body and FPN.
+        resume: ``"auto"`` continues a run that `out` holds and starts one otherwise; False starts only in a folder
+            without a run; a path continues from that checkpoint or run folder.
+        checkpoint_minutes: write a checkpoint at least this often; one is written after every epoch anyway.
+        keep_checkpoints: how many are kept, at least 2: if the last is damaged, the one before is used.
+        validate_every: epochs between validations; the last epoch is always validated.
+        validation_loss: also compute losses on the validation data, at the price of a second forward pass.
+        score_threshold, nms_threshold: of the detections that are validated.
+        operating_point: choose the thresholds stored with `best` on the validation data, at the end.
+        patience: stop after this many validations without improvement; 0: never.
+        max_bad_steps: stop after this many steps in a row whose loss or gradient is NaN or infinite.
+        tensorboard: write TensorBoard scalars and overlays to `out/tensorboard`.
+        progress: show a progress bar.
+        dataset, license, note: for the weights' metadata: what they were trained on, and their terms.
+    """
+
+    model: str
+    data: str | list[str]
+    out: str
+    val: str | list[str] | None = None
+    list_file: str | None = None
+    val_list_file: str | None = None
+    classes: LesionClasses = "merge"
+    min_area: int = 100
+    weights: str | None = None
+    partial_weights: bool = False
+    weights_backbone: bool = False
+    model_options: dict[str, Any] = field(default_factory=dict)
+    recipe: str = "fast"
+    optimizer: Literal["adamw", "adam"] = _FROM_RECIPE
+    lr: float = _FROM_RECIPE
+    weight_decay: float = _FROM_RECIPE
+    schedule: Literal["cosine", "constant"] = _FROM_RECIPE
+    warmup: float = 0.05
+    batch_size: int = _FROM_RECIPE
+    accumulate: int = 1
+    epochs: int = _FROM_RECIPE
+    clip_norm: float = _FROM_RECIPE
+    ema: float = _FROM_RECIPE
+    precision: Literal["auto", "float32", "bfloat16"] = _FROM_RECIPE
+    augment: bool = _FROM_RECIPE
+    augmentation: dict[str, Any] = field(default_factory=dict)
+    train_min_size: int | None = None
+    full_size_epochs: int = 0
+    cache_rois: bool = False
+    roi_views: int = 8
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    workers: int = 0
+    cache: Literal["ram", "device", "none"] = "ram"
+    cache_gb: float = 4.0
+    channels_last: bool = True
+    compile: bool = False
+    resume: str | bool = "auto"
+    checkpoint_minutes: float = 10.0
+    keep_checkpoints: int = 2
+    validate_every: int = 1
+    validation_loss: bool = True
+    score_threshold: float = 0.3
+    nms_threshold: float = 0.5
+    operating_point: bool = True
+    patience: int = 0
+    max_bad_steps: int = 10
+    tensorboard: bool = True
+    progress: bool = True
+    dataset: str | None = None
+    license: str | None = None
+    note: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("data", "val", "out", "weights", "list_file", "val_list_file", "resume"):
+            object.__setattr__(self, name, _plain_path(getattr(self, name)))
+        variant = get_variant(self.model)
+        recipes = RECIPES[variant.task]
+        if self.recipe not in recipes:
+            raise ConfigError(f"recipe={self.recipe!r}: use {' or '.join(recipes)}")
+        for name, value in recipes[self.recipe].items():
+            if name == "model_options":
+                value = {**value, **self.model_options}
+            elif getattr(self, name) is not None:
+                continue
+            object.__setattr__(self, name, value)
+        for name, kind in get_type_hints(type(self)).items():
+            object.__setattr__(self, name, _typed(name, getattr(self, name), kind))
+        _check_ranges(self)
+        model_config(variant, **self.model_options)
+        _augmentation(self.augmentation)
+
+    @property
+    def task(self) -> Task:
+        """Task of the variant."""
+        return get_variant(self.model).task
+
+    @property
+    def settings(self) -> Augmentation:
+        """How training slices are changed."""
+        return _augmentation(self.augmentation) if self.augment else Augmentation.none()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `TrainConfig.from_dict` takes them back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, source: str = "config") -> TrainConfig:
+        """A config from plain values.
+
+        Args:
+            values: field name -> value.
+            source: where they come from, for the error messages.
+
+        Raises:
+            ConfigError: unknown, missing or ill-typed fields, impossible values; the text names the field.
+        """
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        for name in values:
+            if name not in fields:
+                near = difflib.get_close_matches(str(name), fields, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"known fields: {', '.join(fields)}"
+                raise ConfigError(f"{source}: unknown field {name!r}; {hint}")
+        for name in ("model", "data", "out"):
+            if name not in values:
+                raise ConfigError(f"{source}: field {name!r} is missing")
+        try:
+            return cls(**values)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from None
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str], **overrides: Any) -> TrainConfig:
+        """A config from a YAML or JSON file of fields; `overrides` replace what it says.
+
+        Raises:
+            ConfigError: unreadable, not a mapping, or as `from_dict`.
+            MissingExtraError: YAML without PyYAML (extra ``train``).
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: cannot be read ({error})") from None
+        if path.suffix.lower() == ".json":
+            try:
+                values = json.loads(text)
+            except ValueError as error:
+                raise ConfigError(f"{path}: not readable JSON ({error})") from None
+        else:
+            yaml = import_extra("yaml", "train", "reading YAML configs")
+            try:
+                values = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise ConfigError(f"{path}: not readable YAML ({' '.join(str(error).split())})") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: needs lines of the form field: value")
+        return cls.from_dict({**values, **overrides}, source=str(path))
+
+
+_AT_LEAST_ONE = (
+    "batch_size", "accumulate", "epochs", "roi_views", "validate_every", "max_bad_steps",
+)  # fmt: skip
+_NOT_NEGATIVE = (
+    "min_area", "lr", "weight_decay", "clip_norm", "full_size_epochs", "seed", "workers", "cache_gb",
+    "checkpoint_minutes", "patience",
+)  # fmt: skip
+_FRACTIONS = ("warmup", "ema", "score_threshold", "nms_threshold")
+
+
+def _check_ranges(config: TrainConfig) -> None:
+    for name in _AT_LEAST_ONE:
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name}={getattr(config, name)}: must be at least 1")
+    for name in _NOT_NEGATIVE:
+        if getattr(config, name) < 0:
+            raise ConfigError(f"{name}={getattr(config, name)}: must not be negative")
+    for name in _FRACTIONS:
+        if not 0 <= getattr(config, name) <= 1:
+            raise ConfigError(f"{name}={getattr(config, name)}: must lie in 0..1")
+    if config.keep_checkpoints < 2:
+        raise ConfigError("keep_checkpoints must be at least 2: the one before replaces a damaged one")
+    if config.train_min_size is not None and config.train_min_size < 32:
+        raise ConfigError(f"train_min_size={config.train_min_size}: must be at least 32 pixels")
+    if not config.data:
+        raise ConfigError("data is empty: give a folder")
+    if config.cache_rois and config.task != "classification":
+        raise ConfigError(f"cache_rois is for classifiers; {config.model} is a segmenter")
+    if config.weights_backbone and config.weights is not None:
+        raise ConfigError("give weights or weights_backbone, not both: weights bring a body")
+    if config.resume is True:
+        raise ConfigError('resume=True: use "auto", False, or the path of a checkpoint')
+
+
+def _augmentation(values: Mapping[str, Any]) -> Augmentation:
+    """`Augmentation` with some fields replaced, its types checked."""
+    kinds = get_type_hints(Augmentation)
+    for name, value in values.items():
+        if name not in kinds:
+            raise ConfigError(f"augmentation: unknown field {name!r}; known: {', '.join(kinds)}")
+        if name != "scale":
+            _typed(f"augmentation.{name}", value, kinds[name])
+    given = dict(values)
+    if "scale" in given:
+        given["scale"] = tuple(_typed("augmentation.scale", given["scale"], list[float]))
+    return Augmentation(**given)
+
+
+def _plain_path(value: Any) -> Any:
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, list | tuple):
+        return [_plain_path(item) for item in value]
+    return value
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """`value`, checked against a type annotation of plain types; whole numbers serve as floats."""
+    options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    for option in options:
+        origin, arguments = get_origin(option), get_args(option)
+        if origin is Literal:
+            if isinstance(value, str) and value in arguments:
+                return value
+        elif origin in (list, tuple):
+            if isinstance(value, list | tuple):
+                return [_typed(name, item, arguments[0]) for item in value]
+        elif origin is dict:
+            if isinstance(value, dict):
+                return value
+        elif option is float:
+            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+                return float(value)
+        elif isinstance(value, option) and (option is bool or not isinstance(value, bool)):
+            return value
+    raise ConfigError(f"{name}={value!r}: {_expected(options)} is needed")
+
+
+def _expected(options: tuple[Any, ...]) -> str:
+    words = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false"}
+    words[type(None)] = "null"
+    said = []
+    for option in options:
+        if get_origin(option) is Literal:
+            said.append(" or ".join(map(repr, get_args(option))))
+        elif get_origin(option) in (list, tuple):
+            said.append("a list")
+        elif get_origin(option) is dict:
+            said.append("a mapping")
+        else:
+            said.append(words[option])
+    return " or ".join(said)

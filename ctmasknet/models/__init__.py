@@ -1,0 +1,12 @@
+"""The two model families: Mask R-CNN lesion segmenters and the COVID-CT-Mask-Net classifiers derived from them.
+
+Nothing in here knows of weights or files. Uses of torchvision names that are not documented API
+(`RegionProposalNetwork`, `RoIHeads`, `GeneralizedRCNN`, `TwoMLPHead`, `FastRCNNPredictor`, `MaskRCNNPredictor`,
+`GeneralizedRCNNTransform`) were read in torchvision 0.21 and 0.29.
+"""
+
+from ctmasknet.models.classification import COVIDCTMaskNet
+from ctmasknet.models.config import ModelConfig, model_config
+from ctmasknet.models.segmentation import LesionMaskRCNN
+
+__all__ = ["COVIDCTMaskNet", "LesionMaskRCNN", "ModelConfig", "model_config"]

@@ -1,0 +1,108 @@
+"""COVID-CT-Mask-Net: a slice's class from the ranked regions of its lesion detector (paper section 2, Figure 1b)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ctmasknet.errors import InputError
+from ctmasknet.models.backbone import ResNetFPN
+from ctmasknet.models.config import ModelConfig
+from ctmasknet.models.detector import LesionRoIHeads, build_rpn, build_transform, freeze
+from ctmasknet.models.roi_batch import fill_batch
+from ctmasknet.registry import Variant
+
+
+class ModuleS(nn.Module):
+    """The paper's module S: (B, slots, 5) RoI batches -> (B, image_classes) logits."""
+
+    def __init__(self, slots: int, hidden: int, image_classes: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(5 * slots, hidden)
+        self.fc2 = nn.Linear(hidden, hidden)
+        self.logits = nn.Linear(hidden, image_classes)
+
+    def forward(self, batches: Tensor) -> Tensor:
+        return self.logits(F.relu(self.fc2(F.relu(self.fc1(batches.flatten(1))))))
+
+
+class COVIDCTMaskNet(nn.Module):
+    """Image classifier on top of a lesion detector without its mask head.
+
+    ``model(images, targets=None)``: `images` a list of (3, H, W) float tensors in 0..1, sizes may differ.
+
+    - Training mode: `targets` is a list of dicts with `image_label` (an int or an int64 scalar tensor). Returns
+      ``{"loss_image": ...}``, binary cross-entropy with logits on one-hot labels. The detector stays in evaluation
+      behaviour.
+    - Evaluation mode: returns per image a dict of logits (K,), probabilities (K,) = softmax(logits), and its
+      RoI batch: boxes (N, 4) in pixels of the input, scores (N,), labels (N,), deltas (N, 4).
+      N is the variant's `roi_batch`. A slice on which no region is valid has N = 0, and module S reads zeros.
+
+    Only module S and the scale and shift of every BatchNorm named ``bn*`` are trainable; all else, and every
+    BatchNorm statistic, stays as in the segmenter it came from.
+
+    Attributes:
+        variant: the registry's entry.
+        config: the settings it was built with.
+        metadata: what is known of its weights (metrics, ...); plain values.
+    """
+
+    def __init__(self, variant: Variant, config: ModelConfig) -> None:
+        super().__init__()
+        if variant.roi_batch is None or variant.hidden is None:
+            raise ValueError(f"{variant.name} is not a classifier")
+        self.transform = build_transform(config)
+        self.backbone = ResNetFPN(variant)
+        self.rpn = build_rpn(config, variant)
+        self.roi_heads = LesionRoIHeads(config, variant.levels, self.backbone.out_channels)
+        self.module_s = ModuleS(variant.roi_batch, variant.hidden, config.image_classes)
+        self.variant = variant
+        self.config = config
+        self.metadata: dict[str, Any] = {}
+        self._slots = variant.roi_batch
+        for module in (self.backbone, self.rpn, self.roi_heads):
+            freeze(module)
+        for name, parameter in self.backbone.body.named_parameters():
+            if "bn" in name:
+                parameter.requires_grad_(True)
+
+    def train(self, mode: bool = True) -> COVIDCTMaskNet:
+        """Training mode for module S alone; the detector never leaves evaluation behaviour."""
+        super().train(mode)
+        for module in (self.transform, self.backbone, self.rpn, self.roi_heads):
+            module.eval()
+        return self
+
+    def forward(self, images: list[Tensor], targets: list[dict[str, Any]] | None = None) -> Any:
+        if self.training and targets is None:
+            raise InputError("training needs targets: a list of dicts with image_label, one per image")
+        sizes = [(int(image.shape[-2]), int(image.shape[-1])) for image in images]
+        batch, _ = self.transform(list(images))
+        features = self.backbone(batch.tensors)
+        proposals, _ = self.rpn(batch, features)
+        regions = self.roi_heads.regions(features, proposals, batch.image_sizes)
+        filled = [fill_batch(r, self._slots, replicate=self.config.replicate, random=self.training) for r in regions]
+        logits = self.module_s(torch.stack([matrix for matrix, _ in filled]))
+        if self.training and targets is not None:
+            return {"loss_image": self._loss(logits, targets)}
+        results = [
+            {
+                "logits": row,
+                "probabilities": row.softmax(-1),
+                "boxes": r.boxes,
+                "scores": r.scores,
+                "labels": r.labels,
+                "deltas": r.deltas,
+            }
+            for row, (_, r) in zip(logits, filled, strict=True)
+        ]
+        return self.transform.postprocess(results, batch.image_sizes, sizes)
+
+    def _loss(self, logits: Tensor, targets: list[dict[str, Any]]) -> Tensor:
+        labels = torch.as_tensor([int(target["image_label"]) for target in targets], device=logits.device)
+        if labels.min() < 0 or labels.max() >= logits.shape[1]:
+            raise InputError(f"image_label {labels.tolist()}: must lie in 0..{logits.shape[1] - 1}")
+        return F.binary_cross_entropy_with_logits(logits, F.one_hot(labels, logits.shape[1]).to(logits))

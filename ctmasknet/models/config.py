@@ -1,0 +1,191 @@
+"""Every switch of a model in one frozen dataclass: torchvision's names where torchvision has one."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from ctmasknet.errors import ConfigError
+from ctmasknet.registry import Variant
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Plain values that, with a variant, determine a model. Defaults are the paper's evaluation settings.
+
+    Both tasks share the class, so that a segmenter's config also serves the classifier derived from it;
+    `mask_score` has no effect on classifiers, nor `image_classes` and `replicate` on segmenters.
+
+    Attributes:
+        num_classes: detector classes, background included (2: lesion; 3: GGO and consolidation apart).
+        image_classes: outputs of module S.
+        roi_score: how a RoI's class logits become scores; the paper tried ``"sigmoid"`` (section 3, item 1).
+        mask_score: ``"sigmoid"`` pastes probabilities into the image; ``"logit"`` pastes the raw mask logits, as
+            the released code does. Either way a pixel belongs to the mask above 0.5.
+        drop_empty: remove predictions whose clipped box has area 0 before NMS (section 3, item 2).
+        replicate: fill the classifier's RoI batch by repeating valid RoIs in rank order (section 3, item 2);
+            otherwise free slots are zeros.
+        anchor_sizes: side in pixels of the anchors of every FPN level, or one tuple per level.
+        anchor_ratios: height / width of the anchors of every FPN level, or one tuple per level.
+        min_size: the shorter image side is resized to this many pixels,
+        max_size: unless the longer one would exceed this.
+        image_mean, image_std: per channel, for inputs in 0..1.
+        rpn_*, box_*, bbox_reg_weights: as in `torchvision.models.detection.MaskRCNN`. A classifier feeds at most
+            `box_detections_per_img` distinct RoIs to module S.
+    """
+
+    num_classes: int = 2
+    image_classes: int = 3
+    roi_score: Literal["softmax", "sigmoid"] = "softmax"
+    mask_score: Literal["sigmoid", "logit"] = "sigmoid"
+    drop_empty: bool = True
+    replicate: bool = True
+    anchor_sizes: tuple[Any, ...] = (2, 4, 8, 16, 32)
+    anchor_ratios: tuple[Any, ...] = (0.1, 0.25, 0.5, 1.0, 1.5, 2.0)
+    min_size: int = 512
+    max_size: int = 1024
+    image_mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    image_std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    rpn_pre_nms_top_n_train: int = 1000
+    rpn_pre_nms_top_n_test: int = 1000
+    rpn_post_nms_top_n_train: int = 1000
+    rpn_post_nms_top_n_test: int = 1000
+    rpn_nms_thresh: float = 0.75
+    rpn_fg_iou_thresh: float = 0.7
+    rpn_bg_iou_thresh: float = 0.3
+    rpn_batch_size_per_image: int = 256
+    rpn_positive_fraction: float = 0.75
+    rpn_score_thresh: float = 0.0
+    box_score_thresh: float = 0.75
+    box_nms_thresh: float = 0.75
+    box_detections_per_img: int = 128
+    box_fg_iou_thresh: float = 0.75
+    box_bg_iou_thresh: float = 0.5
+    box_batch_size_per_image: int = 256
+    box_positive_fraction: float = 0.75
+    bbox_reg_weights: tuple[float, ...] = (10.0, 10.0, 5.0, 5.0)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
+        if self.num_classes < 2:
+            raise ConfigError(f"num_classes={self.num_classes}: counts the background, so at least 2")
+        if self.image_classes < 2:
+            raise ConfigError(f"image_classes={self.image_classes}: module S tells at least 2 classes apart")
+        if self.min_size > self.max_size:
+            raise ConfigError(f"min_size={self.min_size} exceeds max_size={self.max_size}")
+        for name, length in (("image_mean", 3), ("image_std", 3), ("bbox_reg_weights", 4)):
+            if len(getattr(self, name)) != length:
+                raise ConfigError(f"{name} takes {length} numbers, got {len(getattr(self, name))}")
+        if min(self.image_std) <= 0 or min(self.bbox_reg_weights) <= 0:
+            raise ConfigError("image_std and bbox_reg_weights must be above 0")
+
+    def anchors(self, levels: int) -> tuple[tuple[tuple[float, ...], ...], tuple[tuple[float, ...], ...]]:
+        """Sizes and ratios per FPN level. Level lists longer than `levels` are cut, as the released code's are."""
+        sizes = _per_level("anchor_sizes", self.anchor_sizes, levels)
+        ratios = _per_level("anchor_ratios", self.anchor_ratios, levels)
+        if len({len(s) * len(r) for s, r in zip(sizes, ratios, strict=True)}) != 1:
+            raise ConfigError("every FPN level needs the same number of anchors (sizes x ratios)")
+        return sizes, ratios
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; tuples become lists there."""
+        return asdict(self)
+
+
+_POSITIVE_INTS = {
+    "min_size",
+    "max_size",
+    "box_detections_per_img",
+    "rpn_batch_size_per_image",
+    "box_batch_size_per_image",
+    "rpn_pre_nms_top_n_train",
+    "rpn_pre_nms_top_n_test",
+    "rpn_post_nms_top_n_train",
+    "rpn_post_nms_top_n_test",
+}
+_FRACTIONS = {
+    "rpn_nms_thresh",
+    "rpn_fg_iou_thresh",
+    "rpn_bg_iou_thresh",
+    "rpn_positive_fraction",
+    "box_nms_thresh",
+    "box_fg_iou_thresh",
+    "box_bg_iou_thresh",
+    "box_positive_fraction",
+}
+_CHOICES = {"roi_score": ("softmax", "sigmoid"), "mask_score": ("sigmoid", "logit")}
+
+
+def model_config(variant: Variant, **overrides: Any) -> ModelConfig:
+    """The variant's default config with `overrides`.
+
+    A segmenter keeps detections above the paper's score 0.75; a classifier lets every RoI enter its batch
+    (score above -0.01) and reads as many as its module S has slots.
+
+    Raises:
+        ConfigError: an unknown option (the message suggests the nearest) or an impossible value.
+    """
+    known = [field.name for field in dataclasses.fields(ModelConfig)]
+    for name in overrides:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=2)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known options: {', '.join(known)}"
+            raise ConfigError(f"{variant.name}: unknown option {name!r}; {hint}")
+    defaults: dict[str, Any] = {}
+    if variant.roi_batch is not None:
+        defaults = {"box_score_thresh": -0.01, "box_detections_per_img": variant.roi_batch}
+    config = ModelConfig(**(defaults | overrides))
+    config.anchors(variant.levels)
+    return config
+
+
+def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
+    name, kind = field.name, str(field.type)
+    if name in _CHOICES:
+        if value not in _CHOICES[name]:
+            raise ConfigError(f"{name}={value!r}: use {' or '.join(map(repr, _CHOICES[name]))}")
+    elif kind == "bool":
+        if not isinstance(value, bool):
+            raise ConfigError(f"{name}={value!r}: use True or False")
+    elif kind == "int":
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError(f"{name}={value!r}: a whole number is needed")
+        if name in _POSITIVE_INTS and value < 1:
+            raise ConfigError(f"{name}={value}: must be at least 1")
+    elif kind == "float":
+        value = _number(name, value)
+        if name in _FRACTIONS and not 0 <= value <= 1:
+            raise ConfigError(f"{name}={value}: must lie in 0..1")
+    else:
+        value = _numbers(name, value, nested=name.startswith("anchor_"))
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ConfigError(f"{name}={value!r}: a finite number is needed")
+    return float(value)
+
+
+def _numbers(name: str, value: Any, *, nested: bool) -> tuple[Any, ...]:
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) == 0:
+        raise ConfigError(f"{name}={value!r}: a list of numbers is needed")
+    if nested and all(isinstance(level, Sequence) for level in value):
+        return tuple(_numbers(name, level, nested=False) for level in value)
+    numbers = tuple(_number(name, item) for item in value)
+    if name.startswith("anchor_") and min(numbers) <= 0:
+        raise ConfigError(f"{name}={value!r}: must be above 0")
+    return numbers
+
+
+def _per_level(name: str, value: tuple[Any, ...], levels: int) -> tuple[tuple[float, ...], ...]:
+    if not isinstance(value[0], tuple):
+        return (value,) * levels
+    if len(value) < levels:
+        raise ConfigError(f"{name} lists {len(value)} FPN levels, the model has {levels}")
+    return value[:levels]

@@ -1,0 +1,342 @@
+"""The picture of one prediction: the slice, its lesions, and a strip of text below. Pillow only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+from ctmasknet.errors import ConfigError
+from ctmasknet.results import Prediction, class_title
+
+RESEARCH_NOTE = "For research use only. Not a medical device, not for diagnosis."
+
+Colour = tuple[int, int, int]
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+CLASS_COLOURS: dict[str, Colour] = {
+    "lesion": (230, 159, 0),  # orange
+    "GGO": (86, 180, 233),  # sky blue
+    "consolidation": (213, 94, 0),  # vermillion
+}
+"""Colours by lesion class out of Okabe and Ito's palette, which colour-blind people tell apart."""
+
+_OTHER_COLOURS: tuple[Colour, ...] = ((0, 158, 115), (240, 228, 66), (204, 121, 167), (0, 114, 178))
+_FILL_ALPHA = 0.28  # ground glass stays visible under it
+_BOX_ALPHA = 0.75
+_BACKING_ALPHA = 0.72
+_SMALLEST_SIDE = 768  # a picture's longer side is enlarged to at least this
+_STRIP = (18, 18, 20)
+_TEXT = (240, 240, 240)
+_FAINT_TEXT = (160, 160, 165)
+_BAR = (230, 230, 230)  # neutral: colours belong to the lesions
+_FAINT_BAR = (112, 112, 118)
+_BAR_GROUND = (44, 44, 48)
+
+
+class _Rect(NamedTuple):
+    """Integer pixels of the picture, half-open."""
+
+    x1: int
+    y1: int
+    x2: int
+    y2: int
+
+    def overlaps(self, other: _Rect) -> bool:
+        return self.x1 < other.x2 and other.x1 < self.x2 and self.y1 < other.y2 and other.y1 < self.y2
+
+
+class _Label(NamedTuple):
+    """A score, and where it goes."""
+
+    rect: _Rect
+    text: str
+    colour: Colour
+
+
+class _Style(NamedTuple):
+    """Sizes in pixels of the picture that follow from the size of the slice on it."""
+
+    body: Font
+    label: Font
+    small: Font
+    row: int  # distance between lines of body text
+    fine_row: int  # the same for small text
+    pad: int
+    line: int
+
+
+def overlay(prediction: Prediction, *, scale: int | None = None) -> Image.Image:
+    """Draw lesions on the slice, and below it the summary and the class probabilities.
+
+    Masks are translucent with a crisp contour, boxes are outlined, scores stand on a dark backing beside
+    their box. Scores are placed in falling order where they cover neither each other nor, if possible, a
+    lesion; those left without room are counted in the strip. Without a segmenter the slice stays as it is;
+    without a classifier the strip has no probabilities.
+
+    Args:
+        prediction: what to draw.
+        scale: pixels of the picture per pixel of the slice, >= 1. Default: the smallest that makes the longer
+            side at least 768, so that text is legible; larger slices keep their size.
+
+    Returns:
+        RGB, H * scale plus the strip high, and W * scale wide (wider only if the text needs it; the slice is
+        then centred).
+
+    Raises:
+        ConfigError: `scale` is not a whole number >= 1.
+    """
+    height, width = prediction.image_size
+    if scale is None:
+        scale = -(-_SMALLEST_SIDE // max(height, width))
+    if not isinstance(scale, int) or scale < 1:
+        raise ConfigError(f"scale={scale!r}: must be a whole number of at least 1, or None")
+    grey = np.rint(np.clip(prediction.image, 0, 1) * 255).astype(np.uint8)
+    size = (width * scale, height * scale)
+    picture = Image.fromarray(grey).resize(size, Image.Resampling.BICUBIC).convert("RGB")
+    style = _style(size)
+
+    unlabelled = 0
+    if len(prediction.scores):
+        _draw_masks(picture, prediction, scale, style)
+        _draw_boxes(picture, prediction, scale, style)
+        labels = _place_labels(prediction, scale, style)
+        _draw_labels(picture, labels, style)
+        unlabelled = len(prediction.scores) - len(labels)
+    strip = _draw_strip(prediction, unlabelled, max(size[0], 26 * style.pad * 2), style)
+
+    canvas = Image.new("RGB", (strip.width, picture.height + strip.height), _STRIP)
+    canvas.paste(picture, ((strip.width - picture.width) // 2, 0))
+    canvas.paste(strip, (0, picture.height))
+    return canvas
+
+
+def _style(size: tuple[int, int]) -> _Style:
+    # The geometric mean: text fits long narrow pictures too, and grows with large ones.
+    side = (size[0] * size[1]) ** 0.5
+    body = max(17, round(side / 46))
+    label, small = max(13, round(0.75 * body)), max(12, round(0.65 * body))
+    return _Style(
+        body=ImageFont.load_default(size=body),
+        label=ImageFont.load_default(size=label),
+        small=ImageFont.load_default(size=small),
+        row=round(1.3 * body),
+        fine_row=round(1.35 * small),
+        pad=max(8, body // 2),
+        line=max(1, round(side / 640)),
+    )
+
+
+def _colour(prediction: Prediction, label: int) -> Colour:
+    name = prediction.class_name(label)
+    return CLASS_COLOURS.get(name, _OTHER_COLOURS[(label - 1) % len(_OTHER_COLOURS)])
+
+
+def _draw_masks(picture: Image.Image, prediction: Prediction, scale: int, style: _Style) -> None:
+    for label in np.unique(prediction.labels).tolist():
+        colour = _colour(prediction, label)
+        # One fill and one contour layer per class: where masks overlap the slice must not disappear.
+        fill = np.zeros((picture.height, picture.width), np.uint8)
+        contour = np.zeros_like(fill)
+        for mask in prediction.masks[prediction.labels == label]:
+            window = _window(mask)
+            if window is None:
+                continue
+            rows, columns = window
+            shape, edge = _enlarge(mask[rows, columns], scale, style.line)
+            at = (
+                slice(rows.start * scale, rows.stop * scale),
+                slice(columns.start * scale, columns.stop * scale),
+            )
+            fill[at][shape] = round(255 * _FILL_ALPHA)
+            contour[at][edge] = 255
+        picture.paste(colour, mask=Image.fromarray(fill))
+        picture.paste(colour, mask=Image.fromarray(contour))
+
+
+def _window(mask: npt.NDArray[np.bool_]) -> tuple[slice, slice] | None:
+    """Rows and columns of the mask with two pixels round it (the reach of the enlargement); None if empty."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        return None
+    return (
+        slice(max(int(rows[0]) - 2, 0), min(int(rows[-1]) + 3, mask.shape[0])),
+        slice(max(int(columns[0]) - 2, 0), min(int(columns[-1]) + 3, mask.shape[1])),
+    )
+
+
+def _enlarge(mask: npt.NDArray[np.bool_], scale: int, line: int) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """(h, w) bool -> two (h * scale, w * scale) bool: the shape and its inner contour."""
+    height, width = mask.shape
+    soft = Image.fromarray(mask.astype(np.uint8) * 255).resize(
+        (width * scale, height * scale), Image.Resampling.BILINEAR
+    )
+    shape = np.asarray(soft) >= 128
+    inside = shape
+    for _ in range(line):
+        # Outside the picture counts as inside, so that no contour runs along its border.
+        padded = np.pad(inside, 1, mode="edge")
+        inside = inside & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return shape, shape & ~inside
+
+
+def _scaled_box(prediction: Prediction, index: int, scale: int) -> _Rect:
+    height, width = (side * scale for side in prediction.image_size)
+    x1, y1, x2, y2 = (round(float(value) * scale) for value in prediction.boxes[index])
+    x1, y1 = min(max(x1, 0), width - 1), min(max(y1, 0), height - 1)
+    return _Rect(x1, y1, max(min(x2, width), x1 + 1), max(min(y2, height), y1 + 1))
+
+
+def _draw_boxes(picture: Image.Image, prediction: Prediction, scale: int, style: _Style) -> None:
+    for label in np.unique(prediction.labels).tolist():
+        layer = Image.new("L", picture.size, 0)
+        draw = ImageDraw.Draw(layer)
+        for index in np.flatnonzero(prediction.labels == label).tolist():
+            x1, y1, x2, y2 = _scaled_box(prediction, index, scale)
+            draw.rectangle((x1, y1, x2 - 1, y2 - 1), outline=round(255 * _BOX_ALPHA), width=(style.line + 1) // 2)
+        picture.paste(_colour(prediction, label), mask=layer)
+
+
+def _place_labels(prediction: Prediction, scale: int, style: _Style) -> list[_Label]:
+    """Scores that find room, best first; none of them overlaps another or leaves the slice."""
+    height, width = (side * scale for side in prediction.image_size)
+    lesion = prediction.lesion_mask
+    margin = max(3, style.pad // 3)
+    top, bottom = _extent(style.label)
+    labels: list[_Label] = []
+    for index in np.argsort(-prediction.scores, kind="stable").tolist():
+        label = int(prediction.labels[index])
+        text = f"{prediction.scores[index]:.2f}"
+        if len(prediction.class_names) > 2:
+            text = f"{class_title(prediction.class_name(label))} {text}"
+        w = round(style.label.getlength(text)) + 3 * margin
+        h = bottom - top + 2 * margin
+        if w > width or h > height:
+            continue
+        best: tuple[float, _Rect] | None = None
+        for rank, (x, y) in enumerate(_positions(_scaled_box(prediction, index, scale), w, h, style.line)):
+            x, y = min(max(x, 0), width - w), min(max(y, 0), height - h)
+            rect = _Rect(x, y, x + w, y + h)
+            if any(rect.overlaps(other.rect) for other in labels):
+                continue
+            hidden = lesion[y // scale : -(-rect.y2 // scale), x // scale : -(-rect.x2 // scale)]
+            cost = np.count_nonzero(hidden) / hidden.size + 0.04 * rank
+            if best is None or cost < best[0]:
+                best = (cost, rect)
+        if best is not None:
+            labels.append(_Label(best[1], text, _colour(prediction, label)))
+    return labels
+
+
+def _positions(box: _Rect, w: int, h: int, gap: int) -> Iterator[tuple[int, int]]:
+    """Upper left corners for a w x h label of a box: above and below it, beside it, further off, inside."""
+    step = h + gap
+    for away in range(3):
+        above, below = box.y1 - gap - h - away * step, box.y2 + gap + away * step
+        yield from ((x, y) for y in (above, below) for x in (box.x1, box.x2 - w))
+        beside = (box.x2 + gap, box.x1 - gap - w)
+        yield from ((x, y) for x in beside for y in (box.y1 + away * step, box.y2 - h - away * step))
+    yield from ((box.x1 + gap, y) for y in range(box.y1 + gap, box.y2 - h, step))
+
+
+def _draw_labels(picture: Image.Image, labels: list[_Label], style: _Style) -> None:
+    backing = Image.new("L", picture.size, 0)
+    draw = ImageDraw.Draw(backing)
+    for rect, _, _ in labels:
+        draw.rectangle((rect.x1, rect.y1, rect.x2 - 1, rect.y2 - 1), fill=round(255 * _BACKING_ALPHA))
+    picture.paste((0, 0, 0), mask=backing)
+    draw = ImageDraw.Draw(picture)
+    margin = max(3, style.pad // 3)
+    top, _ = _extent(style.label)
+    for rect, text, colour in labels:
+        draw.rectangle((rect.x1, rect.y1, rect.x1 + margin // 2, rect.y2 - 1), fill=colour)
+        draw.text((rect.x1 + 2 * margin, rect.y1 + margin - top), text, fill=(255, 255, 255), font=style.label)
+
+
+def _extent(font: Font) -> tuple[int, int]:
+    """Top of the capitals and digits, and bottom of the descenders, below the point text is drawn at."""
+    box = font.getbbox("Hg0")
+    return int(box[1]), int(box[3])
+
+
+def _draw_strip(prediction: Prediction, unlabelled: int, width: int, style: _Style) -> Image.Image:
+    """The text below the slice; as high as it needs."""
+    inner = width - 2 * style.pad
+    headline = _wrap(prediction.summary, style.body, inner)
+    notes = [*prediction.caveats, RESEARCH_NOTE]
+    if unlabelled:
+        notes.insert(0, f"{unlabelled} of {len(prediction.scores)} scores not shown for lack of room.")
+    small = [line for note in notes for line in _wrap(note, style.small, inner)]
+    legend = _legend(prediction)
+    rows = len(headline) + len(prediction.class_probabilities or {}) + bool(legend)
+    height = rows * style.row + len(small) * style.fine_row + 3 * style.pad
+    strip = Image.new("RGB", (width, height), _STRIP)
+    draw = ImageDraw.Draw(strip)
+
+    y = style.pad
+    for line in headline:
+        draw.text((style.pad, y + style.row // 2), line, fill=_TEXT, font=style.body, anchor="lm")
+        y += style.row
+    if legend:
+        x, middle, half = style.pad, y + style.row // 2, style.fine_row // 4
+        for name, colour in legend:
+            draw.rectangle((x, middle - half, x + 2 * half, middle + half), fill=colour)
+            draw.text((x + 4 * half, middle), name, fill=_TEXT, font=style.small, anchor="lm")
+            x += 4 * half + round(style.small.getlength(name)) + 2 * style.pad
+        y += style.row
+    y = _draw_probabilities(draw, prediction, y, width, style) + style.pad
+    for line in small:
+        draw.text((style.pad, y + style.fine_row // 2), line, fill=_FAINT_TEXT, font=style.small, anchor="lm")
+        y += style.fine_row
+    return strip
+
+
+def _draw_probabilities(draw: ImageDraw.ImageDraw, prediction: Prediction, y: int, width: int, style: _Style) -> int:
+    """One bar per class of the slice, the most probable one bright. Returns where the next line starts."""
+    probabilities = prediction.class_probabilities
+    if not probabilities:
+        return y
+    longest = max(style.small.getlength(class_title(name)) for name in probabilities)
+    left = min(style.pad * 2 + round(longest), width // 2)
+    right = width - style.pad * 2 - round(style.small.getlength("0.00"))
+    half = max(3, style.row // 6)
+    for name, probability in probabilities.items():
+        middle = y + style.row // 2
+        text, bar = (_TEXT, _BAR) if name == prediction.predicted_class else (_FAINT_TEXT, _FAINT_BAR)
+        title = _wrap(class_title(name), style.small, left - 2 * style.pad)[0]
+        draw.text((style.pad, middle), title, fill=text, font=style.small, anchor="lm")
+        draw.rectangle((left, middle - half, right, middle + half), fill=_BAR_GROUND)
+        filled = left + round((right - left) * min(max(probability, 0.0), 1.0))
+        if filled > left:
+            draw.rectangle((left, middle - half, filled, middle + half), fill=bar)
+        number = f"{probability:.2f}"
+        draw.text((width - style.pad, middle), number, fill=text, font=style.small, anchor="rm")
+        y += style.row
+    return y
+
+
+def _legend(prediction: Prediction) -> list[tuple[str, Colour]]:
+    """Names and colours of the lesion classes in the picture; none if there is only one to be told."""
+    if len(prediction.class_names) < 3:
+        return []
+    return [
+        (class_title(prediction.class_name(label)), _colour(prediction, label))
+        for label in np.unique(prediction.labels).tolist()
+    ]
+
+
+def _wrap(text: str, font: Font, width: float) -> list[str]:
+    """Break at spaces so that no line is wider than `width`; a single word that is gets cut short."""
+    lines: list[str] = []
+    for word in text.split():
+        joined = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(joined) <= width:
+            lines[-1] = joined
+            continue
+        while len(word) > 1 and font.getlength(word) > width:
+            word = word[:-2] + "…"
+        lines.append(word)
+    return lines or [""]

@@ -1,0 +1,233 @@
+"""From an image to a `Prediction`: one object that holds a segmenter and a classifier, and one function."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ctmasknet.data.readers import Slice, read_slice
+from ctmasknet.errors import ConfigError
+from ctmasknet.models.classification import COVIDCTMaskNet
+from ctmasknet.models.config import model_config
+from ctmasknet.models.segmentation import LesionMaskRCNN
+from ctmasknet.registry import (
+    DEFAULT_CLASSIFIER,
+    DEFAULT_SEGMENTER,
+    IMAGE_CLASSES,
+    LESION_CLASSES,
+    VARIANTS,
+    Task,
+    get_variant,
+)
+from ctmasknet.results import Prediction, RoIBatch
+from ctmasknet.zoo import Model, create_model, from_pretrained
+
+ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor | Slice
+Precision = Literal["auto", "float32", "bfloat16"]
+
+DEFAULT: Final = "default"
+"""The default segmenter and the default classifier, with the weights bundled in the package."""
+
+
+class Predictor:
+    """Segments lesions in chest CT slices and classifies the slices.
+
+    Args:
+        segmenter, classifier: the name of a variant (with its default weights), the path of a folder of weights, or
+            a model; None leaves that task out. `DEFAULT` takes the bundled ones.
+        device: ``"cpu"``, ``"cuda"``, ...; None takes a GPU if there is one. A model passed in is moved there.
+        batch_size: slices per forward in `batch`; None takes 1 on the CPU, where larger batches are not faster, and 8
+            elsewhere.
+        score_threshold: report lesions scored above this, in 0..1. None takes the operating point stored with
+            the weights; without one, the model's own setting (the paper's: 0.75).
+        precision: ``"bfloat16"`` runs backbone and FPN in bfloat16 (box arithmetic stays in float32); ``"auto"``
+            is ``"float32"``.
+
+    Raises:
+        ConfigError: unknown variant, device or precision; a model of the other task; a threshold outside 0..1.
+        WeightsError: weights missing or damaged.
+    """
+
+    def __init__(
+        self,
+        segmenter: str | os.PathLike[str] | Model | None = DEFAULT,
+        classifier: str | os.PathLike[str] | Model | None = DEFAULT,
+        *,
+        device: str | torch.device | None = None,
+        batch_size: int | None = None,
+        score_threshold: float | None = None,
+        precision: Precision = "auto",
+    ) -> None:
+        if segmenter is None and classifier is None:
+            raise ConfigError("nothing to predict: give a segmenter, a classifier, or both")
+        if score_threshold is not None and not 0 <= score_threshold <= 1:
+            raise ConfigError(f"score_threshold={score_threshold}: must lie in 0..1")
+        if precision not in ("auto", "float32", "bfloat16"):
+            raise ConfigError(f"precision={precision!r}: use 'auto', 'float32' or 'bfloat16'")
+        if batch_size is not None and batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size}: must be at least 1")
+        self.device = _device(device)
+        self.batch_size = batch_size or (1 if self.device.type == "cpu" else 8)
+        self.segmenter = self._model(segmenter, "segmentation")
+        self.classifier = self._model(classifier, "classification")
+        self.score_threshold: float | None = None
+        self._nms_threshold = 0.0
+        if self.segmenter is not None:
+            stored, self._nms_threshold = _operating_point(self.segmenter)
+            self.score_threshold = stored if score_threshold is None else float(score_threshold)
+        models = (self.segmenter, self.classifier)
+        self._caveats = tuple(m.metadata["caveat"] for m in models if m is not None and "caveat" in m.metadata)
+        self._autocast = torch.bfloat16 if precision == "bfloat16" else None
+
+    def __call__(self, image: ImageLike, *, units: str | None = None) -> Prediction:
+        """Predict one slice.
+
+        Args:
+            image: path of a PNG, JPEG, WebP, TIFF or single-slice DICOM file; a PIL image; an array or tensor, uint8
+                or float in 0..1, shaped (H, W), (H, W, C) or (C, H, W) with C of 1 or 3.
+            units: ``"hu"`` if the values are Hounsfield units, ``"range"`` to stretch the slice's own range.
+
+        Raises:
+            InputError: the image cannot be used; names the file and the fix.
+        """
+        return next(self.batch([image], units=units))
+
+    def batch(self, images: Iterable[ImageLike], *, units: str | None = None) -> Iterator[Prediction]:
+        """Predict many slices, in order, `batch_size` at a time; reads them as it goes.
+
+        Raises:
+            InputError: at the first image that cannot be used.
+        """
+        slices = (image if isinstance(image, Slice) else read_slice(image, units=units) for image in images)
+        while chunk := list(itertools.islice(slices, self.batch_size)):
+            yield from self._predict(chunk)
+
+    def _predict(self, slices: list[Slice]) -> list[Prediction]:
+        tensors = [torch.from_numpy(s.pixels).to(self.device).expand(3, -1, -1) for s in slices]
+        with torch.inference_mode(), ExitStack() as settings:
+            for model in (self.segmenter, self.classifier):
+                if model is not None:
+                    settings.enter_context(self._settings(model))
+            found: list[dict[str, Tensor] | None] = [None] * len(slices)
+            classified: list[dict[str, Tensor] | None] = [None] * len(slices)
+            if self.segmenter is not None:
+                found = self.segmenter(tensors)
+            if self.classifier is not None:
+                classified = self.classifier(tensors)
+            return [self._result(*item) for item in zip(slices, found, classified, strict=True)]
+
+    def _result(
+        self, source: Slice, found: dict[str, Tensor] | None, classified: dict[str, Tensor] | None
+    ) -> Prediction:
+        height, width = source.pixels.shape
+        names: tuple[str, ...] = ("background",)
+        if self.segmenter is not None:
+            names = class_names(self.segmenter)
+        lesions: dict[str, Any] = {
+            "boxes": np.zeros((0, 4), np.float32),
+            "scores": np.zeros(0, np.float32),
+            "labels": np.zeros(0, np.int64),
+            "masks": np.zeros((0, height, width), bool),
+        }
+        if found is not None:
+            lesions = {key: found[key].cpu().numpy() for key in ("boxes", "scores", "labels")}
+            lesions["masks"] = (found["masks"][:, 0] > 0.5).cpu().numpy()
+        probabilities, roi_batch = None, None
+        if classified is not None and self.classifier is not None:
+            values = classified["probabilities"].cpu().tolist()
+            probabilities = dict(zip(class_names(self.classifier), values, strict=True))
+            roi_batch = RoIBatch(*(classified[key].cpu().numpy() for key in ("boxes", "scores", "labels", "deltas")))
+        return Prediction(
+            image_size=(height, width),
+            **lesions,
+            class_probabilities=probabilities,
+            roi_batch=roi_batch,
+            class_names=names,
+            image=source.pixels,
+            source=source.source,
+            score_threshold=self.score_threshold,
+            has_segmentation=found is not None,
+            caveats=self._caveats,
+        )
+
+    def _model(self, given: str | os.PathLike[str] | Model | None, task: Task) -> Model | None:
+        if given is None:
+            return None
+        if isinstance(given, LesionMaskRCNN | COVIDCTMaskNet):
+            model = given.eval()
+        elif isinstance(given, str) and given == DEFAULT:
+            name = DEFAULT_SEGMENTER if task == "segmentation" else DEFAULT_CLASSIFIER
+            model = create_model(name, weights="default")
+        elif isinstance(given, str) and (given in VARIANTS or not Path(given).exists()):
+            get_variant(given)  # a name that is no path either: suggest the nearest variant
+            model = create_model(given, weights="default")
+        elif isinstance(given, str | os.PathLike):
+            model = from_pretrained(given)
+        else:
+            raise ConfigError(f"{given!r}: give the name of a variant, a folder of weights, or a model")
+        if model.variant.task != task:
+            slot = "segmenter" if task == "segmentation" else "classifier"
+            raise ConfigError(f"{model.variant.name} is for {model.variant.task}: it cannot be the {slot}")
+        return model.to(self.device)
+
+    @contextmanager
+    def _settings(self, model: Model) -> Iterator[None]:
+        """Thresholds and precision for one forward; a model passed in keeps its own afterwards."""
+        heads, backbone = model.roi_heads, model.backbone
+        before = heads.score_thresh, heads.nms_thresh, backbone.autocast_dtype
+        backbone.autocast_dtype = self._autocast
+        if model is self.segmenter:
+            heads.score_thresh, heads.nms_thresh = self.score_threshold, self._nms_threshold
+        try:
+            yield
+        finally:
+            heads.score_thresh, heads.nms_thresh, backbone.autocast_dtype = before
+
+
+def predict(image: ImageLike, *, units: str | None = None, **options: Any) -> Prediction:
+    """Predict one slice with a new `Predictor(**options)`; for many slices, keep a `Predictor`."""
+    return Predictor(**options)(image, units=units)
+
+
+def class_names(model: Model) -> tuple[str, ...]:
+    """Names of the detector's classes (background first), or of a classifier's image classes."""
+    stored = model.metadata.get("classes")
+    if model.variant.task == "segmentation":
+        count, known = model.config.num_classes, LESION_CLASSES.get(model.config.num_classes)
+    else:
+        count = model.config.image_classes
+        known = IMAGE_CLASSES if count == len(IMAGE_CLASSES) else None
+    if stored is not None and len(stored) == count:
+        return tuple(stored)
+    return known or tuple(f"class {index}" for index in range(count))
+
+
+def _operating_point(model: Model) -> tuple[float, float]:
+    """Score and NMS threshold: the weights' own, unless the model was built with others than the variant's defaults."""
+    config, default = model.config, model_config(model.variant)
+    own = config.box_score_thresh, config.box_nms_thresh
+    if own != (default.box_score_thresh, default.box_nms_thresh):
+        return own
+    stored = model.metadata.get("operating_point", {})
+    return stored.get("score_threshold", own[0]), stored.get("nms_threshold", own[1])
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device={device!r} cannot be used ({reason}). ctmasknet doctor lists them.") from None
+    return chosen

@@ -1,0 +1,1 @@
+"""Where weights come from and how they are read: safetensors files, and the author's released checkpoints."""

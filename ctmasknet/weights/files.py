@@ -1,0 +1,184 @@
+"""A folder of weights (`model.safetensors`, `config.json`, a card): written whole or not at all, read with checks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ctmasknet.errors import WeightsError
+from ctmasknet.registry import VARIANTS
+
+WEIGHTS_NAME, CONFIG_NAME, CARD_NAME = "model.safetensors", "config.json", "README.md"
+_FORMAT = 1
+_METADATA_TYPES: dict[str, type] = {
+    "classes": list,
+    "operating_point": dict,
+    "metrics": dict,
+    "training": dict,
+    "dataset": str,
+    "license": str,
+    "note": str,
+    "caveat": str,
+}
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """What a weights file says, before a model is built of it.
+
+    Attributes:
+        path: the safetensors file.
+        tensors: key -> tensor, floating-point ones in float32 however they are stored.
+        variant: name of the variant, None if no config.json lies beside the file.
+        config: the options the model was saved with; empty without a config.json.
+        metadata: operating point, metrics, data set, licence; plain values.
+    """
+
+    path: Path
+    tensors: dict[str, Tensor]
+    variant: str | None
+    config: dict[str, Any]
+    metadata: dict[str, Any]
+
+
+def write_weights(
+    folder: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    *,
+    variant: str,
+    config: Mapping[str, Any],
+    metadata: Mapping[str, Any] | None = None,
+    card: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write `model.safetensors`, `config.json` and, if given, the card `README.md` into `folder`.
+
+    Args:
+        tensors: the state dict; floating-point values are stored as `dtype`.
+        metadata: plain values under the keys classes, operating_point, metrics, training, dataset, license, note (for
+            the card) and caveat (one line, shown with every prediction).
+
+    Raises:
+        WeightsError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    stored = {
+        key: (t.to(dtype) if t.is_floating_point() else t).detach().cpu().contiguous() for key, t in tensors.items()
+    }
+    facts = {"library": "ctmasknet", "format": _FORMAT, "variant": variant, "config": dict(config)}
+    facts |= {"metadata": dict(metadata or {})}
+    text = json.dumps(facts, indent=2, allow_nan=False) + "\n"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _replace(folder / WEIGHTS_NAME, lambda path: save_file(stored, path, metadata={"format": "pt"}))
+        if card is not None:
+            _replace(folder / CARD_NAME, lambda path: path.write_text(card, encoding="utf-8"))
+        _replace(folder / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{folder}: weights cannot be written ({error}). Choose another folder.") from None
+    return folder
+
+
+def read_weights(path: str | os.PathLike[str]) -> StoredWeights:
+    """Read a safetensors file, or the one in a folder, with the `config.json` beside it.
+
+    Raises:
+        WeightsError: missing, damaged, not safetensors, or with a config.json that is not one of ours.
+    """
+    path = Path(path)
+    file = path / WEIGHTS_NAME if path.is_dir() else path
+    if not file.is_file():
+        missing = f"{path}: the folder holds no {WEIGHTS_NAME}" if path.is_dir() else f"{path}: no such file"
+        raise WeightsError(f"{missing}. Give a .safetensors file or a folder with {WEIGHTS_NAME}.")
+    _refuse_pickle(file)
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise WeightsError(f"{file}: not a readable safetensors file ({error}). Download or copy it again.") from None
+    tensors = {key: t.float() if t.is_floating_point() else t for key, t in tensors.items()}
+    facts = _read_config(file.with_name(CONFIG_NAME))
+    return StoredWeights(file, tensors, facts.get("variant"), facts.get("config", {}), facts.get("metadata", {}))
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        # mkstemp makes files private; weights are for sharing.
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _refuse_pickle(file: Path) -> None:
+    try:
+        with file.open("rb") as opened:
+            head = opened.read(4)
+    except OSError as error:
+        raise WeightsError(f"{file}: cannot be read ({error.strerror or error})") from None
+    if head[:1] == b"\x80" or head == b"PK\x03\x04":
+        raise WeightsError(
+            f"{file}: not safetensors but a pickle (torch.save), which could run code when loaded. An author's "
+            "released checkpoint loads with load_released(path) or converts with tools/convert_released.py."
+        )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path}: not readable JSON ({error})") from None
+    types = {"library": str, "format": int, "variant": str, "config": dict, "metadata": dict}
+    if not isinstance(facts, dict) or facts.get("library") != "ctmasknet":
+        raise WeightsError(f'{path}: not a config.json of this library (no "library": "ctmasknet")')
+    _check_types(path, facts, types)
+    if set(types) - set(facts):
+        raise WeightsError(f"{path}: lacks {', '.join(sorted(set(types) - set(facts)))}")
+    if facts["format"] != _FORMAT:
+        raise WeightsError(f"{path}: format {facts['format']}, this version reads {_FORMAT}: update ctmasknet")
+    if facts["variant"] not in VARIANTS:
+        raise WeightsError(f"{path}: unknown variant {facts['variant']!r}: update ctmasknet")
+    _check_types(path, facts["metadata"], _METADATA_TYPES)
+    _check_operating_point(path, facts["metadata"].get("operating_point", {}))
+    return facts
+
+
+def _check_types(path: Path, facts: dict[str, Any], types: Mapping[str, type]) -> None:
+    for key, value in facts.items():
+        if key not in types:
+            raise WeightsError(f"{path}: unknown field {key!r}")
+        if not isinstance(value, types[key]) or isinstance(value, bool):
+            raise WeightsError(f"{path}: field {key!r} must be a {types[key].__name__}")
+
+
+def _check_operating_point(path: Path, point: dict[str, Any]) -> None:
+    for key, value in point.items():
+        if key not in ("score_threshold", "nms_threshold"):
+            raise WeightsError(f"{path}: unknown field 'operating_point.{key}'")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise WeightsError(f"{path}: operating_point.{key} must be a number in 0..1")

@@ -1,0 +1,421 @@
+"""Detection metrics against the released code's figures, pycocotools, torchvision and numbers worked out by
+hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torchvision.ops import batched_nms, masks_to_boxes
+
+from ctmasknet.errors import ConfigError, DataError
+from ctmasknet.evaluation import (
+    CocoMetrics,
+    OperatingPointSearch,
+    SegmentationMetrics,
+    mask_iou,
+    released_average_precision,
+)
+
+GOLDEN = Path(__file__).parent / "data" / "released_ap.npz"
+GOLDEN_NAMES = ("gt_masks", "gt_labels", "pred_masks", "pred_labels", "scores")
+
+
+def strip(*spans: tuple[int, int], width: int = 100) -> np.ndarray:
+    """(N, 1, width) masks, each one run of pixels: IoUs one can count on one's fingers."""
+    masks = np.zeros((len(spans), 1, width), bool)
+    for mask, (start, stop) in zip(masks, spans, strict=True):
+        mask[0, start:stop] = True
+    return masks
+
+
+def ap(gt: np.ndarray, pred: np.ndarray, scores: list[float], iou: float = 0.5, **labels: list[int]) -> float:
+    gt_labels = np.array(labels.get("gt_labels", [1] * len(gt)))
+    pred_labels = np.array(labels.get("pred_labels", [1] * len(pred)))
+    return float(released_average_precision(gt, gt_labels, pred, pred_labels, np.array(scores), [iou])[0])
+
+
+def random_image(seed: int, instances: int, predictions: int, size: int = 64) -> dict[str, Any]:
+    """Blocky lesions and noisy copies of them, in the keyword arguments of `OperatingPointSearch.update`."""
+    rng = np.random.default_rng(seed)
+
+    def block(x: int, y: int, w: int, h: int) -> np.ndarray:
+        mask = np.zeros((size, size), bool)
+        mask[max(y, 0) : y + h, max(x, 0) : x + w] = True
+        return mask
+
+    def anywhere() -> np.ndarray:
+        return rng.integers([0, 0, 6, 6], [size - 16, size - 16, 16, 16])
+
+    corners = [anywhere() for _ in range(instances)]
+    labels = rng.integers(1, 3, instances)
+    source = rng.integers(0, instances, predictions) if instances else np.full(predictions, -1)
+    moved = [corners[i] + rng.integers(-3, 4, 4) if i >= 0 else anywhere() for i in source]
+    pred_labels = np.where(rng.random(predictions) < 0.8, labels[source] if instances else 1, 1)
+    pred = np.array([block(*c) for c in moved]).reshape(-1, size, size)
+    gt = np.array([block(*c) for c in corners]).reshape(-1, size, size)
+    return {
+        "gt_masks": gt,
+        "gt_labels": labels,
+        "boxes": boxes_of(pred),
+        "pred_masks": pred,
+        "pred_labels": pred_labels.astype(np.int64),
+        "scores": rng.uniform(0.051, 0.99, predictions).astype(np.float32),
+    }
+
+
+def boxes_of(masks: np.ndarray) -> np.ndarray:
+    boxes = masks_to_boxes(torch.from_numpy(masks)).numpy().astype(np.float32)
+    return boxes + np.array([0, 0, 1, 1], np.float32)
+
+
+def without_boxes(image: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in image.items() if key != "boxes"}
+
+
+# --- mask IoU ---
+
+
+def test_mask_iou_equals_pycocotools() -> None:
+    coco = pytest.importorskip("pycocotools.mask")
+    image = random_image(0, 7, 19)
+    a, b = image["pred_masks"], image["gt_masks"]
+
+    def encoded(masks: np.ndarray) -> list[dict[str, Any]]:
+        return [coco.encode(np.asfortranarray(mask.astype(np.uint8))) for mask in masks]
+
+    expected = coco.iou(encoded(a), encoded(b), [0] * len(b))
+    np.testing.assert_allclose(mask_iou(a, b), expected, rtol=0, atol=1e-12)
+
+
+def test_mask_iou_stays_exact_beyond_float32_integers() -> None:
+    side = 4200  # 17.6 million pixels, more than float32 can count
+    a = np.ones((1, side, side), bool)
+    b = a.copy()
+    b[0, 0, 0] = False
+    assert mask_iou(a, b)[0, 0] == (side * side - 1) / (side * side)
+
+
+def test_mask_iou_of_empty_masks_is_zero() -> None:
+    assert mask_iou(strip((5, 5), (0, 4)), strip((7, 7), (0, 4))).tolist() == [[0, 0], [0, 1]]
+
+
+# --- released protocol ---
+
+
+def golden_case(index: int) -> tuple[tuple[np.ndarray, ...], np.ndarray, np.ndarray]:
+    with np.load(GOLDEN) as data:
+        case = {name: data[f"{name}_{index}"] for name in GOLDEN_NAMES}
+        for name in ("gt_masks", "pred_masks"):
+            case[name] = np.unpackbits(case[name], axis=-1).astype(bool)
+        return tuple(case.values()), data["iou_thresholds"], data["ap"][index]
+
+
+@pytest.mark.parametrize("index", range(40))
+def test_released_ap_equals_the_released_code(index: int) -> None:
+    case, thresholds, expected = golden_case(index)
+    result = released_average_precision(*case, thresholds)
+    assert result.dtype == np.float64
+    np.testing.assert_allclose(result, expected, rtol=0, atol=1e-6)
+
+
+def test_released_ap_takes_tensors() -> None:
+    case, thresholds, expected = golden_case(9)
+    result = released_average_precision(*map(torch.from_numpy, case), thresholds)
+    np.testing.assert_allclose(result, expected, rtol=0, atol=1e-6)
+
+
+def test_released_ap_without_instances_or_predictions() -> None:
+    none, one = np.zeros((0, 1, 100), bool), strip((0, 10))
+    assert ap(none, none, []) == 1
+    assert ap(one, none, []) == 0
+    assert ap(none, one, [0.9]) == 0
+
+
+def test_released_ap_needs_the_same_class() -> None:
+    one = strip((0, 10))
+    assert ap(one, one, [0.9], gt_labels=[1], pred_labels=[2]) == 0
+    # The better match is of the other class; the worse one of the same class still counts.
+    assert ap(one, strip((0, 10), (0, 8)), [0.4, 0.9], gt_labels=[1], pred_labels=[2, 1]) == 1
+
+
+def test_released_ap_is_strict_about_the_threshold() -> None:
+    assert ap(strip((0, 10)), strip((0, 5)), [0.9], iou=0.5) == 0
+    assert ap(strip((0, 10)), strip((0, 6)), [0.9], iou=0.5) == 1
+    # 0.7 and 0.8999999999999999 as np.linspace may give them: rounding must not turn an equal into a hit.
+    assert ap(strip((0, 10)), strip((0, 9)), [0.9], iou=0.8999999999999999) == 0
+
+
+def test_released_ap_counts_a_prediction_that_serves_two_instances_once() -> None:
+    gt = strip((0, 10), (0, 9))
+    assert ap(gt, strip((0, 10)), [0.9]) == 0.5  # one correct prediction over two instances
+
+
+def test_released_ap_duplicates_are_wrong_predictions() -> None:
+    gt = strip((0, 10), (50, 60))
+    pred = strip((0, 9), (0, 10), (50, 60))
+    # Ranks: worse duplicate (wrong), better duplicate (correct), other lesion (correct): precision 0, 1/2,
+    # 2/3.
+    assert ap(gt, pred, [0.9, 0.8, 0.7]) == pytest.approx(2 / 3)
+
+
+def test_released_ap_breaks_ties_as_the_released_code() -> None:
+    gt = strip((0, 10))
+    twins = strip((0, 9), (0, 9))
+    assert ap(gt, twins, [0.9, 0.8]) == 0.5  # equal IoU: the lower-ranked twin is marked
+    assert ap(gt, twins, [0.8, 0.9]) == 0.5
+    pair = strip((0, 10), (70, 80))
+    assert ap(gt, pair, [0.9, 0.9]) == 0.5  # equal score: the later prediction ranks first
+    assert ap(gt, pair[::-1], [0.9, 0.9]) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pred_masks": np.zeros((2, 1, 32, 32), bool)}, "shape"),
+        ({"pred_masks": np.zeros((2, 32, 32), np.float32)}, "soft masks"),
+        ({"pred_masks": np.zeros((2, 16, 32), bool)}, "different image sizes"),
+        ({"pred_labels": np.array([1])}, "pred_labels"),
+        ({"gt_labels": np.array([0.5])}, "gt_labels"),
+        ({"scores": np.array([0.1])}, "scores"),
+        ({"scores": np.array([0.1, np.nan])}, "scores"),
+    ],
+)
+def test_ill_fitting_input_is_named(change: dict[str, np.ndarray], message: str) -> None:
+    good = {
+        "gt_masks": np.zeros((1, 32, 32), bool),
+        "gt_labels": np.array([1]),
+        "pred_masks": np.zeros((2, 32, 32), bool),
+        "pred_labels": np.array([1, 1]),
+        "scores": np.array([0.9, 0.8]),
+    }
+    with pytest.raises(DataError, match=message):
+        released_average_precision(**{**good, **change})
+
+
+# --- segmentation metrics ---
+
+
+def test_segmentation_metrics_equal_numbers_worked_out_by_hand() -> None:
+    metrics = SegmentationMetrics()
+    # Lesions of 10 and 20 px; the first found with IoU 0.8 and again with 0.6, the second with 0.5 only.
+    lesions, found = strip((0, 10), (50, 70)), strip((0, 8), (0, 6), (50, 60))
+    metrics.update(lesions, [1, 1], found, [1, 1, 1], [0.9, 0.8, 0.7])
+    # Nothing there, one false alarm of 6 px; and a clean slice.
+    metrics.update(strip(), np.zeros(0, int), strip((0, 6)), [1], [0.9])
+    metrics.update(strip(), np.zeros(0, int), strip(), np.zeros(0, int), np.zeros(0))
+    result = metrics.compute()
+    assert result["ap50"] == pytest.approx((0.5 + 0 + 1) / 3)
+    assert result["ap75"] == pytest.approx((0.5 + 0 + 1) / 3)
+    assert result["ap"] == pytest.approx((0.5 * 6 / 10 + 0 + 1) / 3)  # IoU 0.8 passes 0.5 … 0.75
+    assert result["dice_pooled"] == pytest.approx(2 * 18 / (30 + 18 + 6))
+    assert result["dice_mean"] == pytest.approx((2 * 18 / 48 + 0 + 1) / 3)
+    assert result["iou_pooled"] == pytest.approx(18 / (30 + 6))
+    assert result["lesion_sensitivity"] == 0.5
+    assert result["false_positives_per_slice"] == pytest.approx(2 / 3)
+    assert result["images"] == 3
+
+
+def test_segmentation_metrics_merge_to_the_same_figures_in_any_order() -> None:
+    images = [without_boxes(random_image(seed, seed % 4, 3 + seed)) for seed in range(9)]
+    whole, first, second = SegmentationMetrics(), SegmentationMetrics(), SegmentationMetrics()
+    for index, image in enumerate(images):
+        whole.update(**image, image_id=str(index))
+        (first, second)[index % 2].update(**image, image_id=str(index))
+    second.merge(json.loads(json.dumps(first.state_dict())))
+    assert second.compute() == whole.compute()
+
+
+def test_an_image_cannot_count_twice() -> None:
+    image = without_boxes(random_image(0, 2, 3))
+    metrics = SegmentationMetrics()
+    metrics.update(**image, image_id="a.png")
+    with pytest.raises(DataError, match=r"a\.png"):
+        metrics.update(**image, image_id="a.png")
+    with pytest.raises(DataError, match=r"a\.png"):
+        metrics.merge(metrics.state_dict())
+    metrics.update(**image)
+    metrics.update(**image)  # unnamed images are taken as they come
+
+
+def test_no_images_and_no_lesions() -> None:
+    with pytest.raises(DataError, match="empty"):
+        SegmentationMetrics().compute()
+    metrics = SegmentationMetrics()
+    metrics.update(torch.zeros(0, 8, 8), torch.zeros(0), torch.zeros(0, 8, 8), torch.zeros(0), torch.zeros(0))
+    result = metrics.compute()
+    assert result["lesion_sensitivity"] is None
+    assert result["dice_pooled"] == result["iou_pooled"] == result["ap"] == 1
+
+
+# --- COCO ---
+
+
+def coco_by_pycocotools(images: list[dict[str, Any]], iou_type: str) -> list[float]:
+    """AP, AP50, AP75 of pycocotools itself, fed dictionaries made here."""
+    mask_api = pytest.importorskip("pycocotools.mask")
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    def entries(
+        image_id: int, masks: np.ndarray, labels: np.ndarray, boxes: np.ndarray
+    ) -> list[dict[str, Any]]:
+        return [
+            {
+                "image_id": image_id,
+                "category_id": int(label),
+                "bbox": [float(box[0]), float(box[1]), float(box[2] - box[0]), float(box[3] - box[1])],
+                "segmentation": mask_api.encode(np.asfortranarray(mask.astype(np.uint8))),
+                "area": float(mask.sum()),
+                "iscrowd": 0,
+            }
+            for mask, label, box in zip(masks, labels, boxes, strict=True)
+        ]
+
+    truth, detections = [], []
+    for i, image in enumerate(images):
+        truth += entries(i, image["gt_masks"], image["gt_labels"], boxes_of(image["gt_masks"]))
+        found = entries(i, image["pred_masks"], image["pred_labels"], image["boxes"])
+        detections += [{**d, "score": float(s)} for d, s in zip(found, image["scores"], strict=True)]
+    coco = COCO()
+    coco.dataset = {
+        "info": {},
+        "images": [{"id": i, "height": 64, "width": 64} for i in range(len(images))],
+        "categories": [{"id": 1}, {"id": 2}],
+        "annotations": [{**t, "id": n} for n, t in enumerate(truth, start=1)],
+    }
+    coco.createIndex()
+    evaluation = COCOeval(coco, coco.loadRes(detections), iou_type)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return evaluation.stats[:3].tolist()
+
+
+def coco_update(metrics: CocoMetrics, image: dict[str, Any]) -> None:
+    metrics.update(gt_boxes=boxes_of(image["gt_masks"]), **image)
+
+
+@pytest.fixture
+def coco_images() -> list[dict[str, Any]]:
+    pytest.importorskip("torchmetrics")
+    pytest.importorskip("faster_coco_eval")
+    return [random_image(seed, seed % 5, 2 + seed) for seed in range(12)]
+
+
+def test_coco_metrics_equal_pycocotools(coco_images: list[dict[str, Any]]) -> None:
+    metrics = CocoMetrics()
+    for image in coco_images:
+        coco_update(metrics, image)
+    result = metrics.compute()
+    for kind, iou_type in (("box", "bbox"), ("mask", "segm")):
+        expected = coco_by_pycocotools(coco_images, iou_type)
+        assert 0.1 < expected[1] < 1
+        ours = [result[f"{kind}_{name}"] for name in ("ap", "ap50", "ap75")]
+        assert ours == pytest.approx(expected, abs=1e-6)
+
+
+def test_coco_metrics_merge_and_forget_what_was_computed_before(coco_images: list[dict[str, Any]]) -> None:
+    whole, first, second = CocoMetrics(), CocoMetrics(), CocoMetrics()
+    for index, image in enumerate(coco_images):
+        coco_update(whole, image)
+        coco_update((first, second)[index % 2], image)
+    before = first.compute()
+    first.merge(second.state_dict())
+    assert first.compute() == pytest.approx(whole.compute(), abs=1e-9)
+    assert first.compute() != before
+
+
+def test_coco_metrics_ignore_scores_up_to_the_threshold(coco_images: list[dict[str, Any]]) -> None:
+    image = random_image(1, 3, 3)
+    metrics = CocoMetrics()
+    coco_update(metrics, {**image, "scores": np.full(3, 0.05, np.float32)})
+    assert metrics.compute()["mask_ap50"] == 0
+
+
+def test_coco_metrics_without_lesions_are_not_available(coco_images: list[dict[str, Any]]) -> None:
+    metrics = CocoMetrics()
+    assert set(metrics.compute().values()) == {None}
+    coco_update(metrics, random_image(0, 0, 3))
+    coco_update(metrics, random_image(0, 0, 0))
+    assert set(metrics.compute().values()) == {None}
+
+
+# --- operating point ---
+
+
+def at_point(image: dict[str, Any], score_threshold: float, nms_threshold: float) -> dict[str, Any]:
+    """What a model at this operating point keeps: torchvision's order, score first, then NMS."""
+    keep = np.flatnonzero(image["scores"] > np.float32(score_threshold))
+    survivors = batched_nms(
+        *(torch.from_numpy(image[key][keep]) for key in ("boxes", "scores", "pred_labels")), nms_threshold
+    ).numpy()
+    chosen = keep[survivors]
+    kept = {key: image[key][chosen] for key in ("pred_masks", "pred_labels", "scores")}
+    return {"gt_masks": image["gt_masks"], "gt_labels": image["gt_labels"], **kept}
+
+
+def test_every_operating_point_has_the_figures_of_a_run_at_that_point() -> None:
+    images = [random_image(seed, seed % 4, 5 * (seed % 5)) for seed in range(10)]
+    search = OperatingPointSearch(score_thresholds=(0.1, 0.5, 0.8), nms_thresholds=(0.3, 0.75))
+    for image in images:
+        search.update(**image)
+    table = search.table()
+    assert len(table) == 6
+    for row in table:
+        reference = SegmentationMetrics()
+        for image in images:
+            reference.update(**at_point(image, row["score_threshold"], row["nms_threshold"]))
+        expected = reference.compute()
+        assert row["ap50"] == pytest.approx(expected["ap50"], abs=1e-12)
+        assert row["dice_pooled"] == pytest.approx(expected["dice_pooled"], abs=1e-12)
+        assert row["objective"] == pytest.approx(row["ap50"] + row["dice_pooled"])
+    assert search.best()["objective"] == max(row["objective"] for row in table)
+
+
+def test_the_best_operating_point_drops_the_false_alarm() -> None:
+    search = OperatingPointSearch()
+    boxes = np.float32([[0, 0, 10, 1], [0, 0, 9, 1], [50, 0, 90, 1]])
+    pred = strip((0, 10), (0, 9), (50, 90))
+    search.update(strip((0, 10)), [1], boxes, pred, [1, 1, 1], np.float32([0.72, 0.71, 0.48]))
+    best = search.best()
+    assert best["score_threshold"] == 0.7  # the highest of the equally good ones
+    assert best["objective"] == 2
+
+
+def test_operating_point_search_merges() -> None:
+    images = [random_image(seed, 1 + seed % 3, 8) for seed in range(6)]
+    whole, first, second = OperatingPointSearch(), OperatingPointSearch(), OperatingPointSearch()
+    for index, image in enumerate(images):
+        whole.update(**image)
+        (first, second)[index % 2].update(**image)
+    first.merge(json.loads(json.dumps(second.state_dict())))
+    for merged, direct in zip(first.table(), whole.table(), strict=True):
+        assert merged == pytest.approx(direct, abs=1e-12)
+    with pytest.raises(ConfigError, match="different thresholds"):
+        first.merge(OperatingPointSearch(nms_thresholds=(0.4,)).state_dict())
+
+
+def test_nms_after_nms_is_not_nms_at_the_lower_threshold() -> None:
+    """Three boxes in a row: why `OperatingPointSearch` is exact only for detections made without NMS."""
+    boxes = torch.tensor([[0.0, 0, 100, 1], [33, 0, 133, 1], [44, 0, 144, 1]])  # IoU 0.50, 0.80; 0.39 apart
+    scores, labels = torch.tensor([0.9, 0.8, 0.7]), torch.ones(3, dtype=torch.int64)
+    high = batched_nms(boxes, scores, labels, 0.75)
+    twice = high[batched_nms(boxes[high], scores[high], labels[high], 0.45)]
+    assert batched_nms(boxes, scores, labels, 0.45).tolist() == [0, 2]
+    assert twice.tolist() == [0]
+
+
+def test_bad_candidates_and_an_empty_validation_set() -> None:
+    with pytest.raises(ConfigError, match="nms_thresholds"):
+        OperatingPointSearch(nms_thresholds=())
+    with pytest.raises(ConfigError, match="score_thresholds"):
+        OperatingPointSearch(score_thresholds=(0.5, 75))
+    with pytest.raises(DataError, match="empty"):
+        OperatingPointSearch().best()
+    with pytest.raises(DataError, match="boxes"):
+        OperatingPointSearch().update(**{**random_image(0, 1, 3), "boxes": np.zeros((2, 4))})

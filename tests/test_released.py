@@ -1,0 +1,223 @@
+"""The author's checkpoints: read without executing anything, and reproducing the released code's outputs."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import golden
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from ctmasknet import WeightsError, create_model, load_released
+from ctmasknet.registry import VARIANTS
+
+TOOL = Path(__file__).parents[1] / "tools" / "convert_released.py"
+SEGMENTERS = [name for name in golden.VARIANTS if name.startswith("maskrcnn")]
+CLASSIFIERS = [name for name in golden.VARIANTS if name.startswith("ctmasknet")]
+
+
+def test_three_variants_of_each_task_were_recorded():
+    assert len(SEGMENTERS) == len(CLASSIFIERS) == 3
+
+
+@pytest.mark.parametrize("name", SEGMENTERS)
+def test_reproduces_the_released_segmenters(name, tmp_path):
+    expected = golden.outputs(name)
+    path = golden.checkpoint(tmp_path / "released.pth", name, seed=int(expected["seed"]))
+    image = golden.image(int(expected["seed"]))
+    for mask_score, area in (("sigmoid", "mask_area"), ("logit", "logit_area")):
+        model = load_released(path, box_score_thresh=0.05, box_nms_thresh=0.5, mask_score=mask_score)
+        with torch.inference_mode():
+            found = model([image])[0]
+        assert_close(found["scores"], torch.from_numpy(expected["scores"]), atol=1e-4, rtol=0)
+        assert_close(found["boxes"], torch.from_numpy(expected["boxes"]), atol=1e-2, rtol=0)
+        assert found["labels"].tolist() == expected["labels"].tolist()
+        areas = (found["masks"][:, 0] > 0.5).sum((1, 2)).numpy()
+        assert np.all(np.abs(areas - expected[area]) <= 0.005 * np.maximum(expected[area], 1))
+        if mask_score == "sigmoid":
+            packed = np.packbits(found["masks"][:8, 0].numpy() > 0.5, axis=-1)
+            assert np.count_nonzero(packed != expected["masks8"]) <= 8
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_reproduces_the_released_classifiers(name, tmp_path):
+    expected = golden.outputs(name)
+    path = golden.checkpoint(tmp_path / "released.pth", name, seed=int(expected["seed"]))
+    model = load_released(path)
+    with torch.inference_mode():
+        result = model([golden.image(int(expected["seed"]))])[0]
+    assert_close(result["logits"], torch.from_numpy(expected["logits"]), atol=1e-4, rtol=0)
+    assert_close(result["probabilities"], result["logits"].softmax(0))
+    assert len(result["scores"]) == VARIANTS[name].roi_batch
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_recognises_every_variant_from_keys_and_shapes(name, tmp_path):
+    path = golden.checkpoint(tmp_path / "released.pth", name)
+    model = load_released(path)
+    assert model.variant.name == name
+    assert sum(t.numel() for t in model.state_dict().values()) == VARIANTS[name].num_values
+    assert not model.training
+
+
+def test_reads_the_newer_serialization_too(tmp_path):
+    path = golden.checkpoint(tmp_path / "released.pth", "maskrcnn_resnet18_t2", legacy=False)
+    model = load_released(path)
+    stored = golden.weights("maskrcnn_resnet18_t2")
+    assert_close(model.state_dict()["rpn.head.cls_logits.weight"], stored["rpn.head.cls_logits.weight"])
+
+
+def test_torch_itself_refuses_what_we_write_in_these_tests(tmp_path):
+    path = golden.checkpoint(tmp_path / "released.pth", "maskrcnn_resnet18_t2")
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("module", ["models.mask_net.rpn_segmentation", "models.mask_net.rpn"])
+def test_takes_the_anchors_from_the_file(module, tmp_path):
+    sizes, ratios = ((4, 8, 16, 32, 64),) * 5, ((0.2, 0.4, 0.6, 1.0, 1.5, 2.5),) * 5
+    generator = golden.anchor_generator(module, sizes, ratios)
+    path = golden.checkpoint(tmp_path / "released.pth", "maskrcnn_resnet18_t2", anchor_generator=generator)
+    model = load_released(path)
+    assert model.rpn.anchor_generator.sizes == ((4, 8, 16, 32, 64),)
+    assert model.rpn.anchor_generator.aspect_ratios == ((0.2, 0.4, 0.6, 1.0, 1.5, 2.5),)
+
+
+def test_a_file_of_separate_lesion_classes_keeps_them(tmp_path):
+    weights = golden.weights("maskrcnn_resnet18_t2")
+    for key, tensor in list(weights.items()):
+        rows = {"cls_score": 3, "mask_fcn_logits": 3, "bbox_pred": 12}.get(key.split(".")[-2])
+        if rows and key.startswith("roi_heads"):
+            weights[key] = torch.zeros(rows, *tensor.shape[1:])
+    path = golden.checkpoint(tmp_path / "released.pth", "maskrcnn_resnet18_t2", model_weights=weights)
+    assert load_released(path).config.num_classes == 3
+
+
+class Payload:
+    """Runs code when unpickled by an unrestricted loader."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return (Path.touch, (self.target,))
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("place", ["epoch", "anchor_generator", "extra"])
+def test_refuses_anything_else_in_the_pickle_and_runs_none_of_it(place, legacy, tmp_path):
+    target = tmp_path / "executed"
+    path = golden.checkpoint(
+        tmp_path / "evil.pth", "maskrcnn_resnet18_t2", legacy=legacy, **{place: Payload(target)}
+    )
+    with pytest.raises(WeightsError, match=r"evil\.pth: refused"):
+        load_released(path)
+    assert not target.exists()
+
+
+def test_the_payload_of_these_tests_would_really_run(tmp_path):
+    target = tmp_path / "executed"
+    pickle.loads(pickle.dumps(Payload(target)))
+    assert target.exists()
+
+
+@pytest.mark.parametrize("name", ["models.mask_net.rpn_segmentation.Other", "torch.nn.modules.linear.Linear"])
+def test_refuses_classes_outside_the_allow_list(name, tmp_path):
+    module, attribute = name.rsplit(".", 1)
+    if module.startswith("torch"):
+        extra = torch.nn.Linear(2, 2)
+    else:
+        golden.anchor_generator(module)
+        kind = type(attribute, (), {"__module__": module})
+        setattr(sys.modules[module], attribute, kind)
+        extra = kind()
+    with pytest.raises(WeightsError, match=f"asks for {module}.{attribute}"):
+        load_released(golden.checkpoint(tmp_path / "x.pth", "maskrcnn_resnet18_t2", extra=extra))
+
+
+def test_names_the_variant_it_holds_when_another_was_asked_for(tmp_path):
+    path = golden.checkpoint(tmp_path / "released.pth", "maskrcnn_resnet18_t2")
+    with pytest.raises(WeightsError, match="holds maskrcnn_resnet18_t2, not maskrcnn_resnet18_t1"):
+        load_released(path, "maskrcnn_resnet18_t1")
+
+
+@pytest.mark.parametrize("keep", [0, 10, 100, 5000, 0.3, 0.999])
+@pytest.mark.parametrize("legacy", [True, False])
+def test_truncated_files_are_refused(keep, legacy, tmp_path):
+    path = golden.checkpoint(tmp_path / "released.pth", "maskrcnn_resnet18_t2", legacy=legacy)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(keep * len(whole)) if isinstance(keep, float) else keep])
+    with pytest.raises(WeightsError, match=r"released\.pth"):
+        load_released(path)
+
+
+def test_damaged_bytes_never_escape_as_another_exception(tmp_path):
+    path = golden.checkpoint(tmp_path / "released.pth", "maskrcnn_resnet18_t2")
+    whole = bytearray(path.read_bytes())
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        damaged = bytearray(whole)
+        for position in rng.integers(0, 13_000, 4):  # the pickles; the values follow
+            damaged[position] = rng.integers(256)
+        path.write_bytes(damaged)
+        try:
+            load_released(path)
+        except WeightsError as error:
+            assert "released.pth" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], "no 'model_weights'"),
+        ({"model_weights": {"a": 1}}, "no 'model_weights'"),
+        ({"model_weights": {"a.weight": torch.zeros(2)}}, "none of the 14 variants"),
+    ],
+)
+def test_other_contents_are_refused(content, message, tmp_path):
+    with pytest.raises(WeightsError, match=message):
+        load_released(golden.save_released(tmp_path / "x.pth", content))
+
+
+def test_wrong_shapes_are_refused(tmp_path):
+    weights = golden.weights("maskrcnn_resnet18_t2")
+    weights["roi_heads.box_head.fc6.weight"] = torch.zeros(128, 7)
+    path = golden.checkpoint(tmp_path / "x.pth", "maskrcnn_resnet18_t2", model_weights=weights)
+    with pytest.raises(WeightsError, match=r"1 of another shape \(first: roi_heads\.box_head\.fc6\.weight\)"):
+        load_released(path)
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path):
+    with pytest.raises(WeightsError, match="no such file"):
+        load_released(tmp_path / "nowhere.pth")
+    with pytest.raises(WeightsError, match="cannot be read"):
+        load_released(tmp_path)
+
+
+def test_the_converter_writes_what_create_model_loads(tmp_path):
+    path = golden.checkpoint(tmp_path / "released.pth", "ctmasknet_resnet18_t2")
+    outdir = tmp_path / "out"
+    done = subprocess.run([sys.executable, TOOL, path, outdir], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((outdir / "config.json").read_text())["variant"] == "ctmasknet_resnet18_t2"
+    direct, converted = load_released(path), create_model("ctmasknet_resnet18_t2", weights=outdir)
+    for key, tensor in direct.state_dict().items():
+        assert torch.equal(tensor, converted.state_dict()[key]), key
+    assert converted.config == direct.config
+
+
+def test_the_converter_reports_a_bad_file_in_one_line(tmp_path):
+    bad = tmp_path / "bad.pth"
+    bad.write_text("not a checkpoint")
+    command = [sys.executable, TOOL, bad, tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "bad.pth" in done.stderr
+    assert not (tmp_path / "out").exists()

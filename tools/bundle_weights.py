@@ -1,0 +1,64 @@
+"""Put folders of weights into the package and list them in its manifest; the last named of a variant is its default.
+
+python tools/bundle_weights.py --tag provisional FOLDER [FOLDER ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from ctmasknet import CTMaskNetError
+from ctmasknet.errors import WeightsError
+from ctmasknet.weights.files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, read_weights, sha256_of
+
+PACKAGE = Path(__file__).parents[1] / "ctmasknet" / "weights"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, help="folders with model.safetensors and config.json")
+    parser.add_argument("--tag", required=True, help="which training the weights come from")
+    options = parser.parse_args(arguments)
+    manifest = PACKAGE / "manifest.json"
+    entries: list[dict[str, Any]] = json.loads(manifest.read_text())["weights"] if manifest.exists() else []
+    try:
+        for folder in options.folders:
+            entry = bundle(folder, options.tag)
+            entries = [entry] + [e for e in entries if e["variant"] != entry["variant"]]
+    except CTMaskNetError as error:
+        print(f"bundle_weights: {error}", file=sys.stderr)
+        return 2
+    manifest.write_text(json.dumps({"weights": entries}, indent=2) + "\n")
+    return 0
+
+
+def bundle(folder: Path, tag: str) -> dict[str, Any]:
+    """Copy a folder into the package; its manifest entry."""
+    stored = read_weights(folder)
+    missing = [key for key in ("classes", "metrics", "license") if not stored.metadata.get(key)]
+    if stored.variant is None or missing:
+        raise WeightsError(f"{folder}: config.json must state the variant and {', '.join(missing)}")
+    target = PACKAGE / "bundled" / stored.variant
+    target.mkdir(parents=True, exist_ok=True)
+    for name in (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME):
+        shutil.copyfile(folder / name, target / name)
+    file = target / WEIGHTS_NAME
+    return {
+        "variant": stored.variant,
+        "tag": tag,
+        "file": file.relative_to(PACKAGE).as_posix(),
+        "sha256": sha256_of(file),
+        "bytes": file.stat().st_size,
+        "classes": stored.metadata["classes"],
+        "metrics": stored.metadata["metrics"],
+        "license": stored.metadata["license"],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
