@@ -52,7 +52,7 @@ def test_the_body_is_torchvisions_resnet_cut_at_the_stage(name):
     variant = VARIANTS[name]
     ours = ResNetFPN(variant).body.state_dict()
     theirs = getattr(torchvision.models, variant.backbone)().state_dict()
-    cut = tuple(f"layer{stage}." for stage in range(variant.stages + 1, 5)) + ("fc.",)
+    cut = (*tuple(f"layer{stage}." for stage in range(variant.stages + 1, 5)), "fc.")
     expected = {key: t.shape for key, t in theirs.items() if not key.startswith(cut)}
     assert {key: t.shape for key, t in ours.items()} == expected
 

@@ -47,7 +47,7 @@ def test_the_result_cannot_be_reassigned() -> None:
         made().hu = np.zeros((1, 1), np.int16)  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("lesions", range(9))
 def test_places_exactly_the_lesions_asked_for_as_separate_components(seed: int, lesions: int) -> None:
     ndimage = pytest.importorskip("scipy.ndimage")
@@ -105,7 +105,7 @@ def test_tissues_have_their_attenuation(seed: int) -> None:
             assert -700 < median_hu(one, mask) < -400
             assert median_hu(one, mask) > lung + 150
         else:
-            assert -160 < median_hu(one, mask) < 50
+            assert -110 < median_hu(one, mask) < 50
     assert np.median(one.hu[:20]) < -1000  # air above the patient
     assert one.hu.min() >= -1024
     soft = (one.hu > -20) & (one.hu < 120) & ~one.lungs

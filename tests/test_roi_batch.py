@@ -37,7 +37,9 @@ def test_the_papers_example_is_a_possible_draw_of_training():
 
 
 @pytest.mark.parametrize("random", [False, True])
-@pytest.mark.parametrize(("valid", "slots"), [(1, 1), (1, 128), (5, 128), (64, 128), (100, 128), (127, 128), (128, 128)])
+@pytest.mark.parametrize(
+    ("valid", "slots"), [(1, 1), (1, 128), (5, 128), (64, 128), (100, 128), (127, 128), (128, 128)]
+)
 def test_every_rank_stands_at_least_once_and_all_slots_are_full(valid, slots, random):
     counts = replication_counts(valid, slots, random=random)
     assert counts.shape == (valid,)

@@ -1,8 +1,9 @@
 """A synthetic axial chest CT slice with ground-glass and consolidation lesions and their exact masks.
 
-`phantom` stands in for patient data in demonstrations, documentation and tests: nothing in it is measured on a
-patient. Anatomy is drawn in millimetres, in Hounsfield units (HU), as signed distances (negative inside), so that
-a seed shows the same body at every size. numpy only.
+`phantom` stands in for patient data in demonstrations, documentation and tests. No part of it is taken from a
+patient's picture; only its grey levels were set by the statistics of clinical slices. Anatomy is drawn in
+millimetres, in Hounsfield units (HU), as signed distances (negative inside), so that a seed shows the same body
+at every size. numpy only.
 
 The lesions follow the usual description of COVID-19 on CT: multifocal, mostly peripheral and posterior; ground
 glass is hazy and lets the vessels through, consolidation hides them.
@@ -27,7 +28,7 @@ FIELD_OF_VIEW = 380.0  # mm across the square image
 MAX_LESIONS = 8
 MIN_SIZE = 128
 MIN_LESION_AREA = 240.0  # mm²; 435 px at size 512, still more than 100 px at 256
-STREAM = 7  # which set of slices the seeds stand for
+STREAM = 7  # which set of slices the seeds stand for; in this one seed 0 makes a clear picture
 LESION_GAP = 4.0  # mm kept free between two lesions, and never less than 2 px
 
 # Typical attenuation in HU.
@@ -77,8 +78,9 @@ class Phantom:
 def phantom(seed: int = 0, *, lesions: int = 4, size: int = 512) -> Phantom:
     """Draw the synthetic chest slice of a seed.
 
-    Seed and size fix every pixel; the same seed with another number of lesions shows the same body. From two
-    lesions on, both classes occur; about one lesion in three is a consolidation.
+    Seed and size fix every pixel (another numpy version may round a few of them to the next HU). The same seed with
+    another number of lesions shows the same body. From two lesions on, both classes occur; about one lesion in
+    three is a consolidation.
 
     Args:
         seed: which slice, >= 0.

@@ -108,6 +108,13 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted(found, reverse=True)
 
 
+def remove_unfinished(run: Path) -> None:
+    """Delete what a killed process left of a checkpoint that it was writing."""
+    folder = run / FOLDER
+    for path in folder.glob(".unfinished-*") if folder.is_dir() else ():
+        path.unlink(missing_ok=True)
+
+
 def checkpoints_from(path: Path) -> list[Path]:
     """What a `resume` path stands for, newest first: a run folder's checkpoints, or a file and those before it.
 
@@ -149,5 +156,5 @@ def _crc32(tensors: Mapping[str, Tensor]) -> int:
     value = 0
     for key in sorted(tensors):
         value = zlib.crc32(key.encode(), value)
-        value = zlib.crc32(tensors[key].reshape(-1).view(torch.uint8).numpy(), value)
+        value = zlib.crc32(tensors[key].reshape(-1).view(torch.uint8).numpy().data, value)
     return value

@@ -130,7 +130,8 @@ class TrainConfig:
         seed: fixes order, augmentation and sampling.
         device: ``"auto"`` (a GPU if there is one), ``"cpu"`` or ``"cuda"``.
         workers: processes that read and augment slices; 0 does it in the training process.
-        cache: keep decoded slices in ``"ram"``, on the ``"device"``, or ``"none"``.
+        cache: where decoded slices are kept: ``"ram"``, ``"device"``, ``"none"``, or ``"auto"``: on a GPU that holds
+            them in a quarter of its free memory, else in RAM.
         cache_gb: limit of the cache in RAM, GB per process.
         channels_last: memory layout of the body's tensors.
         compile: `torch.compile` body and FPN.
@@ -146,7 +147,8 @@ class TrainConfig:
         max_bad_steps: stop after this many steps in a row whose loss or gradient is NaN or infinite.
         tensorboard: write TensorBoard scalars and overlays to `out/tensorboard`.
         progress: show a progress bar.
-        dataset, license, note: for the weights' metadata: what they were trained on, and their terms.
+        dataset, license, note, caveat: for the weights' metadata and card: what they were trained on, their terms, what
+            to say of them, and a line to show with every prediction.
     """
 
     model: str
@@ -182,7 +184,7 @@ class TrainConfig:
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     workers: int = 0
-    cache: Literal["ram", "device", "none"] = "ram"
+    cache: Literal["auto", "ram", "device", "none"] = "auto"
     cache_gb: float = 4.0
     channels_last: bool = True
     compile: bool = False
@@ -201,6 +203,7 @@ class TrainConfig:
     dataset: str | None = None
     license: str | None = None
     note: str | None = None
+    caveat: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("data", "val", "out", "weights", "list_file", "val_list_file", "resume"):
@@ -319,6 +322,8 @@ def _check_ranges(config: TrainConfig) -> None:
         raise ConfigError(f"cache_rois is for classifiers; {config.model} is a segmenter")
     if config.weights_backbone and config.weights is not None:
         raise ConfigError("give weights or weights_backbone, not both: weights bring a body")
+    if config.cache == "device" and config.workers:
+        raise ConfigError('cache="device" needs workers=0: worker processes cannot share what is on a GPU')
     if config.resume is True:
         raise ConfigError('resume=True: use "auto", False, or the path of a checkpoint')
 

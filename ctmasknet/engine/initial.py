@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import timm
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from ctmasknet.engine.config import TrainConfig
 from ctmasknet.errors import WeightsError
 from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN
-from ctmasknet.registry import get_variant
+from ctmasknet.registry import Variant, get_variant
 from ctmasknet.weights.hub import load_stored
 from ctmasknet.zoo import create_model, load_released
 
@@ -23,6 +24,11 @@ Model = LesionMaskRCNN | COVIDCTMaskNet
 
 _MODULE_S = "module_s."
 _NOT_IN_CLASSIFIERS = ("roi_heads.mask_head.", "roi_heads.mask_predictor.")
+_SHARED = (
+    "num_classes", "anchor_sizes", "anchor_ratios", "image_mean", "image_std", "min_size", "max_size", "roi_score",
+    "bbox_reg_weights",
+)  # fmt: skip
+"""Options that a classifier takes over from its segmenter, or a variant from another."""
 
 
 def initial_model(config: TrainConfig, class_names: tuple[str, ...]) -> Model:
@@ -39,19 +45,11 @@ def initial_model(config: TrainConfig, class_names: tuple[str, ...]) -> Model:
             _load_imagenet(model)
         return model
     variant = get_variant(config.model)
-    source = Path(config.weights)
-    if source.suffix == ".pth":
-        donor = load_released(source)
-        tensors, holder, stored = donor.state_dict(), donor.variant.name, donor.config.to_dict()
-    else:
-        found = load_stored(config.weights, variant if config.weights == "default" else None)
-        tensors, holder, stored = found.tensors, found.variant, found.config
-    # Anchors and normalisation belong to the weights; thresholds and numbers of classes are this run's.
-    kept = ("anchor_sizes", "anchor_ratios", "image_mean", "image_std", "roi_score", "bbox_reg_weights")
-    if config.task == "classification":
-        kept += ("num_classes",)
-    options = {key: stored[key] for key in kept if key in stored} | options
-    model = create_model(config.model, **options)
+    tensors, holder, stored = _donor(config.weights, variant)
+    if holder != variant.name:
+        # Another variant's thresholds and RoI counts are not this one's.
+        stored = {key: stored[key] for key in _SHARED if key in stored}
+    model = create_model(config.model, **{**stored, **options})
     from_segmenter = config.task == "classification" and holder == variant.segmenter
     new, changed = _copy(model, tensors)
     heads = ("cls_score.", "bbox_pred.", "mask_fcn_logits.", f"{_MODULE_S}logits.")
@@ -82,6 +80,15 @@ def initial_model(config: TrainConfig, class_names: tuple[str, ...]) -> Model:
             ", ".join(f"{name} ({count})" for name, count in sorted(groups.items())),
         )
     return model
+
+
+def _donor(weights: str, variant: Variant) -> tuple[Mapping[str, Tensor], str | None, dict[str, Any]]:
+    """Tensors, variant and options of what `weights` names."""
+    if Path(weights).suffix == ".pth":
+        model = load_released(weights)
+        return model.state_dict(), model.variant.name, model.config.to_dict()
+    stored = load_stored(weights, variant if weights == "default" else None)
+    return stored.tensors, stored.variant, dict(stored.config)
 
 
 def _copy(model: Model, tensors: Mapping[str, Tensor]) -> tuple[set[str], set[str]]:

@@ -5,20 +5,20 @@ from __future__ import annotations
 import csv
 import json
 import platform
-import resource
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import ctmasknet
 from ctmasknet.errors import CTMaskNetError
 from ctmasknet.extras import import_extra
 
-_PACKAGES = ("ctmasknet", "torch", "torchvision", "timm", "accelerate", "numpy")
+_PACKAGES = ("torch", "torchvision", "timm", "accelerate", "numpy")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -82,7 +82,7 @@ def plot_curves(path: Path, history: list[dict[str, Any]]) -> None:
 
 def versions() -> dict[str, str]:
     """Versions of what a run's result depends on."""
-    found = {"python": sys.version.split()[0], "platform": platform.platform()}
+    found = {"ctmasknet": ctmasknet.__version__, "python": sys.version.split()[0], "platform": platform.platform()}
     for package in _PACKAGES:
         try:
             found[package] = version(package)
@@ -91,10 +91,19 @@ def versions() -> dict[str, str]:
     return found
 
 
+def device_name(device: torch.device) -> str:
+    """What a run computed on, for people."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
 def peak_memory(device: torch.device) -> float:
     """Largest memory used so far, GB: of the GPU, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return float("nan")
     # Linux counts in KiB, macOS in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
@@ -118,10 +127,11 @@ class TensorBoard:
                 if isinstance(value, int | float):
                     self._writer.add_scalar(key, value, step)
 
-    def picture(self, name: str, make: Callable[[], Any], step: int) -> None:
-        """An (H, W, 3) uint8 array, made only if it is wanted."""
+    def pictures(self, name: str, make: Callable[[], Sequence[Any]], step: int) -> None:
+        """(H, W, 3) uint8 arrays, made only if they are wanted."""
         if self._writer is not None:
-            self._writer.add_image(name, make(), step, dataformats="HWC")
+            for number, picture in enumerate(make()):
+                self._writer.add_image(f"{name}/{number}", picture, step, dataformats="HWC")
 
     def close(self) -> None:
         """Write what is buffered."""

@@ -20,6 +20,7 @@ from ctmasknet.engine.checkpoint import (
     list_checkpoints,
     newest_readable,
     pack_optimizer,
+    remove_unfinished,
     unpack_optimizer,
     write_checkpoint,
 )
@@ -27,6 +28,7 @@ from ctmasknet.engine.config import TrainConfig
 from ctmasknet.engine.optimization import build_average, build_optimizer, learning_rate
 from ctmasknet.engine.record import (
     TensorBoard,
+    device_name,
     peak_memory,
     plot_curves,
     versions,
@@ -36,6 +38,7 @@ from ctmasknet.engine.record import (
 from ctmasknet.engine.samples import Batch, EpochBatches
 from ctmasknet.engine.setup import Setup
 from ctmasknet.errors import ConfigError, CTMaskNetError
+from ctmasknet.weights.card import model_card
 from ctmasknet.weights.files import read_weights, write_weights
 
 log = logging.getLogger(__name__)
@@ -130,6 +133,8 @@ class Run:
             ConfigError, WeightsError: there is something else than `resume` expects.
             CTMaskNetError: the folder cannot be written, or has too little space.
         """
+        if self.writes:
+            remove_unfinished(self.out)
         resume, own = self.config.resume, list_checkpoints(self.out)
         if resume is False and own:
             raise ConfigError(f'{self.out}: holds a run; continue it with resume="auto", or choose another folder')
@@ -157,13 +162,10 @@ class Run:
                     f"{path}: made with {what.replace('_', ' ')} {facts[what]}, here it is {here}: the run cannot "
                     "continue; restore the setting or choose another folder"
                 )
-        changed = {
-            key: (old, self.config.to_dict()[key])
-            for key, old in facts["config"].items()
-            if key in _CHANGES_TRAINING and self.config.to_dict()[key] != old
-        }
+        now = self.config.to_dict()
+        changed = {k: old for k, old in facts["config"].items() if k in _CHANGES_TRAINING and now[k] != old}
         if changed:
-            said = ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in changed.items())
+            said = ", ".join(f"{key} {old!r} -> {now[key]!r}" for key, old in changed.items())
             log.warning("%s: continuing with other settings than before: %s", path, said)
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "optimizer": {}}
         for key, value in tensors.items():
@@ -172,10 +174,15 @@ class Run:
         self.setup.trained.load_state_dict(parts["model"])
         self.average.module.load_state_dict(parts["average"])
         unpack_optimizer(self.optimizer, parts["optimizer"], facts["optimizer_groups"])
-        self.state = State(**{f.name: facts["state"][f.name] for f in fields(State)})
-        if "epochs" in changed and not self.state.finished:
-            self.state.done = self.state.epoch >= self.config.epochs
-        log.info("continuing from %s: epoch %d, step %d", path, self.state.epoch + 1, self.state.step)
+        state = self.state = State(**{f.name: facts["state"][f.name] for f in fields(State)})
+        if "epochs" in changed:  # a finished run that is given more epochs goes on
+            state.done = state.epoch >= self.config.epochs
+            state.finished = state.finished and state.done
+        if path.resolve().parent.parent != self.out.resolve():
+            if state.done:
+                raise ConfigError(f"{path}: that run is complete; raise epochs to continue it in {self.out}")
+            state.best_score, state.best_metrics, state.validations_since_best = None, {}, 0
+        log.info("continuing from %s: epoch %d, step %d", path, state.epoch + 1, state.step)
 
     def _must_match(self) -> dict[str, Any]:
         return {
@@ -258,7 +265,7 @@ class Run:
         row |= {
             "images_per_s": round(speed, 3),
             "skipped": state.skipped,
-            "peak_gb": round(peak_memory(next(self.setup.trained.parameters()).device), 3),
+            "peak_gb": round(peak_memory(self._device), 3),
         }
         self._tick()
         row["minutes"] = round(state.seconds / 60, 2)
@@ -269,7 +276,11 @@ class Run:
         if self.writes:
             self._write_weights("last", metrics)
             write_metrics(self.out / "metrics.csv", state.history)
+            write_json(self.out / "run.json", self.record())
             self.tensorboard.scalars({f"epoch/{key}": value for key, value in row.items()}, state.step)
+            draw = self.setup.draw
+            if metrics and draw is not None:
+                self.tensorboard.pictures("validation", lambda: draw(self.average.module), state.step)
         log.info("%s", _line(row, config.epochs))
 
     def _judge(self, metrics: dict[str, float]) -> None:
@@ -317,27 +328,24 @@ class Run:
         self._saved = time.monotonic()
 
     def finish(self) -> None:
-        """Choose the operating point of `best`, and write what is left to read."""
-        if not self.state.finished:
-            point, metrics = self._operating_point(), self.state.best_metrics
+        """Give `best` its operating point and the figures there, and write what is left to read."""
+        state = self.state
+        if not state.finished:
+            best = read_weights(self.out / "best").tensors
+            point = None
+            if self.setup.finally_validate is not None:
+                self.average.module.load_state_dict(best)
+                point, state.best_metrics = self.setup.finally_validate(self.average.module)
             self._tick()
-            self.state.finished = True
+            state.finished = True
             if self.writes:
-                self._write_weights("best", metrics, tensors=read_weights(self.out / "best").tensors, point=point)
+                self._write_weights("best", state.best_metrics, tensors=best, point=point)
                 self.save()
         if self.writes:
             write_json(self.out / "run.json", self.record())
-            write_metrics(self.out / "metrics.csv", self.state.history)
-            plot_curves(self.out / "curves.png", self.state.history)
+            write_metrics(self.out / "metrics.csv", state.history)
+            plot_curves(self.out / "curves.png", state.history)
         self.tensorboard.close()
-
-    def _operating_point(self) -> dict[str, float] | None:
-        if self.setup.operating_point is None:
-            return None
-        best = read_weights(self.out / "best").tensors
-        device = next(self.setup.trained.parameters()).device
-        self.average.module.load_state_dict({key: value.to(device) for key, value in best.items()})
-        return self.setup.operating_point(self.average.module)
 
     def _write_weights(
         self,
@@ -350,37 +358,56 @@ class Run:
         config, model = self.config, self.setup.model
         metadata: dict[str, Any] = {
             "classes": list(self.setup.class_names),
-            "metrics": {key: value for key, value in metrics.items() if isinstance(value, int | float)},
-            "training": {"config": config.to_dict(), "epochs": len(self.state.history), "versions": versions()},
+            "metrics": {key: round(value, 4) for key, value in metrics.items()},
+            "training": self._training(),
         }
         if config.task == "segmentation":
             own = {"score_threshold": config.score_threshold, "nms_threshold": config.nms_threshold}
             metadata["operating_point"] = point or own
-        for key in ("dataset", "license", "note"):
+        for key in ("dataset", "license", "note", "caveat"):
             if getattr(config, key) is not None:
                 metadata[key] = getattr(config, key)
-        tensors = tensors or self.setup.weights_of(self.average.module)
+        options = model.config.to_dict()
         write_weights(
             self.out / name,
-            tensors,
+            tensors or self.setup.weights_of(self.average.module),
             variant=config.model,
-            config=model.config.to_dict(),
+            config=options,
             metadata=metadata,
+            card=model_card(model.variant, options, metadata),
         )
+
+    def _training(self) -> dict[str, Any]:
+        """How the weights came about, for their card; `run.json` says everything."""
+        said = {key: getattr(self.config, key) for key in _ON_THE_CARD}
+        found = versions()
+        return {
+            **said,
+            "slices": len(self.setup.names),
+            "processes": self.batches.world,
+            "device": device_name(self._device),
+            "epochs_done": len(self.state.history),
+            "minutes": round(self.state.seconds / 60, 1),
+            **{package: found[package] for package in ("ctmasknet", "torch", "torchvision")},
+        }
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.setup.trained.parameters()).device
 
     def record(self) -> dict[str, Any]:
         """The run in plain values: config, versions, device, time, result."""
-        device = next(self.setup.trained.parameters()).device
         return {
             "config": self.config.to_dict(),
             "versions": versions(),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "device": device_name(self._device),
             "processes": self.batches.world,
             "threads": torch.get_num_threads(),
             "slices": len(self.setup.names),
+            "steps_per_epoch": self.batches.steps,
             "seconds": self.state.seconds,
             "minutes": self.state.seconds / 60,
-            "peak_gb": peak_memory(device),
+            "peak_gb": peak_memory(self._device),
             "result": self.result().to_dict(),
         }
 
@@ -410,6 +437,12 @@ _CHANGES_TRAINING = (
     "data", "list_file", "classes", "min_area", "model_options", "optimizer", "lr", "weight_decay", "schedule",
     "warmup", "batch_size", "accumulate", "epochs", "clip_norm", "ema", "precision", "augment", "augmentation",
     "train_min_size", "full_size_epochs", "cache_rois", "roi_views", "seed",
+)  # fmt: skip
+
+
+_ON_THE_CARD = (
+    "recipe", "weights", "optimizer", "lr", "weight_decay", "schedule", "epochs", "batch_size", "accumulate", "ema",
+    "precision", "augment", "train_min_size", "cache_rois", "seed",
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -15,6 +16,8 @@ from ctmasknet.data.datasets import ClassificationSample, SegmentationSample
 from ctmasknet.engine.samples import as_target, model_input
 from ctmasknet.evaluation import ClassificationMetrics, CocoMetrics, OperatingPointSearch, SegmentationMetrics
 from ctmasknet.models import LesionMaskRCNN
+from ctmasknet.plots import overlay
+from ctmasknet.results import Prediction
 
 Gather = Callable[[Any], list[Any]]
 """Collects a picklable value of every process: value -> list of all."""
@@ -28,52 +31,86 @@ def validate_segmenter(
     *,
     score_threshold: float,
     nms_threshold: float,
-    coco: bool = False,
 ) -> dict[str, float]:
     """Released-protocol AP, Dice and their kin (`SegmentationMetrics`); `score` is AP@0.5 + pooled Dice.
 
     Args:
-        samples: this process's share of the data.
-        coco: also COCO box and mask AP.
+        samples: this process's part of the data.
     """
-    metrics, coco_metrics = SegmentationMetrics(), CocoMetrics() if coco else None
+    metrics = SegmentationMetrics()
     model.eval()
     with thresholds(model, score_threshold, nms_threshold):
         for image, target, name in samples:
             found = predict_masks(model, image)
             truth = (target["masks"] != 0, target["labels"])
             metrics.update(*truth, found["masks"], found["labels"], found["scores"], image_id=name)
-            if coco_metrics is not None:
-                coco_metrics.update(
-                    target["boxes"], *truth, found["boxes"], found["masks"], found["labels"], found["scores"]
-                )
     results = _merged(metrics, SegmentationMetrics(), gather).compute()
-    if coco_metrics is not None:
-        results |= _merged(coco_metrics, CocoMetrics(), gather).compute()
     values = {key: value for key, value in results.items() if value is not None}
     return values | {"score": values["ap50"] + values["dice_pooled"]}
 
 
 @torch.no_grad()
-def choose_operating_point(
-    model: LesionMaskRCNN, samples: Iterator[SegmentationSample], gather: Gather
-) -> dict[str, float]:
-    """Score and NMS threshold of highest AP@0.5 + pooled Dice, as metadata of the weights."""
+def final_figures(
+    model: LesionMaskRCNN, share: Callable[[], Iterator[SegmentationSample]], gather: Gather
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The operating point of highest AP@0.5 + pooled Dice, and the metrics of a run at it.
+
+    Args:
+        share: gives this process's part of the data anew at every call.
+
+    Returns:
+        Score and NMS threshold as in a model's metadata; metrics as `validate_segmenter` gives them, with COCO box and
+        mask AP of the detections above score 0.05.
+    """
     search = OperatingPointSearch()
     model.eval()
     with thresholds(model, search.score_thresholds[0], search.nms_thresholds[-1]):
+        for image, target, _ in share():
+            found = predict_masks(model, image)
+            truth = (target["masks"] != 0, target["labels"])
+            search.update(*truth, found["boxes"], found["masks"], found["labels"], found["scores"])
+    best = _merged(search, OperatingPointSearch(), gather).best()
+    point = {key: best[key] for key in ("score_threshold", "nms_threshold")}
+    metrics = validate_segmenter(model, share(), gather, **point)
+    return point, metrics | _coco(model, share(), gather, point["nms_threshold"])
+
+
+def _coco(
+    model: LesionMaskRCNN, samples: Iterator[SegmentationSample], gather: Gather, nms_threshold: float
+) -> dict[str, float]:
+    metrics = CocoMetrics()
+    with thresholds(model, metrics.score_threshold, nms_threshold):
         for image, target, _ in samples:
             found = predict_masks(model, image)
-            search.update(
-                target["masks"] != 0,
-                target["labels"],
-                found["boxes"],
-                found["masks"],
-                found["labels"],
-                found["scores"],
-            )
-    best = _merged(search, OperatingPointSearch(), gather).best()
-    return {key: best[key] for key in ("score_threshold", "nms_threshold")}
+            truth = (target["boxes"], target["masks"] != 0, target["labels"])
+            metrics.update(*truth, found["boxes"], found["masks"], found["labels"], found["scores"])
+    results = _merged(metrics, CocoMetrics(), gather).compute()
+    return {f"coco_{key}": value for key, value in results.items() if value is not None}
+
+
+@torch.no_grad()
+def draw_example(
+    model: LesionMaskRCNN, sample: SegmentationSample, class_names: tuple[str, ...], score: float, nms: float
+) -> np.ndarray:
+    """A slice with what the model finds on it, (H, W, 3) uint8."""
+    model.eval()
+    with thresholds(model, score, nms):
+        found = {key: value.numpy() for key, value in predict_masks(model, sample.image).items()}
+    image = sample.image[0].cpu().numpy().astype(np.float32) / np.float32(255)
+    prediction = Prediction(
+        image_size=(image.shape[0], image.shape[1]),
+        boxes=found["boxes"],
+        scores=found["scores"],
+        labels=found["labels"],
+        masks=found["masks"],
+        class_probabilities=None,
+        roi_batch=None,
+        class_names=class_names,
+        image=image,
+        source=sample.name,
+        score_threshold=score,
+    )
+    return np.asarray(overlay(prediction).convert("RGB"))
 
 
 @torch.no_grad()
