@@ -15,18 +15,16 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.ops import masks_to_boxes
 
+from ctmasknet.data.cache import cached
 from ctmasknet.data.datasets import (
     ClassificationImages,
     CocoInstances,
     LesionFolder,
-    cached,
-    class_folder_names,
     open_dataset,
-    patient_of,
-    read_class_mask,
     require_trainable,
 )
 from ctmasknet.data.phantom import phantom
+from ctmasknet.data.scan import class_folder_names, patient_of, read_class_mask
 from ctmasknet.data.targets import instances
 from ctmasknet.errors import ConfigError, CTMaskNetError, DataError
 
@@ -136,9 +134,7 @@ def test_listed_names_that_are_missing_are_named(tmp_path: Path):
     root = lesion_root(tmp_path / "data", a=square())
     names = tmp_path / "train.txt"
     names.write_text("a\ngone.png\n")
-    with pytest.raises(
-        DataError, match=r"train\.txt: gone is listed but not in .*data; correct the list or add"
-    ):
+    with pytest.raises(DataError, match=r"train\.txt: gone is listed but not in .*data; correct the list or add"):
         LesionFolder(root, names=names)
 
 
@@ -155,9 +151,7 @@ def test_one_slice_is_enough(tmp_path: Path):
 
 
 def test_patients_come_from_cncb_names_and_from_index_csv(tmp_path: Path):
-    root = lesion_root(
-        tmp_path / "val", **{"2_77_1_0040": square(), "x1": square(), "x2": square(), "x3": square()}
-    )
+    root = lesion_root(tmp_path / "val", **{"2_77_1_0040": square(), "x1": square(), "x2": square(), "x3": square()})
     with (tmp_path / "index.csv").open("w", newline="") as file:
         rows = [("train", "x1", "wrong"), ("val", "x1", "ann"), ("val", "x2", "unknown")]
         csv.writer(file).writerows([("split", "name", "patient"), *rows])
@@ -245,9 +239,7 @@ def test_a_missing_folder_is_named(tmp_path: Path):
 def test_sizes_that_differ_name_both_files(tmp_path: Path):
     root = lesion_root(tmp_path, a=square())
     save(root / "masks" / "a.png", grey(0, (64, 60)))
-    with pytest.raises(
-        DataError, match=r"imgs/a\.png: the image is 64x64 pixels but mask .*masks/a\.png is 60x64"
-    ):
+    with pytest.raises(DataError, match=r"imgs/a\.png: the image is 64x64 pixels but mask .*masks/a\.png is 60x64"):
         LesionFolder(root)[0]
 
 
@@ -271,9 +263,7 @@ def test_coloured_and_corrupt_masks_name_the_mask(tmp_path: Path):
 def test_masks_of_one_bit_are_not_taken_for_lung(tmp_path: Path):
     root = lesion_root(tmp_path, a=square())
     Image.fromarray(square(255)).convert("1").save(root / "masks" / "a.png")
-    with pytest.raises(
-        DataError, match=r"masks/a\.png: a mask of 1 bit has no class codes; save it with 8 bits"
-    ):
+    with pytest.raises(DataError, match=r"masks/a\.png: a mask of 1 bit has no class codes; save it with 8 bits"):
         LesionFolder(root)[0]
 
 
@@ -428,9 +418,7 @@ def test_coco_files_that_are_none_are_refused(tmp_path: Path):
 def test_coco_sizes_that_differ_are_named(tmp_path: Path):
     path = coco(tmp_path, [])
     save(tmp_path / "images" / "a.png", grey(shape=(64, 60)))
-    with pytest.raises(
-        DataError, match=r"a\.png: the image is 60x64 pixels but its entry in .*json is 64x64"
-    ):
+    with pytest.raises(DataError, match=r"a\.png: the image is 60x64 pixels but its entry in .*json is 64x64"):
         CocoInstances(path)[0]
 
 
@@ -438,9 +426,7 @@ def test_coco_sizes_that_differ_are_named(tmp_path: Path):
 
 
 def test_classes_and_patients_come_from_cncb_names(tmp_path: Path):
-    for level, name in enumerate(
-        ("0_n1_1_0001.png", "1_c1_1_0001.jpg", "NCP_p1_2_0003.png", "2_p1_2_0004.png")
-    ):
+    for level, name in enumerate(("0_n1_1_0001.png", "1_c1_1_0001.jpg", "NCP_p1_2_0003.png", "2_p1_2_0004.png")):
         save(tmp_path / name, grey(10 * level))
     dataset = open_dataset("classification", tmp_path)
     assert dataset.class_names == ("control", "pneumonia", "covid")
@@ -513,9 +499,7 @@ def test_class_folders_known_by_word_keep_the_papers_numbers(tmp_path: Path):
         save(tmp_path / folder / "patient1" / "s1.png", grey())
     dataset = open_dataset("classification", tmp_path)
     assert dataset.class_names == ("control", "pneumonia", "covid")
-    assert {
-        Path(name).parts[-3]: label for name, label in zip(dataset.names, dataset.labels, strict=True)
-    } == {
+    assert {Path(name).parts[-3]: label for name, label in zip(dataset.names, dataset.labels, strict=True)} == {
         "COVID-19": 2,
         "CAP": 1,
         "Normal": 0,

@@ -135,9 +135,7 @@ def sample_generator(seed: int, epoch: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]))
 
 
-def _affine_arguments(
-    draws: list[float], width: int, height: int, settings: Augmentation
-) -> dict[str, object] | None:
+def _affine_arguments(draws: list[float], width: int, height: int, settings: Augmentation) -> dict[str, object] | None:
     """Arguments of torchvision's affine for five draws in 0..1, or None where it would change nothing."""
     angle, right, down, shear = (2 * draw - 1 for draw in draws[:4])
     smallest, largest = settings.scale

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ctmasknet.data.datasets import (
+from ctmasknet.data.scan import (
     ImageRecord,
     LesionRecord,
     PathLike,
@@ -197,9 +197,7 @@ def _read_all(found: Scan, report: DataReport) -> None:
 
     report.image_sizes = dict(sizes.most_common())
     first = 1 if found.task == "segmentation" else 0
-    report.class_counts = {
-        name: classes[label] for label, name in enumerate(found.class_names) if label >= first
-    }
+    report.class_counts = {name: classes[label] for label, name in enumerate(found.class_names) if label >= first}
     report.instance_areas, report.instances_per_slice = _spread(areas), _spread(per_slice)
     if any(isinstance(record, LesionRecord) for record in found.records):
         report.mask_values = dict(enumerate(values.tolist()))
@@ -218,9 +216,7 @@ def _judge_classes(found: Scan, report: DataReport) -> None:
             "add slices with lesions, or lower min_area"
         )
     else:
-        report.problems.append(
-            f"{where}: no sample of class {', '.join(missing)}; add some, or train without it"
-        )
+        report.problems.append(f"{where}: no sample of class {', '.join(missing)}; add some, or train without it")
 
 
 def _compare(found: Scan, other: Scan, report: DataReport) -> None:

@@ -1,0 +1,633 @@
+"""What lies in the folders of a data set: layouts recognised, files matched, every problem collected.
+
+Listing files and comparing names finds what is missing; contents are read when a record's sample is asked for.
+`scan` never raises for a data set's faults: it gathers them, for `Scan.require_complete` to raise or a report to list.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ctmasknet.data.readers import read_slice
+from ctmasknet.data.targets import (
+    LesionClasses,
+    check_class_mask,
+    check_target_options,
+    half_open_boxes,
+    instances,
+    lesion_class_names,
+)
+from ctmasknet.errors import ConfigError, DataError
+from ctmasknet.extras import import_extra
+from ctmasknet.registry import IMAGE_CLASSES, Task
+
+PathLike = str | Path
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".dcm")
+
+IMAGE_CLASS_WORDS = {
+    "control": 0, "normal": 0, "healthy": 0,
+    "pneumonia": 1, "commonpneumonia": 1, "cp": 1, "cap": 1,
+    "covid": 2, "covid19": 2, "ncp": 2,
+}  # fmt: skip
+"""Words in file and folder names, lower case without punctuation, and the image class they mean."""
+
+_CNCB_NAME = re.compile(r"(?P<image_class>[^_]+)_(?P<patient>[^_]+)_(?P<scan>[^_]+)_(?P<slice>[^_]+)")
+_SPLIT_FOLDERS = {"train", "val", "valid", "validation", "test"}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with the files: its `kind` in a few words, the file, the reason with its fix.
+
+    `name` is the slice it belongs to, if it is about one: a list of names that leaves the slice out leaves
+    the problem out.
+    """
+
+    kind: str
+    source: str
+    reason: str
+    name: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class LesionRecord:
+    """A slice of a CNCB folder: an image and a mask of class codes."""
+
+    name: str
+    image: Path
+    patient: str | None
+    mask: Path
+    classes: LesionClasses
+    min_area: int
+
+    def target(self) -> dict[str, Tensor]:
+        return instances(
+            read_class_mask(self.mask), classes=self.classes, min_area=self.min_area, source=str(self.mask)
+        )
+
+
+@dataclass(frozen=True)
+class CocoRecord:
+    """A slice of a COCO file: an image and its annotations as (annotation id, label, segmentation)."""
+
+    name: str
+    image: Path
+    patient: str | None
+    source: Path
+    size: tuple[int, int]
+    annotations: tuple[tuple[Any, int, Any], ...]
+    min_area: int
+
+    def target(self) -> dict[str, Tensor]:
+        height, width = self.size
+        masks = [np.zeros((0, height, width), dtype=np.uint8)]
+        labels: list[int] = []
+        for identifier, label, segmentation in self.annotations:
+            mask = _decode_segmentation(segmentation, self.size, f"{self.source}: annotation {identifier}")
+            if int(mask.sum()) > self.min_area:
+                masks.append(mask[None])
+                labels.append(label)
+        stacked = torch.from_numpy(np.concatenate(masks))
+        return {
+            "boxes": half_open_boxes(stacked),
+            "labels": torch.tensor(labels, dtype=torch.int64),
+            "masks": stacked,
+        }
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """A slice with a class of its own."""
+
+    name: str
+    image: Path
+    patient: str | None
+    label: int
+
+
+Record = LesionRecord | CocoRecord | ImageRecord
+
+
+@dataclass
+class Scan:
+    """What is there, by names alone: usable `records`, `class_names`, and every problem on the way."""
+
+    task: Task
+    layout: str
+    sources: list[Path]
+    class_names: tuple[str, ...]
+    records: list[Record] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    def require_complete(self) -> None:
+        """Raise a DataError for the first problem and say how many more there are.
+
+        Annotations without extent do not count: a warning says that they are left out.
+        """
+        flat = [problem for problem in self.problems if problem.kind == FLAT_ANNOTATION]
+        if flat:
+            more = f" (and {len(flat) - 1} more)" if len(flat) > 1 else ""
+            warnings.warn(f"{flat[0]}; it is left out{more}", UserWarning, stacklevel=3)
+        serious = [problem for problem in self.problems if problem.kind != FLAT_ANNOTATION]
+        if serious:
+            more = f" (and {len(serious) - 1} more problems: `ctmasknet data check` lists them)"
+            raise DataError(f"{serious[0]}{more if len(serious) > 1 else ''}")
+
+
+FLAT_ANNOTATION = "annotation without extent"
+
+
+def read_image(path: Path) -> Tensor:
+    """A slice as (1, H, W) uint8; 8-bit files keep their grey values exactly."""
+    pixels = read_slice(path).pixels
+    return torch.from_numpy(np.rint(pixels * 255).astype(np.uint8))[None]
+
+
+def read_class_mask(path: Path) -> np.ndarray:
+    """A mask file as (H, W) uint8 class codes 0 to 3, from grey or palette pixels (the stored index).
+
+    Raises:
+        DataError: not readable, coloured, or with other values.
+    """
+    try:
+        with Image.open(path) as image:
+            pixels = np.asarray(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: not a readable mask ({error}); write it again as an 8-bit PNG") from error
+    if pixels.dtype == bool:  # its 1 would pass for lung
+        raise DataError(f"{path}: a mask of 1 bit has no class codes; save it with 8 bits, lesions as 2")
+    if pixels.ndim == 3:
+        colours = pixels[..., : 3 if pixels.shape[-1] >= 3 else 1]
+        if (colours != colours[..., :1]).any():
+            raise DataError(f"{path}: the mask is coloured; save the class codes 0 to 3 as a grey PNG")
+        pixels = colours[..., 0]
+    check_class_mask(pixels, str(path))
+    return pixels.astype(np.uint8)
+
+
+def check_sizes(record: LesionRecord | CocoRecord, image_size: tuple[int, ...], mask_size: tuple[int, ...]) -> None:
+    """Raise a DataError that names both files where the (H, W) of image and mask differ."""
+    if image_size != mask_size:
+        sizes = [f"{width}x{height}" for height, width in (image_size, mask_size)]
+        other = f"mask {record.mask}" if isinstance(record, LesionRecord) else f"its entry in {record.source}"
+        raise DataError(
+            f"{record.image}: the image is {sizes[0]} pixels but {other} is {sizes[1]}; export both from the same slice"
+        )
+
+
+def patient_of(name: str) -> str | None:
+    """The patient in a CNCB file name `[Class]_[PatientID]_[ScanNum]_[SliceNum]`, None for other names."""
+    match = _CNCB_NAME.fullmatch(_stem(name))
+    if match is None or image_class_of(match["image_class"]) is None:
+        return None
+    return match["patient"]
+
+
+def image_class_of(word: str) -> int | None:
+    """0 control, 1 pneumonia, 2 COVID-19 for a number or a word that means one; None for any other."""
+    plain = re.sub(r"[^a-z0-9]", "", word.lower())
+    if plain.isdigit():
+        return int(plain) if int(plain) < len(IMAGE_CLASSES) else None
+    return IMAGE_CLASS_WORDS.get(plain)
+
+
+def scan(
+    task: Task,
+    data: PathLike | Sequence[PathLike],
+    *,
+    classes: LesionClasses = "merge",
+    min_area: int = 100,
+    list_file: PathLike | None = None,
+) -> Scan:
+    """As `open_dataset`, but names what is wrong in `problems` instead of raising the first.
+
+    Raises:
+        ConfigError: as `open_dataset`.
+    """
+    if task not in ("segmentation", "classification"):
+        raise ConfigError(f"unknown task {task!r}: use 'segmentation' or 'classification'")
+    check_target_options(classes, min_area)
+    paths = as_paths(data)
+    if task == "segmentation":
+        return finish(_scan_segmentation(paths, classes, min_area), list_file)
+    if list_file is not None and _tells_classes(Path(list_file)):
+        return finish(scan_covidx_list(Path(list_file), paths))
+    return finish(_scan_classification(paths), list_file)
+
+
+def guess_task(data: PathLike | Sequence[PathLike]) -> Task:
+    """``"segmentation"`` for a COCO file or a folder with masks, else ``"classification"``."""
+    first = as_paths(data)[0]
+    masks = (first / "masks").is_dir() or (first / "imgs").is_dir()
+    return "segmentation" if masks or _coco_file(first) else "classification"
+
+
+def scan_lesion_folders(roots: Sequence[Path], classes: LesionClasses = "merge", min_area: int = 100) -> Scan:
+    """Pair the images and masks of CNCB folders by name; see `LesionFolder`."""
+    check_target_options(classes, min_area)
+    found = Scan("segmentation", "CNCB folders", list(roots), lesion_class_names(classes))
+    for root in roots:
+        if not ((root / "imgs").is_dir() and (root / "masks").is_dir()):
+            found.problems.append(_wrong_layout(root, "segmentation"))
+            continue
+        images = _by_stem(_image_files(root / "imgs"), found)
+        masks = _by_stem(sorted((root / "masks").glob("*.png")), found)
+        if not images and not masks:
+            found.problems.append(Problem("empty", str(root), "no images in imgs/; is it the right folder?"))
+        patients = _patient_index(root)
+        for stem in sorted(images.keys() | masks.keys()):
+            if stem not in masks:
+                reason = f"no mask masks/{stem}.png; add it (all 0 if there is no lesion) or remove the image"
+                found.problems.append(Problem("image without mask", str(images[stem]), reason, stem))
+            elif stem not in images:
+                reason = f"no image imgs/{stem}.*; add it or remove the mask"
+                found.problems.append(Problem("mask without image", str(masks[stem]), reason, stem))
+            else:
+                patient = patient_of(stem) or patients.get(stem)
+                found.records.append(LesionRecord(stem, images[stem], patient, masks[stem], classes, min_area))
+    return found
+
+
+def scan_coco(json_path: Path, images_dir: PathLike | None = None, min_area: int = 100) -> Scan:
+    """Match the images and annotations of a COCO file; see `CocoInstances`."""
+    check_target_options("merge", min_area)
+    found = Scan("segmentation", "COCO instances", [json_path], ("background",))
+    try:
+        content = json.loads(json_path.read_text(encoding="utf-8"))
+        images, annotations = content["images"], content["annotations"]
+        categories = sorted(content["categories"], key=lambda category: category["id"])
+        labels = {category["id"]: label for label, category in enumerate(categories, start=1)}
+        found.class_names = ("background", *(str(category["name"]) for category in categories))
+        entries = [
+            (entry["id"], str(entry["file_name"]), (int(entry["height"]), int(entry["width"]))) for entry in images
+        ]
+    except OSError as error:
+        found.problems.append(Problem("layout", str(json_path), f"cannot be read ({error.strerror})"))
+        return found
+    except (ValueError, KeyError, TypeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        reason = f"not COCO instance JSON ({what}); it needs images, annotations and categories"
+        found.problems.append(Problem("layout", str(json_path), reason))
+        return found
+
+    known = {identifier for identifier, _, _ in entries}
+    of_image: dict[Any, list[tuple[Any, int, Any]]] = defaultdict(list)
+    for annotation in annotations:
+        if isinstance(annotation, dict) and annotation.get("iscrowd"):
+            continue
+        problem = _annotation_problem(annotation, known, labels, json_path)
+        if problem is not None:
+            found.problems.append(problem)
+        else:
+            label = labels[annotation["category_id"]]
+            of_image[annotation["image_id"]].append((annotation.get("id"), label, annotation["segmentation"]))
+
+    folders = _coco_image_folders(json_path) if images_dir is None else [Path(images_dir)]
+    for identifier, file_name, size in entries:
+        places = [folder / file_name for folder in folders if (folder / file_name).is_file()]
+        if not places:
+            reason = f"image {file_name} is not in {folders[0]}; pass the folder of the images"
+            found.problems.append(Problem("annotated image missing", str(json_path), reason, _stem(file_name)))
+            continue
+        name, drawn = _stem(file_name), tuple(of_image[identifier])
+        found.records.append(CocoRecord(name, places[0], patient_of(name), json_path, size, drawn, min_area))
+    return found
+
+
+def scan_file_names(roots: Sequence[Path]) -> Scan:
+    """Take classes from CNCB file names; see `ClassificationImages.from_file_names`."""
+    found = Scan("classification", "CNCB file names", list(roots), IMAGE_CLASSES)
+    for root in roots:
+        files = _by_stem(_image_files(root), found)
+        if not files:
+            found.problems.append(_wrong_layout(root, "classification"))
+        for stem, path in files.items():
+            match = _CNCB_NAME.fullmatch(stem)
+            label = image_class_of(match["image_class"]) if match else None
+            if match is None or label is None:
+                reason = (
+                    "the name does not tell the class; name it [Class]_[PatientID]_[ScanNum]_[SliceNum] with "
+                    "Class 0 control, 1 pneumonia, 2 COVID-19, or sort the images into class folders"
+                )
+                found.problems.append(Problem("class unknown", str(path), reason, stem))
+            else:
+                found.records.append(ImageRecord(stem, path, match["patient"], label))
+    return found
+
+
+def scan_covidx_list(list_file: Path, roots: Sequence[Path]) -> Scan:
+    """Take names and classes from a COVIDx-CT list; see `ClassificationImages.from_list`."""
+    found = Scan("classification", "COVIDx-CT list", list(roots), IMAGE_CLASSES)
+    by_stem: dict[str, list[Path]] = defaultdict(list)
+    for root in roots:
+        if not root.is_dir():
+            found.problems.append(Problem("layout", str(root), "there is no such folder"))
+        for path in _image_files(root):
+            by_stem[path.stem].append(path)
+
+    listed: Counter[str] = Counter()
+    for number, (file_name, label) in enumerate(_list_entries(list_file, found), start=1):
+        source = f"{list_file}, entry {number}"
+        below = [root / file_name for root in roots if (root / file_name).is_file()]
+        places = below or by_stem.get(_stem(file_name), [])
+        listed[file_name] += 1
+        if label is None or label >= len(IMAGE_CLASSES):
+            reason = f"{file_name} has no class 0, 1 or 2; write FILENAME CLASS XMIN YMIN XMAX YMAX"
+            found.problems.append(Problem("class unknown", source, reason))
+        elif not places:
+            reason = f"{file_name} is not in {', '.join(map(str, roots))}; correct the list or add the image"
+            found.problems.append(Problem("listed but missing", source, reason))
+        elif len(places) > 1:
+            reason = f"{file_name} may be {places[0]} or {places[1]}; keep one"
+            found.problems.append(Problem("duplicate", source, reason))
+        elif listed[file_name] > 1:
+            found.problems.append(Problem("duplicate", source, f"{file_name} is listed twice; remove one"))
+        else:
+            name = _stem(file_name)
+            found.records.append(ImageRecord(name, places[0], patient_of(name), label))
+    return found
+
+
+def scan_class_folders(roots: Sequence[Path]) -> Scan:
+    """Take classes from folder names; see `ClassificationImages.from_class_folders`."""
+    folders = {root: _class_folders(root) for root in roots}
+    names = {folder.name for found_here in folders.values() for folder in found_here}
+    numbering, class_names = class_folder_names(names)
+    found = Scan("classification", "class folders", list(roots), class_names)
+    for root in roots:
+        if not folders[root]:
+            found.problems.append(_wrong_layout(root, "classification"))
+        for folder in folders[root]:
+            for path in _image_files(folder, deep=True):
+                # A folder between class and image is a patient's.
+                below = path.relative_to(folder).parts[:-1]
+                patient = patient_of(path.stem) or (below[0] if below else None)
+                found.records.append(ImageRecord(path.stem, path, patient, numbering[folder.name]))
+    return found
+
+
+def class_folder_names(folders: Iterable[str]) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Number class folders: their labels, and the class names in order.
+
+    Names that all mean one of control, pneumonia and COVID-19 (`IMAGE_CLASS_WORDS`, or 0, 1, 2) get these
+    numbers, whichever are present. Whole numbers are their own labels. Other names are numbered as they
+    sort, with a word for control, if there is one, at 0.
+    """
+    names = sorted(set(folders))
+    known = [image_class_of(name) for name in names]
+    if None not in known:
+        return {name: cast(int, label) for name, label in zip(names, known, strict=True)}, IMAGE_CLASSES
+    if all(name.isdigit() for name in names):
+        numbers = {name: int(name) for name in names}
+        return numbers, tuple(str(number) for number in range(max(numbers.values()) + 1))
+    names.sort(key=lambda name: image_class_of(name) != 0)
+    return {name: label for label, name in enumerate(names)}, tuple(names)
+
+
+def _scan_segmentation(paths: list[Path], classes: LesionClasses, min_area: int) -> Scan:
+    coco = {path: json_path for path in paths if (json_path := _coco_file(path)) is not None}
+    folders = [path for path in paths if path not in coco]
+    scans = [scan_coco(json_path, min_area=min_area) for json_path in coco.values()]
+    if folders:
+        scans.append(scan_lesion_folders(folders, classes, min_area))
+    return _join(scans)
+
+
+def _scan_classification(paths: list[Path]) -> Scan:
+    lists = [path for path in paths if path.suffix == ".txt" and path.is_file()]
+    by_folder = [path for path in paths if path not in lists and not _image_files(path) and _class_folders(path)]
+    by_name = [path for path in paths if path not in lists and path not in by_folder]
+    scans = [scan_covidx_list(path, _list_image_folders(path)) for path in lists]
+    if by_name:
+        scans.append(scan_file_names(by_name))
+    if by_folder:
+        scans.append(scan_class_folders(by_folder))
+    return _join(scans)
+
+
+def _join(scans: Sequence[Scan]) -> Scan:
+    """Several scans as one; their classes must be the same."""
+    first = scans[0]
+    found = Scan(first.task, " + ".join(dict.fromkeys(part.layout for part in scans)), [], first.class_names)
+    for part in scans:
+        found.sources += part.sources
+        found.records += part.records
+        found.problems += part.problems
+        if part.class_names != first.class_names and part.records and first.records:
+            reason = (
+                f"its classes are {', '.join(part.class_names)}, those of {first.sources[0]} "
+                f"{', '.join(first.class_names)}; give both the same"
+            )
+            found.problems.append(Problem("layout", str(part.sources[0]), reason))
+    return found
+
+
+def finish(found: Scan, list_file: PathLike | None = None) -> Scan:
+    """Keep what `list_file` names, make names unique, and see that something is left."""
+    if list_file is not None:
+        wanted = {_stem(name) for name, _ in _list_entries(Path(list_file), found)}
+        there = {record.image.stem for record in found.records} | {problem.name for problem in found.problems}
+        found.records = [record for record in found.records if record.image.stem in wanted]
+        found.problems = [problem for problem in found.problems if problem.name is None or problem.name in wanted]
+        where = ", ".join(map(str, found.sources))
+        for name in sorted(wanted - there):
+            reason = f"{name} is listed but not in {where}; correct the list or add the file"
+            found.problems.append(Problem("listed but missing", str(list_file), reason))
+    counts = Counter(record.name for record in found.records)
+    if any(count > 1 for count in counts.values()):
+        files = Counter(record.image.resolve() for record in found.records)
+        for path, count in files.items():
+            if count > 1:
+                reason = f"this file is in the data {count} times; pass every folder once"
+                found.problems.append(Problem("duplicate", str(path), reason))
+        found.records = [
+            replace(record, name=record.image.as_posix()) if counts[record.name] > 1 else record
+            for record in found.records
+        ]
+    if not found.records and not found.problems:
+        where = ", ".join(map(str, found.sources))
+        found.problems.append(Problem("empty", where, "no slices found; is it the right folder?"))
+    return found
+
+
+def as_paths(data: PathLike | Sequence[PathLike]) -> list[Path]:
+    paths = [Path(data)] if isinstance(data, str | Path) else [Path(path) for path in data]
+    if not paths:
+        raise ConfigError("no data: pass a folder or a file")
+    return paths
+
+
+def _stem(name: str) -> str:
+    """The name without folders and without an image's ending; dots elsewhere are part of the name."""
+    last = name.replace("\\", "/").rsplit("/", 1)[-1]
+    return last[: -len(Path(last).suffix)] if Path(last).suffix.lower() in IMAGE_SUFFIXES else last
+
+
+def _image_files(folder: Path, *, deep: bool = False) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    files = folder.rglob("*") if deep else folder.iterdir()
+    return sorted(path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."))
+
+
+def _by_stem(files: Iterable[Path], found: Scan) -> dict[str, Path]:
+    """Files by their stem; two of one stem in a folder are a problem."""
+    by_stem: dict[str, Path] = {}
+    for path in files:
+        if path.stem in by_stem:
+            reason = f"same name as {by_stem[path.stem].name} in the same folder; keep one of the two"
+            found.problems.append(Problem("duplicate", str(path), reason, path.stem))
+        else:
+            by_stem[path.stem] = path
+    return by_stem
+
+
+def _class_folders(root: Path) -> list[Path]:
+    if not root.is_dir():
+        return []
+    folders = [path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    splits = {path.name.lower() for path in folders} & (_SPLIT_FOLDERS | {"imgs", "masks"})
+    return [] if splits else [path for path in folders if _image_files(path, deep=True)]
+
+
+def _list_entries(list_file: Path, found: Scan) -> list[tuple[str, int | None]]:
+    """File names of a list and, where it says them, classes. Empty lines and comments (#) are skipped."""
+    try:
+        lines = list_file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        found.problems.append(Problem("layout", str(list_file), f"not a readable list of names ({error})"))
+        return []
+    entries: list[tuple[str, int | None]] = []
+    for line in map(str.strip, lines):
+        if not line or line.startswith("#"):
+            continue
+        # From the right, because names may hold blanks.
+        match = re.fullmatch(r"(.+?)\s+(\d+)(?:\s+-?\d+){4}", line) or re.fullmatch(r"(\S+)\s+(\d+)", line)
+        entries.append((match[1], int(match[2])) if match else (line, None))
+    return entries
+
+
+def _tells_classes(list_file: Path) -> bool:
+    """Whether a list has classes beside the names."""
+    entries = _list_entries(list_file, Scan("classification", "", [], ()))
+    return any(label is not None for _, label in entries)
+
+
+def _patient_index(root: Path) -> dict[str, str]:
+    """Patients by name from index.csv in `root` or the folder that holds it; empty without one."""
+    for path in (root / "index.csv", root.resolve().parent / "index.csv"):
+        if not path.is_file():
+            continue
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if row.get("name") and row.get("patient")]
+        splits = {row.get("split") for row in rows}
+        mine = [row for row in rows if root.resolve().name not in splits or row["split"] == root.resolve().name]
+        nobody = {"unknown", "none", "nan", "-", "?"}
+        return {_stem(row["name"]): row["patient"] for row in mine if row["patient"].lower() not in nobody}
+    return {}
+
+
+def _coco_file(path: Path) -> Path | None:
+    """The COCO file that `path` is or, unless it has CNCB folders, the only JSON file in it."""
+    if path.suffix.lower() == ".json":
+        return path
+    if not path.is_dir() or ((path / "imgs").is_dir() and (path / "masks").is_dir()):
+        return None
+    files = sorted(path.glob("*.json"))
+    return files[0] if len(files) == 1 else None
+
+
+def _coco_image_folders(json_path: Path) -> list[Path]:
+    homes = (json_path.parent, json_path.resolve().parent.parent)
+    return [folder for home in homes for folder in (home, home / "images", home / "imgs")]
+
+
+def _list_image_folders(list_file: Path) -> list[Path]:
+    images = list_file.parent / "images"
+    return [images] if images.is_dir() else [list_file.parent]
+
+
+def _wrong_layout(root: Path, task: Task) -> Problem:
+    """Why `root` is none of the layouts of `task`, and what may be meant."""
+    if not root.exists():
+        return Problem("layout", str(root), "there is no such file or folder")
+    if not root.is_dir():
+        kinds = "a COCO .json" if task == "segmentation" else "a COVIDx-CT .txt list"
+        return Problem("layout", str(root), f"neither a folder nor {kinds}")
+    inside = sorted(path.name for path in root.iterdir())
+    if not inside:
+        return Problem("empty", str(root), "the folder is empty")
+    splits = [name for name in inside if name.lower() in _SPLIT_FOLDERS]
+    if splits:
+        return Problem("layout", str(root), f"holds several splits; pass one of them, such as {root / splits[0]}")
+    if task == "segmentation":
+        reason = "no CNCB folders (imgs/ and masks/) and no COCO .json in it"
+    elif "masks" in inside:
+        reason = "holds lesion masks, which train a segmentation variant; classification needs an image class"
+    else:
+        reason = (
+            "no images in it; classification takes images named [Class]_[PatientID]_[ScanNum]_[SliceNum], "
+            "class folders, or a COVIDx-CT list"
+        )
+    return Problem("layout", str(root), reason)
+
+
+def _annotation_problem(annotation: Any, images: set[Any], labels: dict[Any, int], json_path: Path) -> Problem | None:
+    if not isinstance(annotation, dict):
+        return Problem("annotation", str(json_path), f"an annotation is {annotation!r}, not an object")
+    source = f"{json_path}: annotation {annotation.get('id')}"
+    if annotation.get("image_id") not in images:
+        reason = f"belongs to image {annotation.get('image_id')}, which the file does not list"
+        return Problem("annotation", source, reason)
+    if annotation.get("category_id") not in labels:
+        reason = f"has category {annotation.get('category_id')}, which the file does not list"
+        return Problem("annotation", source, reason)
+    box = annotation.get("bbox")
+    if box is not None and not (
+        isinstance(box, list) and len(box) == 4 and all(isinstance(side, int | float) for side in box)
+    ):
+        return Problem("annotation", source, f"its box {box} is not [x, y, width, height]")
+    if box is not None and (box[2] <= 0 or box[3] <= 0):
+        return Problem(FLAT_ANNOTATION, source, f"its box {box} has no width or height")
+    if not annotation.get("segmentation"):
+        reason = "has no segmentation; Mask R-CNN needs polygons or RLE, a box alone is not enough"
+        return Problem("annotation", source, reason)
+    return None
+
+
+def _decode_segmentation(segmentation: Any, size: tuple[int, int], source: str) -> np.ndarray:
+    """COCO polygons, RLE or compressed RLE as a mask (H, W) uint8."""
+    coco = import_extra("faster_coco_eval.core.mask", "train", "decoding COCO masks")
+    height, width = size
+    try:
+        if not isinstance(segmentation, dict):
+            if not all(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in segmentation):
+                raise ValueError("a polygon needs an even number of coordinates, at least 6")
+            return coco.decode(coco.merge(coco.frPyObjects(segmentation, height, width)))
+        if list(segmentation["size"]) != [height, width]:
+            raise ValueError(f"its RLE is for size {segmentation['size']}, the image is {list(size)}")
+        if isinstance(segmentation["counts"], list):
+            if sum(segmentation["counts"]) != height * width:
+                raise ValueError(f"its RLE covers {sum(segmentation['counts'])} of {height * width} pixels")
+            segmentation = coco.frPyObjects(segmentation, height, width)
+        return coco.decode(segmentation)
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        what = " ".join(str(error).split())[:120]
+        raise DataError(f"{source}: no usable mask ({what}); draw it again or remove it") from error
