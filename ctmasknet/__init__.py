@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ctmasknet.engine import TrainConfig, TrainResult, train
     from ctmasknet.errors import (
         ConfigError,
         CTMaskNetError,
@@ -42,6 +43,7 @@ _HOMES = {
     "ctmasknet.zoo": ("create_model", "from_pretrained", "load_released"),
     "ctmasknet.predictor": ("Predictor", "predict"),
     "ctmasknet.results": ("Prediction",),
+    "ctmasknet.engine": ("TrainConfig", "TrainResult", "train"),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -53,6 +55,8 @@ __all__ = [
     "MissingExtraError",
     "Prediction",
     "Predictor",
+    "TrainConfig",
+    "TrainResult",
     "Variant",
     "WeightsError",
     "__version__",
@@ -62,6 +66,7 @@ __all__ = [
     "list_models",
     "load_released",
     "predict",
+    "train",
 ]
 
 

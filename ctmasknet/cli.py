@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ctmasknet import __version__
-from ctmasknet.errors import CTMaskNetError
+from ctmasknet.errors import ConfigError, CTMaskNetError
 from ctmasknet.registry import Variant, get_variant, list_models
 
 _DISCLAIMER = "Research software, not a medical device."
@@ -104,6 +104,65 @@ def _parser() -> argparse.ArgumentParser:
     )
     _model_flags(demo)
     _json_flag(demo)
+
+    train = _command(
+        commands,
+        "train",
+        _train,
+        "train or fine-tune a variant",
+        "Segmenters learn from CNCB folders (imgs/ + masks/) or COCO instance JSON; classifiers from CNCB file names,\n"
+        "COVIDx-CT lists or one folder per class. RUN holds checkpoints, best/ and last/ (weights), metrics.csv,\n"
+        "curves.png and run.json. The same command continues a run that was ended, at the step it had reached.\n"
+        "Several GPUs: accelerate launch -m ctmasknet train ... (docs/train.md).\n\n"
+        "Examples:\n"
+        "  ctmasknet train maskrcnn_resnet18_t2 --data lesions/train --val lesions/val --weights default --out run\n"
+        "  ctmasknet train ctmasknet_resnet18_t2 --data slices --weights run/best --out run2 --cache-rois\n"
+        "  ctmasknet train --config run/config.json --out again --set lr=1e-4",
+    )
+    train.add_argument("name", nargs="?", metavar="NAME", help="variant to train: see ctmasknet list")
+    train.add_argument("--data", nargs="+", metavar="DIR", help="training data, one root or several")
+    train.add_argument("--val", nargs="+", metavar="DIR", help="validation data")
+    train.add_argument("--weights", metavar="W", help="where to start: default, a folder, a .pth of the paper's author")
+    train.add_argument("--out", metavar="RUN", help="folder of the run")
+    train.add_argument("--config", type=Path, metavar="FILE", help="YAML or JSON with any field of TrainConfig")
+    train.add_argument("--recipe", choices=("fast", "paper"), help="fast (default) or the paper's")
+    train.add_argument("--classes", choices=("merge", "both", "ggo"), help="lesion classes of CNCB masks")
+    train.add_argument("--list", dest="list_file", metavar="FILE", help="use only the slices this file names")
+    train.add_argument("--val-list", dest="val_list_file", metavar="FILE", help="likewise for --val")
+    train.add_argument("--epochs", type=int, help="passes over the data")
+    train.add_argument("--batch-size", type=int, help="slices per process and step")
+    train.add_argument("--lr", type=float, help="highest learning rate")
+    train.add_argument("--seed", type=int, help="fixes order, augmentation and sampling (default: 0)")
+    train.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+    train.add_argument("--cache-rois", action="store_true", default=None, help="classifiers: train module S alone")
+    train.add_argument("--resume", metavar="R", help="auto (default), no, or a checkpoint to continue from")
+    train.add_argument(
+        "--set",
+        dest="fields",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="any other field of TrainConfig, for example --set patience=5",
+    )
+    _json_flag(train)
+
+    data = commands.add_parser("data", help="look at a data set before training on it")
+    data_commands = data.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
+    check = _command(
+        data_commands,
+        "check",
+        _data_check,
+        "report what a data set holds and what is wrong with it",
+        "Reads every file; the exit code is 2 if anything should be put right.\n\n"
+        "Example: ctmasknet data check lesions/train --against lesions/val",
+    )
+    check.add_argument("data", nargs="+", metavar="DIR", help="one root or several")
+    check.add_argument("--against", nargs="+", metavar="DIR", help="the other split: report patients in both")
+    check.add_argument("--task", choices=("segmentation", "classification"), help="default: tell by looking")
+    check.add_argument("--classes", choices=("merge", "both", "ggo"), default="merge", help="default: merge")
+    check.add_argument("--min-area", type=int, default=100, metavar="PX", help="default: 100")
+    check.add_argument("--list", dest="list_file", metavar="FILE", help="use only the slices this file names")
+    _json_flag(check)
 
     doctor = _command(
         commands,
@@ -300,6 +359,80 @@ def _demo(options: argparse.Namespace) -> int:
     print(f"{sum(covered)} of {len(lesions)} lesions found. Picture: {picture}")
     print(_DISCLAIMER)
     return 0
+
+
+_TRAIN_FLAGS = (
+    "data",
+    "val",
+    "weights",
+    "out",
+    "recipe",
+    "classes",
+    "list_file",
+    "val_list_file",
+    "epochs",
+    "batch_size",
+    "lr",
+    "seed",
+    "device",
+    "cache_rois",
+)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from ctmasknet.engine import TrainConfig, train
+
+    given = {name: getattr(options, name) for name in _TRAIN_FLAGS if getattr(options, name) is not None}
+    if options.name is not None:
+        given["model"] = options.name
+    if options.resume is not None:
+        given["resume"] = False if options.resume == "no" else options.resume
+    given |= dict(_field(text) for text in options.fields)
+    if options.config is not None:
+        config = TrainConfig.from_file(options.config, **given)
+    else:
+        config = TrainConfig.from_dict(given, source="the command line")
+    logging.getLogger("ctmasknet").setLevel(logging.INFO)
+    result = train(config)
+    if options.json:
+        _print_json(result.to_dict())
+        return 0
+    if not result.finished:
+        print(f"Stopped after {result.steps} steps. The same command continues. Run: {result.out}")
+        return 0
+    figures = ", ".join(f"{key} {value:.3f}" for key, value in result.metrics.items() if isinstance(value, float))
+    print(f"Trained {config.model} in {result.seconds / 60:.1f} min, {result.epochs} epochs. {figures}")
+    print(f"Weights: create_model({config.model!r}, weights={result.best!r})")
+    return 0
+
+
+def _field(text: str) -> tuple[str, Any]:
+    """``"lr=1e-4"`` as a field and its value; values are JSON, or text where they are none."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {text}: needs FIELD=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _data_check(options: argparse.Namespace) -> int:
+    from ctmasknet.data.check import check_dataset
+
+    report = check_dataset(
+        options.data,
+        task=options.task,
+        against=options.against,
+        classes=options.classes,
+        min_area=options.min_area,
+        list_file=options.list_file,
+    )
+    if options.json:
+        _print_json(report.to_dict())
+    else:
+        print(report.table())
+    return 0 if report.ok else 2
 
 
 def _doctor(options: argparse.Namespace) -> int:

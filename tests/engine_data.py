@@ -41,14 +41,14 @@ def class_folder(root: Path, patient: int, per_class: int = 2) -> Path:
     return root
 
 
-def segmenter_config(data: Path, out: Path, **changes: Any) -> TrainConfig:
+def segmenter_config(data: Path | list[Path], out: Path, **changes: Any) -> TrainConfig:
     """A short run of the smallest segmenter."""
     settings: dict[str, Any] = {"epochs": 2, "batch_size": 2, "validation_loss": False, "operating_point": False}
     settings |= {"min_area": 5, "tensorboard": False, "progress": False, "device": "cpu", "model_options": SMALL}
     return TrainConfig("maskrcnn_resnet18_t2", data, out, **(settings | changes))
 
 
-def classifier_config(data: Path, out: Path, **changes: Any) -> TrainConfig:
+def classifier_config(data: Path | list[Path], out: Path, **changes: Any) -> TrainConfig:
     """A short run of the smallest classifier's module S on cached RoI batches."""
     settings: dict[str, Any] = {"epochs": 2, "batch_size": 2, "roi_views": 1, "cache_rois": True}
     settings |= {"tensorboard": False, "progress": False, "device": "cpu", "model_options": SMALL}

@@ -88,6 +88,8 @@ RECIPES: dict[Task, dict[str, dict[str, Any]]] = {
 }
 """Per task, the fields of `TrainConfig` that a recipe sets; `fast` is the default, `paper` the paper's."""
 
+PathLike = str | Path
+
 _FROM_RECIPE: Any = None
 
 
@@ -152,14 +154,14 @@ class TrainConfig:
     """
 
     model: str
-    data: str | list[str]
-    out: str
-    val: str | list[str] | None = None
-    list_file: str | None = None
-    val_list_file: str | None = None
+    data: PathLike | list[PathLike]
+    out: PathLike
+    val: PathLike | list[PathLike] | None = None
+    list_file: PathLike | None = None
+    val_list_file: PathLike | None = None
     classes: LesionClasses = "merge"
     min_area: int = 100
-    weights: str | None = None
+    weights: PathLike | None = None
     partial_weights: bool = False
     weights_backbone: bool = False
     model_options: dict[str, Any] = field(default_factory=dict)
@@ -188,7 +190,7 @@ class TrainConfig:
     cache_gb: float = 4.0
     channels_last: bool = True
     compile: bool = False
-    resume: str | bool = "auto"
+    resume: PathLike | bool = "auto"
     checkpoint_minutes: float = 10.0
     keep_checkpoints: int = 2
     validate_every: int = 1
@@ -208,18 +210,18 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("data", "val", "out", "weights", "list_file", "val_list_file", "resume"):
             object.__setattr__(self, name, _plain_path(getattr(self, name)))
+        for name, kind in get_type_hints(type(self)).items():
+            if getattr(self, name) is not None or name not in RECIPES["segmentation"]["fast"]:
+                object.__setattr__(self, name, _typed(name, getattr(self, name), kind))
         variant = get_variant(self.model)
         recipes = RECIPES[variant.task]
         if self.recipe not in recipes:
             raise ConfigError(f"recipe={self.recipe!r}: use {' or '.join(recipes)}")
         for name, value in recipes[self.recipe].items():
             if name == "model_options":
-                value = {**value, **self.model_options}
-            elif getattr(self, name) is not None:
-                continue
-            object.__setattr__(self, name, value)
-        for name, kind in get_type_hints(type(self)).items():
-            object.__setattr__(self, name, _typed(name, getattr(self, name), kind))
+                object.__setattr__(self, name, {**value, **self.model_options})
+            elif getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         _check_ranges(self)
         model_config(variant, **self.model_options)
         _augmentation(self.augmentation)
@@ -374,7 +376,7 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
 
 def _expected(options: tuple[Any, ...]) -> str:
     words = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false"}
-    words[type(None)] = "null"
+    words |= {Path: "text", type(None): "null"}
     said = []
     for option in options:
         if get_origin(option) is Literal:
@@ -385,4 +387,4 @@ def _expected(options: tuple[Any, ...]) -> str:
             said.append("a mapping")
         else:
             said.append(words[option])
-    return " or ".join(said)
+    return " or ".join(dict.fromkeys(said))

@@ -64,7 +64,7 @@ class Watch:
         text = f"step {run.state.step}: loss or gradient is NaN or infinite on {', '.join(names)}"
         if run.state.bad_in_row >= run.config.max_bad_steps:
             raise CTMaskNetError(
-                f"{text}, the {run.state.bad_in_row}th step in a row: training stopped. Check these slices or lower "
-                f"lr; the last good checkpoint is in {run.out / 'checkpoints'}"
+                f"{text}; {run.state.bad_in_row} steps in a row, training stopped. Check these slices, or lower lr; the "
+                f"last good checkpoint is in {run.out / 'checkpoints'}"
             )
         log.warning("%s; the step is skipped", text)

@@ -1,0 +1,479 @@
+"""Training: what a run leaves, where it may start, how it is interrupted and continued, what it does with bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_data import SMALL, class_folder, classifier_config, lesion_folder, segmenter_config
+from torch import Tensor, nn
+
+from ctmasknet import ConfigError, CTMaskNetError, DataError, WeightsError, create_model, from_pretrained
+from ctmasknet.engine import TrainConfig, TrainResult, train
+from ctmasknet.engine import train as loop
+from ctmasknet.engine.rois import ModuleSOnRoIs, find_rois
+from ctmasknet.weights.files import read_weights
+
+pytest.importorskip("accelerate")
+
+SEGMENTER, CLASSIFIER = "maskrcnn_resnet18_t2", "ctmasknet_resnet18_t2"
+
+
+@pytest.fixture(scope="module")
+def lesions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return lesion_folder(tmp_path_factory.mktemp("lesions") / "train", range(1, 5))
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return class_folder(tmp_path_factory.mktemp("classes") / "train", 1)
+
+
+@pytest.fixture(scope="module")
+def segmented(lesions: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    """A finished run with everything switched on."""
+    out = tmp_path_factory.mktemp("segmenter") / "run"
+    options: dict[str, Any] = {"validation_loss": True, "operating_point": True, "tensorboard": True}
+    return train(segmenter_config(lesions, out, val=lesions, license="CC0-1.0", **options))
+
+
+def losses_of(result: TrainResult) -> list[dict[str, float]]:
+    """Everything of a history that is not a matter of time and memory."""
+    timing = ("images_per_s", "minutes", "peak_gb")
+    return [{key: value for key, value in row.items() if key not in timing} for row in result.history]
+
+
+def same_weights(one: str | None, other: str | None) -> bool:
+    assert one is not None
+    assert other is not None
+    first, second = read_weights(one).tensors, read_weights(other).tensors
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+class Interrupter:
+    """Does something when the loop asks for the learning rate of a step."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.actions: dict[int, Any] = {}
+        self._rate = loop.learning_rate
+        monkeypatch.setattr(loop, "learning_rate", self._learning_rate)
+
+    def _learning_rate(self, config: TrainConfig, step: int, steps: int) -> float:
+        self.actions.pop(step, lambda: None)()
+        return self._rate(config, step, steps)
+
+
+@pytest.fixture
+def at_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, Any]]:
+    interrupter = Interrupter(monkeypatch)
+    yield interrupter.actions
+    assert not interrupter.actions, "the run never came to that step"
+
+
+# --- what a run leaves --------------------------------------------------------------------------------------
+
+
+def test_best_and_last_are_loadable_with_config_card_and_operating_point(segmented: TrainResult) -> None:
+    assert segmented.finished
+    for folder in (segmented.best, segmented.last):
+        assert folder is not None
+        model = create_model(SEGMENTER, weights=folder)
+        assert model.config.min_size == 128
+        assert set(model.metadata["operating_point"]) == {"score_threshold", "nms_threshold"}
+        assert model.metadata["classes"] == ["background", "lesion"]
+        card = Path(folder, "README.md").read_text()
+        assert "license: cc0-1.0" in card.lower()
+        assert SEGMENTER in card
+
+
+def test_best_carries_the_metrics_of_its_operating_point(segmented: TrainResult, lesions: Path) -> None:
+    from ctmasknet.data.datasets import open_dataset
+    from ctmasknet.evaluation import SegmentationMetrics
+
+    assert segmented.best is not None
+    stored = read_weights(segmented.best).metadata
+    point = stored["operating_point"]
+    options = {"box_score_thresh": point["score_threshold"], "box_nms_thresh": point["nms_threshold"]}
+    model, reference = from_pretrained(segmented.best, **options), SegmentationMetrics()
+    for image, target, name in open_dataset("segmentation", lesions, min_area=5):
+        with torch.no_grad():
+            found = model([image.expand(3, -1, -1) / 255])[0]
+        masks = found["masks"][:, 0] > 0.5
+        reference.update(target["masks"] > 0, target["labels"], masks, found["labels"], found["scores"], image_id=name)
+    for key, value in reference.compute().items():
+        if value is not None:
+            assert stored["metrics"][key] == pytest.approx(value, abs=1e-4), key
+    assert {"coco_box_ap", "coco_mask_ap"} <= set(stored["metrics"])
+
+
+def test_the_run_folder_tells_what_happened(segmented: TrainResult, lesions: Path) -> None:
+    out = Path(segmented.out)
+    with (out / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    for key in ("loss", "loss_mask", "val_loss_mask", "ap50", "ap75", "ap", "dice_pooled", "lr", "images_per_s"):
+        assert float(rows[-1][key]) >= 0, key
+    record = json.loads((out / "run.json").read_text())
+    assert TrainConfig.from_dict(record["config"]).data == str(lesions)
+    assert torch.__version__.startswith(record["versions"]["torch"])
+    assert record["seconds"] > 0
+    assert record["peak_gb"] > 0
+    assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert list((out / "tensorboard").glob("events.*"))
+
+
+def test_training_lowers_the_loss(classes: Path, tmp_path: Path) -> None:
+    result = train(classifier_config(classes, tmp_path / "run", epochs=12, lr=1e-3))
+    assert result.history[-1]["loss"] < 0.6 * result.history[0]["loss"]
+
+
+def test_the_average_is_what_is_saved(classes: Path, tmp_path: Path) -> None:
+    averaged = train(classifier_config(classes, tmp_path / "ema", ema=0.999))
+    followed = train(classifier_config(classes, tmp_path / "none", ema=0.0))
+    assert losses_of(averaged)[0]["loss"] == losses_of(followed)[0]["loss"], "averaging does not change training"
+    assert not same_weights(averaged.last, followed.last)
+
+
+# --- where it starts ----------------------------------------------------------------------------------------
+
+
+def test_runs_with_one_seed_are_equal(classes: Path, tmp_path: Path) -> None:
+    one, two, other = (
+        train(classifier_config(classes, tmp_path / str(number), seed=seed)) for number, seed in enumerate((1, 1, 2))
+    )
+    assert losses_of(one) == losses_of(two)
+    assert same_weights(one.last, two.last)
+    assert losses_of(one) != losses_of(other)
+
+
+def test_a_classifier_takes_its_segmenters_weights_and_a_new_module_s(
+    segmented: TrainResult, classes: Path, tmp_path: Path
+) -> None:
+    config = classifier_config(classes, tmp_path / "run", weights=segmented.best, cache_rois=False, epochs=1)
+    result = train(config)
+    assert segmented.best is not None
+    assert result.last is not None
+    before, after = read_weights(segmented.best).tensors, read_weights(result.last).tensors
+    changed = {key for key in after if key in before and not torch.equal(before[key], after[key])}
+    # Scale and shift of the body's bn layers; not those of the shortcuts, and no statistics.
+    trained = {
+        key
+        for key in before
+        if key.startswith("backbone.body.") and ".bn" in f".{key}" and key.endswith(("weight", "bias"))
+    }
+    assert changed <= trained
+    assert len(changed) > len(trained) / 2
+    assert {key for key in after if key not in before} == {
+        f"module_s.{layer}.{kind}" for layer in ("fc1", "fc2", "logits") for kind in ("weight", "bias")
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "trained", "alone"),
+    [
+        ("ctmasknet_resnet18_t1", 596_099, None),
+        ("ctmasknet_resnet34_t1", 601_475, None),
+        ("ctmasknet_resnet50", 2_409_859, 2_364_419),
+    ],
+)
+def test_as_many_values_are_trained_as_in_the_released_code(name: str, trained: int, alone: int | None) -> None:
+    model = create_model(name)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trained
+    only_s = sum(p.numel() for p in ModuleSOnRoIs(model).parameters() if p.requires_grad)  # type: ignore[arg-type]
+    assert alone is None or only_s == alone
+
+
+def test_weights_of_another_variant_need_a_word(segmented: TrainResult, lesions: Path, tmp_path: Path) -> None:
+    config = segmenter_config(lesions, tmp_path / "run", weights=segmented.best, epochs=1).to_dict()
+    config["model"] = "maskrcnn_resnet18_t1"
+    with pytest.raises(WeightsError, match="partial_weights"):
+        train(TrainConfig.from_dict(config))
+
+
+def test_partial_weights_copy_what_fits_and_say_what_is_new(
+    segmented: TrainResult, lesions: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from ctmasknet.engine.initial import initial_model
+
+    config = segmenter_config(lesions, tmp_path / "run", weights=segmented.best, partial_weights=True).to_dict()
+    config["model"] = "maskrcnn_resnet18_t1"
+    with caplog.at_level(logging.WARNING):
+        model = initial_model(TrainConfig.from_dict(config), ("background", "lesion"))
+    assert segmented.best is not None
+    donor, mine = read_weights(segmented.best).tensors, model.state_dict()
+    copied = {key for key in mine if key in donor and torch.equal(mine[key], donor[key])}
+    assert all(key in copied for key in mine if ".layer1." in key or ".layer2." in key or key.startswith("rpn."))
+    assert not any(".layer3." in key for key in copied)
+    assert "layer3" in caplog.text
+
+
+def test_other_classes_keep_all_but_their_heads(segmented: TrainResult, lesions: Path, tmp_path: Path) -> None:
+    from ctmasknet.engine.initial import initial_model
+
+    config = segmenter_config(lesions, tmp_path / "run", weights=segmented.best, classes="both")
+    model = initial_model(config, ("background", "GGO", "consolidation"))
+    assert segmented.best is not None
+    donor, mine = read_weights(segmented.best).tensors, model.state_dict()
+    new = {key for key in mine if donor[key].shape != mine[key].shape}
+    assert {key.rsplit(".", 2)[-2] for key in new} == {"cls_score", "bbox_pred", "mask_fcn_logits"}
+    assert all(torch.equal(donor[key], mine[key]) for key in mine if key not in new)
+
+
+def test_imagenet_bodies_are_timms(monkeypatch: pytest.MonkeyPatch, lesions: Path, tmp_path: Path) -> None:
+    import timm
+
+    from ctmasknet.engine.initial import initial_model
+
+    build, asked = timm.create_model, []
+
+    def offline(name: str, *, pretrained: bool = False, **options: Any) -> nn.Module:
+        if pretrained:
+            asked.append(name)
+            torch.manual_seed(5)
+        return build(name.split(".")[0], pretrained=False, **options)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    model = initial_model(segmenter_config(lesions, tmp_path, weights_backbone=True), ("background", "lesion"))
+    torch.manual_seed(5)
+    whole = build("resnet18", pretrained=False).state_dict()
+    body = model.backbone.body.state_dict()
+    assert asked == ["resnet18.a1_in1k"]
+    assert "layer2.1.conv2.weight" in body
+    assert all(torch.equal(value, whole[key]) for key, value in body.items())
+
+
+# --- interruptions ------------------------------------------------------------------------------------------
+
+
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_checkpoints_and_the_rest_is_as_if_nothing_happened(
+    lesions: Path, tmp_path: Path, at_step: dict[int, Any]
+) -> None:
+    options: dict[str, Any] = {"batch_size": 1, "val": lesions}
+    whole = train(segmenter_config(lesions, tmp_path / "whole", **options))
+    handler = signal.getsignal(signal.SIGTERM)
+    at_step |= {1: stop}
+    first = train(segmenter_config(lesions, tmp_path / "cut", **options))
+    assert not first.finished
+    assert (first.epochs, 1 < first.steps < 4) == (0, True)
+    at_step |= {5: stop}
+    second = train(segmenter_config(lesions, tmp_path / "cut", **options))
+    assert (second.finished, second.epochs) == (False, 1)
+    last = train(segmenter_config(lesions, tmp_path / "cut", **options))
+    assert last.finished
+    assert losses_of(last) == losses_of(whole), "to the last bit"
+    assert same_weights(last.last, whole.last)
+    assert same_weights(last.best, whole.best)
+    assert signal.getsignal(signal.SIGTERM) == handler
+
+
+def test_accumulation_resumes_at_a_whole_step(classes: Path, tmp_path: Path, at_step: dict[int, Any]) -> None:
+    options: dict[str, Any] = {"batch_size": 1, "accumulate": 2}
+    whole = train(classifier_config(classes, tmp_path / "whole", **options))
+    at_step |= {1: stop}
+    assert not train(classifier_config(classes, tmp_path / "cut", **options)).finished
+    last = train(classifier_config(classes, tmp_path / "cut", **options))
+    assert losses_of(last) == losses_of(whole)
+    assert same_weights(last.last, whole.last)
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    classes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = train(classifier_config(classes, tmp_path / "run"))
+    newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    with caplog.at_level(logging.WARNING):
+        again = train(classifier_config(classes, tmp_path / "run"))
+    assert newest.name in caplog.text
+    assert losses_of(again) == losses_of(whole)
+
+
+def test_a_finished_run_is_left_alone_and_can_be_given_more_epochs(classes: Path, tmp_path: Path) -> None:
+    first = train(classifier_config(classes, tmp_path / "run"))
+    assert train(classifier_config(classes, tmp_path / "run")).history == first.history
+    more = train(classifier_config(classes, tmp_path / "run", epochs=3))
+    assert more.history[:2] == first.history
+    assert (more.epochs, more.finished) == (3, True)
+
+
+def test_resume_false_does_not_touch_a_run(classes: Path, tmp_path: Path) -> None:
+    train(classifier_config(classes, tmp_path / "run", epochs=1))
+    with pytest.raises(ConfigError, match="holds a run"):
+        train(classifier_config(classes, tmp_path / "run", resume=False))
+
+
+def test_a_run_can_be_continued_in_another_folder(classes: Path, tmp_path: Path) -> None:
+    train(classifier_config(classes, tmp_path / "one", epochs=1))
+    with pytest.raises(ConfigError, match="raise epochs"):
+        train(classifier_config(classes, tmp_path / "two", epochs=1, resume=tmp_path / "one"))
+    result = train(classifier_config(classes, tmp_path / "two", epochs=2, resume=tmp_path / "one", val=classes))
+    assert (result.epochs, result.best) == (2, str(tmp_path / "two" / "best"))
+
+
+def test_another_variants_checkpoint_is_refused(classes: Path, tmp_path: Path) -> None:
+    train(classifier_config(classes, tmp_path / "one", epochs=1))
+    other = classifier_config(classes, tmp_path / "two", resume=tmp_path / "one").to_dict()
+    with pytest.raises(ConfigError, match=f"a checkpoint of {CLASSIFIER}, not of ctmasknet_resnet18_t1"):
+        train(TrainConfig.from_dict({**other, "model": "ctmasknet_resnet18_t1"}))
+
+
+def test_other_data_than_the_checkpoints_is_refused(classes: Path, tmp_path: Path) -> None:
+    train(classifier_config(classes, tmp_path / "run", epochs=1))
+    more = class_folder(tmp_path / "more", 2)
+    with pytest.raises(ConfigError, match="number of slices 6, here it is 12"):
+        train(classifier_config([classes, more], tmp_path / "run"))
+
+
+# --- what can go wrong --------------------------------------------------------------------------------------
+
+
+class Spoiled:
+    """Makes the loss of chosen forward passes NaN or infinite."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, value: float, calls: set[int]) -> None:
+        self.value, self.calls, self.count = value, calls, 0
+        forward = ModuleSOnRoIs.forward
+
+        def spoiled(module: ModuleSOnRoIs, rois: list[Tensor], targets: Any = None) -> Any:
+            result = forward(module, rois, targets)
+            if module.training:
+                self.count += 1
+                if self.count in self.calls:
+                    result = {key: loss * self.value for key, loss in result.items()}
+            return result
+
+        monkeypatch.setattr(ModuleSOnRoIs, "forward", spoiled)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_is_skipped_counted_and_named(
+    classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, value: float
+) -> None:
+    Spoiled(monkeypatch, value, {2, 5})
+    with caplog.at_level(logging.WARNING):
+        result = train(classifier_config(classes, tmp_path / "run"))
+    assert (result.finished, result.steps, result.skipped_steps) == (True, 6, 2)
+    assert caplog.text.count("_p1_1_") == 4, "two steps of two slices"
+    assert result.last is not None
+    assert all(value.isfinite().all() for value in read_weights(result.last).tensors.values())
+    assert all(row["loss"] < 2 for row in result.history), "they do not count in the mean"
+
+
+def test_too_many_in_a_row_stop_the_run_with_file_names_and_the_last_good_checkpoint(
+    classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Spoiled(monkeypatch, float("nan"), set(range(4, 100)))
+    config = classifier_config(classes, tmp_path / "run", epochs=9, max_bad_steps=5, checkpoint_minutes=0)
+    with pytest.raises(CTMaskNetError, match=r"[012]_p1_1_[01].*5 steps in a row.*checkpoint") as error:
+        train(config)
+    assert "\n" not in str(error.value)
+    monkeypatch.undo()
+    result = train(config)
+    assert (result.finished, result.skipped_steps) == (True, 0), "goes on from before the first bad step"
+
+
+def test_early_stopping(classes: Path, tmp_path: Path) -> None:
+    # With a rate of zero nothing improves after the first validation.
+    result = train(classifier_config(classes, tmp_path / "run", val=classes, lr=0.0, epochs=9, patience=2))
+    assert (result.finished, result.epochs) == (True, 3)
+    assert train(classifier_config(classes, tmp_path / "run", val=classes, lr=0.0, epochs=9, patience=2)).epochs == 3
+
+
+def test_a_full_disk_is_reported_before_training(
+    classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
+    with pytest.raises(CTMaskNetError, match=r"run: 0\.00 GB are free"):
+        train(classifier_config(classes, tmp_path / "run"))
+
+
+def test_a_folder_that_cannot_be_made_is_reported_before_training(classes: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CTMaskNetError, match="file"):
+        train(classifier_config(classes, tmp_path / "file" / "run"))
+
+
+def test_slices_without_lesions_train_and_a_folder_of_nothing_else_does_not(tmp_path: Path) -> None:
+    mixed = lesion_folder(tmp_path / "mixed", range(4, 6))
+    result = train(segmenter_config(mixed, tmp_path / "run", epochs=1, batch_size=1, augment=False))
+    assert result.skipped_steps == 0
+    empty = lesion_folder(tmp_path / "empty", range(4, 5))
+    with pytest.raises(DataError, match="lesion"):
+        train(segmenter_config(empty, tmp_path / "none"))
+
+
+def test_a_single_slice_is_enough(tmp_path: Path) -> None:
+    data = lesion_folder(tmp_path / "one", range(2, 3))
+    result = train(segmenter_config(data, tmp_path / "run", epochs=1, batch_size=2))
+    assert (result.finished, result.steps) == (True, 1)
+
+
+# --- the fast ways ------------------------------------------------------------------------------------------
+
+
+def test_cached_rois_give_the_whole_models_outputs_and_gradients(classes: Path) -> None:
+    from ctmasknet.data.datasets import open_dataset
+
+    torch.manual_seed(0)
+    model = create_model(CLASSIFIER, replicate=False, **{k: v for k, v in SMALL.items() if "test" in k or "min" in k})
+    images = [sample.image.expand(3, -1, -1) / 255 for sample in open_dataset("classification", classes)][:3]
+    targets = [{"image_label": label} for label in (0, 1, 2)]
+    alone = ModuleSOnRoIs(model)  # type: ignore[arg-type]
+    rois = [find_rois(model, image) for image in images]  # type: ignore[arg-type]
+
+    model.eval(), alone.eval()
+    with torch.no_grad():
+        expected = torch.stack([model([image])[0]["logits"] for image in images])
+        torch.testing.assert_close(torch.stack([out["logits"] for out in alone(rois)]), expected)
+    model.train(), alone.train()
+    gradients = []
+    for module, inputs in ((model, images), (alone, rois)):
+        module.zero_grad()
+        module(inputs, targets)["loss_image"].backward()
+        gradients.append([p.grad.clone() for p in model.module_s.parameters()])
+    for whole, cached in zip(*gradients, strict=True):
+        torch.testing.assert_close(cached, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_training_size_applies_to_training_only(lesions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision.models.detection.transform import GeneralizedRCNNTransform
+
+    seen: set[tuple[bool, int]] = set()
+    resize = GeneralizedRCNNTransform.resize
+
+    def watched(transform: Any, image: Tensor, target: Any = None) -> Any:
+        resized, changed = resize(transform, image, target)
+        seen.add((transform.training, min(resized.shape[-2:])))
+        return resized, changed
+
+    monkeypatch.setattr(GeneralizedRCNNTransform, "resize", watched)
+    options: dict[str, Any] = {"val": lesions, "train_min_size": 96, "full_size_epochs": 1}
+    train(segmenter_config(lesions, tmp_path / "a", epochs=2, **options))
+    assert seen == {(True, 96), (True, 128), (False, 128)}
+
+
+def test_bfloat16_stays_in_body_and_pyramid(lesions: Path, tmp_path: Path) -> None:
+    result = train(segmenter_config(lesions, tmp_path / "run", epochs=1, precision="bfloat16"))
+    assert result.skipped_steps == 0
+    assert result.last is not None
+    assert all(t.dtype in (torch.float32, torch.int64) for t in read_weights(result.last).tensors.values())
+
+
+def test_workers_do_not_change_the_result(lesions: Path, tmp_path: Path) -> None:
+    alone = train(segmenter_config(lesions, tmp_path / "alone", epochs=1))
+    helped = train(segmenter_config(lesions, tmp_path / "helped", epochs=1, workers=1))
+    assert losses_of(helped) == losses_of(alone)
