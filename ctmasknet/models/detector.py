@@ -87,6 +87,12 @@ class LesionRoIHeads(RoIHeads):
         """The ranked regions of each image: above the score threshold, not empty, after NMS per class."""
         pooled = self.box_head(self.box_roi_pool(features, proposals, image_shapes))
         logits, deltas = self.box_predictor(pooled)
+        return self.rank(logits, deltas, proposals, image_shapes)
+
+    def rank(
+        self, logits: Tensor, deltas: Tensor, proposals: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> list[Regions]:
+        """The ranked regions that the box predictor's (R, K) logits and (R, 4 K) deltas give for R proposals."""
         scores = logits.softmax(-1) if self.roi_score == "softmax" else logits.sigmoid()
         boxes = self.box_coder.decode(deltas, proposals)
         counts = [len(p) for p in proposals]
