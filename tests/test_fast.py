@@ -51,13 +51,13 @@ def boxes(count: int, extent: float) -> Tensor:
 def test_segments_as_the_plain_model(name, mask_score):
     if mask_score == "logit" and not name.endswith("t2"):
         pytest.skip("the branch does not depend on the body")
-    model = living(name, box_score_thresh=0.3, box_nms_thresh=0.5, mask_score=mask_score)
+    model = living(name, box_score_thresh=0.0, box_detections_per_img=30, mask_score=mask_score)
     with torch.inference_mode():
         plain = model(pictures())
-    assert sum(len(p["scores"]) for p in plain) > 10
+    assert sum(len(p["scores"]) for p in plain) >= 5
     for expected, found in zip(plain, FastInference(model).segment(pictures()), strict=True):
-        assert_close(found.scores, expected["scores"], atol=2e-4, rtol=0)
-        assert_close(found.boxes, expected["boxes"], atol=1e-2, rtol=0)
+        assert_close(found.scores, expected["scores"], atol=1e-3, rtol=0)
+        assert_close(found.boxes, expected["boxes"], atol=5e-2, rtol=0)
         assert torch.equal(found.labels, expected["labels"])
         different = (found.masks != (expected["masks"][:, 0] > 0.5)).sum()
         assert different <= 2e-4 * found.masks.numel()
@@ -71,8 +71,8 @@ def test_classifies_as_the_plain_model(name):
     for expected, found in zip(plain, FastInference(model).classify(pictures()), strict=True):
         assert_close(found["logits"], expected["logits"], atol=1e-4, rtol=0)
         assert_close(found["probabilities"], expected["probabilities"], atol=1e-4, rtol=0)
-        assert_close(found["scores"], expected["scores"], atol=2e-4, rtol=0)
-        assert_close(found["boxes"], expected["boxes"], atol=1e-2, rtol=0)
+        assert_close(found["scores"], expected["scores"], atol=1e-3, rtol=0)
+        assert_close(found["boxes"], expected["boxes"], atol=5e-2, rtol=0)
 
 
 def test_the_model_is_left_as_it_was():
