@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ctmasknet.batch import predict_files
     from ctmasknet.engine import TrainConfig, TrainResult, train
     from ctmasknet.errors import (
         ConfigError,
@@ -20,9 +21,11 @@ if TYPE_CHECKING:
         MissingExtraError,
         WeightsError,
     )
+    from ctmasknet.evaluation import Evaluation, evaluate
     from ctmasknet.predictor import Predictor, predict
     from ctmasknet.registry import Variant, get_variant, list_models
     from ctmasknet.results import Prediction
+    from ctmasknet.volume_prediction import VolumePrediction
     from ctmasknet.zoo import create_model, from_pretrained, load_released
 
 try:
@@ -42,7 +45,10 @@ _HOMES = {
     "ctmasknet.registry": ("Variant", "get_variant", "list_models"),
     "ctmasknet.zoo": ("create_model", "from_pretrained", "load_released"),
     "ctmasknet.predictor": ("Predictor", "predict"),
+    "ctmasknet.batch": ("predict_files",),
+    "ctmasknet.volume_prediction": ("VolumePrediction",),
     "ctmasknet.results": ("Prediction",),
+    "ctmasknet.evaluation": ("Evaluation", "evaluate"),
     "ctmasknet.engine": ("TrainConfig", "TrainResult", "train"),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -51,6 +57,7 @@ __all__ = [
     "CTMaskNetError",
     "ConfigError",
     "DataError",
+    "Evaluation",
     "InputError",
     "MissingExtraError",
     "Prediction",
@@ -58,14 +65,17 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "Variant",
+    "VolumePrediction",
     "WeightsError",
     "__version__",
     "create_model",
+    "evaluate",
     "from_pretrained",
     "get_variant",
     "list_models",
     "load_released",
     "predict",
+    "predict_files",
     "train",
 ]
 

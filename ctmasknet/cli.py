@@ -19,6 +19,7 @@ from ctmasknet.errors import ConfigError, CTMaskNetError
 from ctmasknet.registry import Variant, get_variant, list_models
 
 _DISCLAIMER = "Research software, not a medical device."
+_LINES_BESIDE_A_BAR = 100  # results; of more than that the bar alone is shown
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,18 +75,43 @@ def _parser() -> argparse.ArgumentParser:
         commands,
         "predict",
         _predict,
-        "segment and classify slices",
-        "Reads PNG, JPEG, WebP, TIFF and single-slice DICOM files. Writes, per input and under its relative path,\n"
-        "FILE.json (boxes, scores, masks as COCO RLE, class probabilities) and FILE.overlay.png. Files that cannot\n"
-        "be used are reported, the others done; the exit code is then 2.\n\n"
+        "segment and classify slices and whole scans",
+        "Reads PNG, JPEG, WebP, TIFF and DICOM slices; NIfTI files, multi-frame DICOM files and folders with\n"
+        "a DICOM series as scans; folders and quoted wildcards for many of them. Writes, per slice and under its\n"
+        "relative path, FILE.json (boxes, scores, masks as COCO RLE, class probabilities) and FILE.overlay.png;\n"
+        "per scan the lesion mask (.lesions.nii.gz), a table (.slices.csv), a picture (.montage.png) and the facts\n"
+        "(.json). Of more than one input, also predictions.jsonl and run.json: the same command again goes on\n"
+        "where it was stopped. Files that cannot be used are reported, the others done; the exit code is then 2.\n\n"
         "Examples:\n"
         "  ctmasknet predict slice.png -o out\n"
-        "  ctmasknet predict scans/*.dcm -o out --classifier none --threshold 0.5\n"
-        "  ctmasknet predict raw16.tif -o out --units hu",
+        "  ctmasknet predict series/ scan.nii.gz -o out\n"
+        "  ctmasknet predict 'scans/**/*.png' -o out --format jsonl --classifier none --threshold 0.5\n"
+        "  ctmasknet predict raw16.tif -o out --units hu\n"
+        "  accelerate launch -m ctmasknet predict --list files.txt -o out",
     )
-    predict.add_argument("files", nargs="+", metavar="FILE", help="slices to predict")
+    predict.add_argument("files", nargs="*", metavar="FILE", help="slices, scans, folders, quoted wildcards")
     predict.add_argument("-o", "--out", required=True, type=Path, metavar="DIR", help="folder for the results")
+    predict.add_argument("--list", type=Path, metavar="FILE", help="read more inputs from FILE, one per line")
     predict.add_argument("--units", choices=("hu", "range"), help=_UNITS_HELP)
+    predict.add_argument(
+        "--format",
+        choices=("files", "jsonl", "coco"),
+        default="files",
+        help="files (default): JSON and overlay of each; jsonl: predictions.jsonl alone; coco: it and COCO results",
+    )
+    predict.add_argument("--annotations", type=Path, metavar="JSON", help="COCO annotations to take image ids from")
+    predict.add_argument(
+        "--score-map", action="store_true", help="also write FILE.score_map.npy: raw mask logits of all RoIs, (H, W)"
+    )
+    predict.add_argument("--slices", action="store_true", help="take DICOM files in folders as slices, not as scans")
+    predict.add_argument("--series", metavar="UID", help="the series to take from the folder of a scan")
+    predict.add_argument(
+        "--spacing", nargs=3, type=float, metavar="MM", help="between columns, rows, slices, where a scan lacks it"
+    )
+    predict.add_argument("--batch-size", type=int, metavar="N", help="slices at once (default: 1 on the CPU, else 8)")
+    predict.add_argument("--readers", type=int, default=4, metavar="N", help="threads that read ahead (default: 4)")
+    predict.add_argument("--shard", metavar="I/N", help="do every N-th input from the I-th on, counted from 0")
+    predict.add_argument("--restart", action="store_true", help="forget an earlier run in DIR and begin anew")
     _model_flags(predict)
     _json_flag(predict)
 
@@ -164,6 +190,90 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--list", dest="list_file", metavar="FILE", help="use only the slices this file names")
     _json_flag(check)
 
+    download = _command(
+        commands,
+        "download",
+        _download,
+        "fetch weights for use without a network",
+        "Default weights by the variant's name, or a Hub repository, better pinned: owner/name@commit. They go to\n"
+        "the cache of huggingface_hub (HF_HOME), where create_model, from_pretrained and predict find them.\n\n"
+        "Example: ctmasknet download maskrcnn_resnet18_t2",
+    )
+    download.add_argument("names", nargs="+", metavar="NAME", help="a variant, owner/name or owner/name@revision")
+    _json_flag(download)
+
+    push = _command(
+        commands,
+        "push",
+        _push,
+        "publish a folder of weights on the Hugging Face Hub",
+        "Checks the folder, then writes model.safetensors, config.json, README.md and golden.safetensors to the\n"
+        "repository in one commit; nothing else in the folder travels. Needs HF_TOKEN or: hf auth login.\n\n"
+        "Example: ctmasknet push runs/one/best owner/maskrcnn_resnet18_t2",
+    )
+    push.add_argument("folder", type=Path, metavar="DIR", help="a folder of weights, such as a run's best/")
+    push.add_argument("repository", metavar="REPO", help="owner/name, made if missing")
+    push.add_argument("--private", action="store_true", help="make a new repository private")
+    _json_flag(push)
+
+    evaluate = _command(
+        commands,
+        "evaluate",
+        _evaluate,
+        "measure a model, or other people's predictions, on labelled slices",
+        "MODEL is a variant's name (its default weights), a folder of weights, an author's .pth, or a .json of\n"
+        "predictions: COCO results, or [{image_id, probabilities}] for classifiers. Segmenters: AP by the released\n"
+        "protocol, COCO AP, Dice, lesions found; classifiers: sensitivity, specificity, AUC by slice and patient; 95%\n"
+        "intervals over patients. Several processes: accelerate launch -m ctmasknet evaluate ...\n\n"
+        "Examples:\n"
+        "  ctmasknet evaluate maskrcnn_resnet18_t2 --data lesions/val --json result.json\n"
+        "  ctmasknet evaluate ctmasknet_resnet18_t2 --data classes/val --rows work\n"
+        "  ctmasknet evaluate theirs.json --data lesions/val --threshold 0.5",
+    )
+    evaluate.add_argument("model", metavar="MODEL", help="what to measure")
+    evaluate.add_argument("--data", nargs="+", required=True, metavar="DIR", help="labelled slices")
+    evaluate.add_argument("--list", metavar="FILE", help="only the slices that this text file names")
+    evaluate.add_argument("--min-area", type=int, default=100, metavar="PX", help="smaller lesions do not count")
+    evaluate.add_argument("--per-class", type=int, metavar="N", help="classifiers: N slices of each class")
+    evaluate.add_argument(
+        "--threshold", type=float, default=0.5, metavar="T", help="predictions: lesions scored above T (default: 0.5)"
+    )
+    evaluate.add_argument("--samples", type=int, default=1000, metavar="N", help="bootstrap resamples (default: 1000)")
+    evaluate.add_argument("--no-coco", action="store_true", help="leave COCO AP out (it needs the extra train)")
+    evaluate.add_argument("--batch-size", type=int, metavar="N", help="slices per forward")
+    evaluate.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read slices")
+    evaluate.add_argument(
+        "--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="of the backbone (default: auto)"
+    )
+    _evaluation_flags(evaluate)
+    evaluate.add_argument(
+        "--json", nargs="?", const="-", metavar="OUT", help="print the figures as JSON, or write them to the file OUT"
+    )
+
+    paper = _command(
+        commands,
+        "paper",
+        _paper,
+        "make a table or figure of the paper",
+        "Prints the table (of a figure: the numbers behind it) and writes ITEM.md, ITEM.csv, ITEM.png, and for\n"
+        "figures ITEM.pdf and ITEM.svg. Table 1 and Figure 1 need no data; Figure 2 and contributions take phantoms\n"
+        "if they get none.\n\n"
+        "Examples:\n"
+        "  ctmasknet paper table1 -o out\n"
+        "  ctmasknet paper table2 --weights runs/a/best runs/b/best --data cncb/val -o out\n"
+        "  ctmasknet paper figure4 --weights ctmasknet_resnet18_t2 --data classes/val -o out",
+    )
+    paper.add_argument(
+        "item",
+        metavar="ITEM",
+        help="table1 to table5, figure1 to figure4, or contributions (of every RoI of a slice to the class logits)",
+    )
+    paper.add_argument("--weights", nargs="+", default=(), metavar="MODEL", help="as MODEL of ctmasknet evaluate")
+    paper.add_argument("--data", nargs="+", default=(), metavar="DIR", help="labelled slices; contributions: an image")
+    paper.add_argument("-o", "--out", type=Path, default=Path("paper"), metavar="DIR", help="default: paper")
+    paper.add_argument("--name", metavar="NAME", help="name of the files (default: the item's)")
+    _evaluation_flags(paper)
+
     doctor = _command(
         commands,
         "doctor",
@@ -199,7 +309,7 @@ def _json_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def _model_flags(parser: argparse.ArgumentParser) -> None:
-    models = "a variant's name, a folder of weights, or none (default: the bundled weights)"
+    models = "a variant's name, a folder or Hub repository of weights, or none (default: the bundled weights)"
     parser.add_argument("--segmenter", default="default", metavar="MODEL", help=models)
     parser.add_argument("--classifier", default="default", metavar="MODEL", help=models)
     parser.add_argument(
@@ -215,6 +325,15 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="bfloat16 runs the backbone in it (default: auto)",
     )
+
+
+def _evaluation_flags(parser: argparse.ArgumentParser) -> None:
+    limit_help = "at most N slices (Tables 4, 5, Figure 4: of each class)"
+    parser.add_argument("--limit", type=int, metavar="N", help=limit_help)
+    parser.add_argument("--seed", type=int, default=0, help="of every draw (default: 0)")
+    parser.add_argument("--classes", choices=("merge", "both", "ggo"), help="lesion classes (default: the model's)")
+    parser.add_argument("--rows", metavar="DIR", help="keep what was measured per slice here, to go on after a kill")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -284,39 +403,144 @@ def _predictor(options: argparse.Namespace) -> Any:
     from ctmasknet.predictor import Predictor
 
     chosen = [None if model == "none" else model for model in (options.segmenter, options.classifier)]
-    return Predictor(*chosen, device=options.device, score_threshold=options.threshold, precision=options.precision)
+    return Predictor(
+        *chosen,
+        device=options.device,
+        score_threshold=options.threshold,
+        precision=options.precision,
+        score_map=getattr(options, "score_map", False),
+    )
 
 
 def _predict(options: argparse.Namespace) -> int:
+    from itertools import islice
+
+    from ctmasknet.batch import process_device, process_shard
+    from ctmasknet.inputs import find_inputs
+
+    shard = _shard(options.shard) if options.shard else process_shard()
+    options.device = options.device or process_device()
+    predictor = _predictor(options)
+    if options.batch_size is not None:
+        if options.batch_size < 1:
+            raise ConfigError(f"--batch-size {options.batch_size}: must be at least 1")
+        predictor.batch_size = options.batch_size
+    if not options.files and options.list is None:
+        raise ConfigError("nothing to predict: name slices, scans or folders, or pass --list FILE")
+    alone = options.list is None and shard == (0, 1) and options.format == "files" and not options.restart
+    first = list(islice(find_inputs(options.files, slices=options.slices, out=options.out), 2)) if alone else []
+    if len(first) == 1 and not first[0].error:
+        return _predict_one(predictor, first[0].name, options)
+    if options.series:
+        raise ConfigError("--series goes with one folder: name that folder alone")
+    return _predict_many(predictor, shard, options)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    first, _, count = text.partition("/")
+    if not (first.isdecimal() and count.isdecimal() and int(first) < int(count)):
+        raise ConfigError(f"--shard {text}: write it as I/N, I from 0 to N - 1, for example 0/16")
+    return int(first), int(count)
+
+
+def _predict_one(predictor: Any, file: str, options: argparse.Namespace) -> int:
+    """One slice or one scan: its own files, no record of a run."""
     from tqdm import tqdm
 
-    predictor = _predictor(options)
-    facts, failures = [], 0
-    # Drawn on a terminal only: logs and pipes get the lines alone.
-    for file in tqdm(options.files, unit="slice", disable=len(options.files) < 2 or not sys.stderr.isatty()):
-        try:
-            prediction = predictor(file, units=options.units)
-            record, picture = prediction.save(options.out / _relative(file).parent)
-        except CTMaskNetError as error:
-            failures += 1
-            facts.append({"file": file, "error": str(error)})
-            tqdm.write(f"ctmasknet predict: {error}", file=sys.stderr)
-            continue
-        facts.append({"file": file, "json": str(record), "overlay": str(picture)} | _brief(prediction))
-        if not options.json:
-            tqdm.write(f"{file}: {prediction.summary} -> {picture}")
+    from ctmasknet.data.volumes import is_scan
+    from ctmasknet.inputs import place_of
+
+    place = options.out / place_of(file).parent
+    if not Path(file).is_dir() and not is_scan(Path(file)):
+        prediction = predictor(file, units=options.units)
+        record, picture = prediction.save(place)
+        if options.json:
+            _print_json([{"file": file, "json": str(record), "overlay": str(picture)} | _brief(prediction)])
+        else:
+            print(f"{file}: {prediction.summary} -> {picture}")
+        return 0
+    with tqdm(unit="slice", disable=not sys.stderr.isatty()) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        spacing = tuple(options.spacing) if options.spacing else None
+        scan = predictor.volume(file, units=options.units, series=options.series, spacing=spacing, progress=show)
+    paths = scan.save(place)
+    for problem in scan.problems:
+        print(f"ctmasknet predict: {problem}", file=sys.stderr)
+    if options.json:
+        _print_json([{"file": file, **{kind: str(path) for kind, path in paths.items()}} | scan.to_dict()])
+    else:
+        print(f"{file}: {scan.summary} -> {paths['mask']}")
+    return 2 if any(row.error for row in scan.slices) else 0
+
+
+def _predict_many(predictor: Any, shard: tuple[int, int], options: argparse.Namespace) -> int:
+    from itertools import chain
+
+    from tqdm import tqdm
+
+    from ctmasknet.batch import FileResult, RunSummary, predict_files
+    from ctmasknet.inputs import read_list
+
+    facts: list[dict[str, Any]] = []
+    # Drawn on a terminal only, and by one process: logs and pipes get the lines alone.
+    bar = tqdm(unit="image", disable=not sys.stderr.isatty() or shard[0] > 0)
+
+    def start(summary: RunSummary) -> None:
+        bar.total = summary.inputs - summary.already_done
+        bar.refresh()
+        if summary.already_done and not options.json:
+            tqdm.write(f"{summary.already_done} of {summary.inputs} are done already, going on")
+
+    def show(result: FileResult) -> None:
+        bar.update()
+        paths = {kind: str(path) for kind, path in result.paths.items()}
+        if result.record is None:
+            tqdm.write(f"ctmasknet predict: {result.error}", file=sys.stderr)
+            if options.json:
+                facts.append({"file": result.file, "error": result.error})
+            return
+        for problem in result.record.get("problems", ()):
+            tqdm.write(f"ctmasknet predict: {problem}", file=sys.stderr)
+        if options.json:
+            shown = {key: value for key, value in result.record.items() if key != "lesions"}
+            facts.append({"file": result.file, **paths, **shown, "lesions": len(result.record.get("lesions", ()))})
+        elif bar.disable or (bar.total or 0) <= _LINES_BESIDE_A_BAR:
+            where = paths.get("overlay") or paths.get("mask")
+            tqdm.write(f"{result.file}: {result.record['summary']}" + (f" -> {where}" if where else ""))
+
+    listed = [] if options.list is None else read_list(options.list)
+    with bar:
+        summary = predict_files(
+            predictor,
+            chain(options.files, listed),
+            options.out,
+            units=options.units,
+            format=options.format,
+            slices=options.slices,
+            spacing=tuple(options.spacing) if options.spacing else None,
+            readers=options.readers,
+            shard=shard,
+            restart=options.restart,
+            annotations=options.annotations,
+            on_result=show,
+            on_start=start,
+        )
     if options.json:
         _print_json(facts)
-    elif len(options.files) > 1:
-        print(f"{len(options.files) - failures} of {len(options.files)} slices predicted into {options.out}")
-    return 2 if failures else 0
-
-
-def _relative(file: str) -> Path:
-    """Where results of `file` go below the output folder: its path from here, or from the root if it lies elsewhere."""
-    absolute = Path(file).absolute().resolve()
-    here = Path.cwd().resolve()
-    return absolute.relative_to(here if absolute.is_relative_to(here) else absolute.anchor)
+        return 2 if summary.failed else 0
+    speed = f", {summary.files_per_second:.2f} images/s" if summary.files_per_second else ""
+    rest = f", {summary.already_done} before" if summary.already_done else ""
+    other = f"; {summary.left_out} files of other kinds left out" if summary.left_out else ""
+    mine = f" (process {shard[0]} of {shard[1]})" if shard[1] > 1 else ""
+    print(
+        f"{summary.predicted} of {summary.inputs} slices predicted into {options.out}{mine}{rest}, "
+        f"{summary.failed} failed, {summary.seconds:.0f} s{speed}{other}"
+    )
+    return 2 if summary.failed else 0
 
 
 def _brief(prediction: Any) -> dict[str, Any]:
@@ -433,6 +657,87 @@ def _data_check(options: argparse.Namespace) -> int:
     else:
         print(report.table())
     return 0 if report.ok else 2
+
+
+def _download(options: argparse.Namespace) -> int:
+    from ctmasknet.weights.hub import download
+
+    facts = []
+    for name in options.names:
+        found = download(name)
+        facts.append({"name": name, "source": found.source, "folder": str(found.folder), "bytes": found.bytes})
+        if not options.json:
+            print(f"{name}: {found.source}, {found.bytes / 1e6:.1f} MB in {found.folder}")
+    if options.json:
+        _print_json(facts)
+    return 0
+
+
+def _push(options: argparse.Namespace) -> int:
+    from ctmasknet.weights.publish import push_folder
+
+    published = push_folder(options.folder, options.repository, private=options.private)
+    if options.json:
+        _print_json(published.to_dict())
+    else:
+        print(f"{published.variant}: {published}, sha256 {published.sha256}")
+        print(f'create_model("{published.variant}", weights="{published}") loads it')
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    import os
+
+    from ctmasknet.evaluation import evaluate
+
+    result = evaluate(
+        options.model,
+        options.data,
+        classes=options.classes,
+        min_area=options.min_area,
+        list_file=options.list,
+        limit=options.limit,
+        per_class=options.per_class,
+        seed=options.seed,
+        score_threshold=options.threshold,
+        coco=not options.no_coco,
+        samples=options.samples,
+        out=options.rows,
+        device=options.device,
+        batch_size=options.batch_size,
+        precision=options.precision,
+        workers=options.workers,
+    )
+    if int(os.environ.get("RANK", "0")) != 0:  # of several processes one speaks
+        return 0
+    if options.json == "-":
+        _print_json(result.to_dict())
+        return 0
+    print(result.table())
+    if options.json:
+        try:
+            Path(options.json).write_text(json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n", "utf-8")
+        except OSError as error:
+            raise CTMaskNetError(f"{options.json}: cannot be written ({error}); choose another file") from None
+    return 0
+
+
+def _paper(options: argparse.Namespace) -> int:
+    from ctmasknet.paper import Request, make
+
+    request = Request(
+        weights=tuple(options.weights),
+        data=tuple(options.data),
+        seed=options.seed,
+        limit=options.limit,
+        classes=options.classes,
+        rows=options.rows,
+        device=options.device,
+    )
+    table, paths = make(options.item, request, options.out, name=options.name)
+    print(table)
+    print("\n" + " ".join(str(path) for path in paths))
+    return 0
 
 
 def _doctor(options: argparse.Namespace) -> int:

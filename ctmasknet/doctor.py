@@ -9,12 +9,16 @@ import sys
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ctmasknet import __version__
 from ctmasknet.errors import CTMaskNetError
 from ctmasknet.registry import get_variant
 
-_EXTRAS = {"io": ("pydicom", "gdcm")}
+if TYPE_CHECKING:
+    from ctmasknet.weights.manifest import ManifestEntry
+
+_EXTRAS = {"io": ("pydicom", "gdcm", "nibabel")}
 
 
 @dataclass(frozen=True)
@@ -78,18 +82,30 @@ def _devices() -> Check:
 
 
 def _bundled_weights() -> list[Check]:
-    from ctmasknet.weights.hub import load_stored
-    from ctmasknet.weights.manifest import manifest
+    from ctmasknet.weights.manifest import default_entry, variants_with_weights
 
-    checks = []
-    for entry in manifest():
-        try:
-            load_stored("default", get_variant(entry.variant))
-            detail, ok = f"{entry.tag}, {entry.bytes / 1e6:.1f} MB, hash matches", True
-        except CTMaskNetError as error:
-            detail, ok = str(error), False
-        checks.append(Check(f"weights of {entry.variant}", ok, detail))
-    return checks
+    try:
+        return [_weights(default_entry(get_variant(name))) for name in variants_with_weights()]
+    except CTMaskNetError as error:  # the manifest itself
+        return [Check("weights", False, str(error))]
+
+
+def _weights(entry: ManifestEntry) -> Check:
+    from ctmasknet.weights.assemble import assemble
+    from ctmasknet.weights.files import GOLDEN_NAME
+    from ctmasknet.weights.golden import check_golden
+    from ctmasknet.weights.hub import load_stored
+
+    name, facts = f"weights of {entry.variant}", f"{entry.tag}, {entry.bytes / 1e6:.1f} MB"
+    if entry.path is None:  # nothing is downloaded to find out whether an installation is sound
+        return Check(name, True, f"{facts}, on the Hub: {entry.place}")
+    try:
+        variant = get_variant(entry.variant)
+        stored = load_stored("default", variant)
+        check_golden(assemble(variant, stored, {}), stored.path.with_name(GOLDEN_NAME))
+    except CTMaskNetError as error:
+        return Check(name, False, str(error))
+    return Check(name, True, f"{facts}, hash and golden outputs match")
 
 
 def _cache() -> Check:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -15,9 +16,11 @@ from PIL import Image
 from torch import Tensor
 
 from ctmasknet.data.readers import Slice, read_slice
-from ctmasknet.errors import ConfigError
+from ctmasknet.data.volumes import open_volume
+from ctmasknet.errors import ConfigError, CTMaskNetError, InputError
 from ctmasknet.models.classification import COVIDCTMaskNet
 from ctmasknet.models.config import model_config
+from ctmasknet.models.protocols import score_maps
 from ctmasknet.models.segmentation import LesionMaskRCNN
 from ctmasknet.registry import (
     DEFAULT_CLASSIFIER,
@@ -29,21 +32,31 @@ from ctmasknet.registry import (
     get_variant,
 )
 from ctmasknet.results import Prediction, RoIBatch
+from ctmasknet.volume_prediction import VolumePrediction, gather
+from ctmasknet.weights.download import hub_source
 from ctmasknet.zoo import Model, create_model, from_pretrained
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor | Slice
 Precision = Literal["auto", "float32", "bfloat16"]
+Key = TypeVar("Key")
+Other = TypeVar("Other")
+Item = TypeVar("Item")
 
 DEFAULT: Final = "default"
 """The default segmenter and the default classifier, with the weights bundled in the package."""
+
+
+class OutOfMemoryError(InputError):
+    """A slice that does not fit into the memory of the device, even alone."""
 
 
 class Predictor:
     """Segments lesions in chest CT slices and classifies the slices.
 
     Args:
-        segmenter, classifier: the name of a variant (with its default weights), the path of a folder of weights, or
-            a model; None leaves that task out. `DEFAULT` takes the bundled ones.
+        segmenter, classifier: the name of a variant (with its default weights), the path of a folder of weights, a
+            Hub repository (``"owner/name@revision"``), or a model; None leaves that task out. `DEFAULT` takes the
+            bundled ones.
         device: ``"cpu"``, ``"cuda"``, ...; None takes a GPU if there is one. A model passed in is moved there.
         batch_size: slices per forward in `batch`; None takes 1 on the CPU, where larger batches are not faster, and 8
             elsewhere.
@@ -51,6 +64,7 @@ class Predictor:
             the weights; without one, the model's own setting (the paper's: 0.75).
         precision: ``"bfloat16"`` runs backbone and FPN in bfloat16 (box arithmetic stays in float32); ``"auto"``
             is ``"float32"``.
+        score_map: also give `Prediction.score_map`, at the price of another pass of the segmenter.
 
     Raises:
         ConfigError: unknown variant, device or precision; a model of the other task; a threshold outside 0..1.
@@ -66,6 +80,7 @@ class Predictor:
         batch_size: int | None = None,
         score_threshold: float | None = None,
         precision: Precision = "auto",
+        score_map: bool = False,
     ) -> None:
         if segmenter is None and classifier is None:
             raise ConfigError("nothing to predict: give a segmenter, a classifier, or both")
@@ -75,18 +90,20 @@ class Predictor:
             raise ConfigError(f"precision={precision!r}: use 'auto', 'float32' or 'bfloat16'")
         if batch_size is not None and batch_size < 1:
             raise ConfigError(f"batch_size={batch_size}: must be at least 1")
-        self.device = _device(device)
+        self.device = choose_device(device)
         self.batch_size = batch_size or (1 if self.device.type == "cpu" else 8)
         self.segmenter = self._model(segmenter, "segmentation")
         self.classifier = self._model(classifier, "classification")
         self.score_threshold: float | None = None
-        self._nms_threshold = 0.0
+        self.nms_threshold = 0.0
         if self.segmenter is not None:
-            stored, self._nms_threshold = _operating_point(self.segmenter)
+            stored, self.nms_threshold = operating_point(self.segmenter)
             self.score_threshold = stored if score_threshold is None else float(score_threshold)
         models = (self.segmenter, self.classifier)
-        self._caveats = tuple(m.metadata["caveat"] for m in models if m is not None and "caveat" in m.metadata)
+        self.caveats = tuple(m.metadata["caveat"] for m in models if m is not None and "caveat" in m.metadata)
+        self.precision = precision
         self._autocast = torch.bfloat16 if precision == "bfloat16" else None
+        self.score_map = score_map
 
     def __call__(self, image: ImageLike, *, units: str | None = None) -> Prediction:
         """Predict one slice.
@@ -109,7 +126,104 @@ class Predictor:
         """
         slices = (image if isinstance(image, Slice) else read_slice(image, units=units) for image in images)
         while chunk := list(itertools.islice(slices, self.batch_size)):
-            yield from self._predict(chunk)
+            yield from self._predict_in_memory(chunk)
+
+    def stream(
+        self, reads: Iterable[tuple[Key, Slice | Other]]
+    ) -> Iterator[tuple[Key, Prediction | Other | CTMaskNetError]]:
+        """Predict slices that are read elsewhere, in order and in batches, past errors.
+
+        Args:
+            reads: pairs of anything to know a slice by and the slice; what is no slice, such as the reason why
+                there is none, passes through in its place.
+
+        Yields:
+            The key with the prediction, or with the error of a slice too large for the device's memory.
+        """
+        waiting: list[tuple[Key, Slice | Other]] = []
+        for read in reads:
+            waiting.append(read)
+            if len(waiting) >= self.batch_size:
+                yield from self._predict_past_errors(waiting)
+                waiting = []
+        yield from self._predict_past_errors(waiting)
+
+    def volume(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        units: str | None = None,
+        series: str | None = None,
+        spacing: tuple[float, float, float] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> VolumePrediction:
+        """Predict a whole scan, slice by slice (extra ``io``); slices that cannot be used are reported in it.
+
+        Args:
+            path: a folder with a DICOM series, a DICOM file of one or many frames, or a NIfTI file.
+            units, series, spacing: see `ctmasknet.data.volumes.open_volume`.
+            progress: called with the numbers of slices done and in all.
+
+        Raises:
+            InputError: not a scan, not on an even grid, or without a usable slice; names the file and the fix.
+            MissingExtraError: pydicom, nibabel or the decoder is not installed.
+        """
+        volume = open_volume(path, units=units, series=series, spacing=spacing)
+        results = self.stream(volume.slices())
+        return gather(
+            volume,
+            results if progress is None else _counted(results, len(volume.names), progress),
+            class_names=("background",) if self.segmenter is None else class_names(self.segmenter),
+            score_threshold=self.score_threshold,
+            has_segmentation=self.segmenter is not None,
+            caveats=self.caveats,
+        )
+
+    def _predict_past_errors(
+        self, reads: list[tuple[Key, Slice | Other]]
+    ) -> Iterator[tuple[Key, Prediction | Other | CTMaskNetError]]:
+        slices = [read for _, read in reads if isinstance(read, Slice)]
+        try:
+            results: Iterator[Prediction | CTMaskNetError] = iter(self._predict_in_memory(slices))
+        except OutOfMemoryError:
+            results = iter([self._alone(one) for one in slices])
+        for key, read in reads:
+            yield key, next(results) if isinstance(read, Slice) else read
+
+    def _alone(self, one: Slice) -> Prediction | CTMaskNetError:
+        try:
+            return self._predict_in_memory([one])[0]
+        except OutOfMemoryError as error:
+            return error
+
+    def _predict_in_memory(self, slices: list[Slice]) -> list[Prediction]:
+        """Predict; where the device's memory does not suffice, halve the batch, for good, and go on.
+
+        Raises:
+            OutOfMemoryError: one slice alone is too much.
+        """
+        results: list[Prediction] = []
+        while len(results) < len(slices):
+            chunk = slices[len(results) : len(results) + self.batch_size]
+            try:
+                results += self._predict(chunk)
+                continue
+            except torch.OutOfMemoryError as error:
+                reason = str(error).splitlines()[0]
+            # Outside the handler, which holds on to the tensors of the failed forward.
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if len(chunk) == 1:
+                raise OutOfMemoryError(
+                    f"{chunk[0].source}: out of memory on {self.device} with a single slice ({reason}). "
+                    "Free the device, or pass device='cpu'."
+                )
+            self.batch_size = len(chunk) // 2
+            warnings.warn(
+                f"out of memory on {self.device} with {len(chunk)} slices: going on with batches of {self.batch_size}",
+                stacklevel=2,
+            )
+        return results
 
     def _predict(self, slices: list[Slice]) -> list[Prediction]:
         tensors = [torch.from_numpy(s.pixels).to(self.device).expand(3, -1, -1) for s in slices]
@@ -119,14 +233,21 @@ class Predictor:
                     settings.enter_context(self._settings(model))
             found: list[dict[str, Tensor] | None] = [None] * len(slices)
             classified: list[dict[str, Tensor] | None] = [None] * len(slices)
+            maps: list[Tensor] | list[None] = [None] * len(slices)
             if self.segmenter is not None:
                 found = self.segmenter(tensors)
+                if self.score_map and isinstance(self.segmenter, LesionMaskRCNN):
+                    maps = score_maps(self.segmenter, tensors, nms_threshold=self.segmenter.config.box_nms_thresh)
             if self.classifier is not None:
                 classified = self.classifier(tensors)
-            return [self._result(*item) for item in zip(slices, found, classified, strict=True)]
+            return [self._result(*item) for item in zip(slices, found, classified, maps, strict=True)]
 
     def _result(
-        self, source: Slice, found: dict[str, Tensor] | None, classified: dict[str, Tensor] | None
+        self,
+        source: Slice,
+        found: dict[str, Tensor] | None,
+        classified: dict[str, Tensor] | None,
+        score_map: Tensor | None,
     ) -> Prediction:
         height, width = source.pixels.shape
         names: tuple[str, ...] = ("background",)
@@ -156,7 +277,8 @@ class Predictor:
             source=source.source,
             score_threshold=self.score_threshold,
             has_segmentation=found is not None,
-            caveats=self._caveats,
+            caveats=self.caveats,
+            score_map=None if score_map is None else score_map.cpu().numpy(),
         )
 
     def _model(self, given: str | os.PathLike[str] | Model | None, task: Task) -> Model | None:
@@ -167,13 +289,13 @@ class Predictor:
         elif isinstance(given, str) and given == DEFAULT:
             name = DEFAULT_SEGMENTER if task == "segmentation" else DEFAULT_CLASSIFIER
             model = create_model(name, weights="default")
-        elif isinstance(given, str) and (given in VARIANTS or not Path(given).exists()):
+        elif isinstance(given, str) and (given in VARIANTS or not (Path(given).exists() or hub_source(given))):
             get_variant(given)  # a name that is no path either: suggest the nearest variant
             model = create_model(given, weights="default")
         elif isinstance(given, str | os.PathLike):
             model = from_pretrained(given)
         else:
-            raise ConfigError(f"{given!r}: give the name of a variant, a folder of weights, or a model")
+            raise ConfigError(f"{given!r}: give the name of a variant, a folder or repository of weights, or a model")
         if model.variant.task != task:
             slot = "segmenter" if task == "segmentation" else "classifier"
             raise ConfigError(f"{model.variant.name} is for {model.variant.task}: it cannot be the {slot}")
@@ -186,11 +308,17 @@ class Predictor:
         before = heads.score_thresh, heads.nms_thresh, backbone.autocast_dtype
         backbone.autocast_dtype = self._autocast
         if model is self.segmenter:
-            heads.score_thresh, heads.nms_thresh = self.score_threshold, self._nms_threshold
+            heads.score_thresh, heads.nms_thresh = self.score_threshold, self.nms_threshold
         try:
             yield
         finally:
             heads.score_thresh, heads.nms_thresh, backbone.autocast_dtype = before
+
+
+def _counted(items: Iterable[Item], total: int, progress: Callable[[int, int], None]) -> Iterator[Item]:
+    for done, item in enumerate(items, start=1):
+        progress(done, total)
+        yield item
 
 
 def predict(image: ImageLike, *, units: str | None = None, **options: Any) -> Prediction:
@@ -211,7 +339,7 @@ def class_names(model: Model) -> tuple[str, ...]:
     return known or tuple(f"class {index}" for index in range(count))
 
 
-def _operating_point(model: Model) -> tuple[float, float]:
+def operating_point(model: Model) -> tuple[float, float]:
     """Score and NMS threshold: the weights' own, unless the model was built with others than the variant's defaults."""
     config, default = model.config, model_config(model.variant)
     own = config.box_score_thresh, config.box_nms_thresh
@@ -221,7 +349,7 @@ def _operating_point(model: Model) -> tuple[float, float]:
     return stored.get("score_threshold", own[0]), stored.get("nms_threshold", own[1])
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def choose_device(device: str | torch.device | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

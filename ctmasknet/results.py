@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import uuid
@@ -15,24 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ctmasknet.errors import InputError
+from ctmasknet.output import cannot_write
 
 if TYPE_CHECKING:
     from PIL import Image
 
 CLASS_TITLES = {"covid": "COVID-19", "pneumonia": "common pneumonia"}
 """How class names read in a sentence or a picture, where that differs from the name in the code."""
-
-_WRITE_FIXES = {
-    errno.ENOSPC: "free some disk space or choose another folder",
-    errno.EDQUOT: "free some of your quota or choose another folder",
-    errno.EACCES: "choose a folder you may write to",
-    errno.EPERM: "choose a folder you may write to",
-    errno.EROFS: "choose a folder you may write to",
-    errno.EEXIST: "a file is in the place of a folder, choose another folder",
-    errno.ENOTDIR: "a file is in the place of a folder, choose another folder",
-    errno.EISDIR: "a folder is in the place of the file, choose another name",
-    errno.ENAMETOOLONG: "choose a shorter name",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +60,9 @@ class Prediction:
         score_threshold: lesions scored below this were dropped; None if unknown.
         has_segmentation: False if no segmenter ran, so that an empty result does not read as "no lesion".
         caveats: what the weights that made it admit of themselves, a line each, shown wherever it is shown.
+        score_map: (H, W) float32, raw mask logits of all RoIs, whatever their score, pasted into the slice and
+            combined by their maximum; 0 where no RoI says lesion. None if it was not asked for
+            (``Predictor(score_map=True)``) or no segmenter ran.
     """
 
     image_size: tuple[int, int]
@@ -87,6 +78,7 @@ class Prediction:
     score_threshold: float | None = None
     has_segmentation: bool = True
     caveats: tuple[str, ...] = ()
+    score_map: npt.NDArray[np.float32] | None = field(default=None, repr=False)
 
     @property
     def lesion_mask(self) -> npt.NDArray[np.bool_]:
@@ -183,6 +175,7 @@ class Prediction:
     def save(self, directory: str | os.PathLike[str], name: str | None = None) -> tuple[Path, Path]:
         """Write `<name>.json` and `<name>.overlay.png` into `directory`, which is created if missing.
 
+        A score map, if there is one, goes to `<name>.score_map.npy` ((H, W) float32, for ``numpy.load``).
         Each file appears whole or not at all, and replaces one of the same name; the JSON appears last.
 
         Args:
@@ -205,7 +198,7 @@ class Prediction:
         text = json.dumps(self.to_dict(), allow_nan=False) + "\n"
         image = self.plot()
         # Short names of their own: a long `name` must not grow past the file system's limit.
-        unfinished = [folder / f".ctmasknet-{uuid.uuid4().hex}.tmp" for _ in range(2)]
+        unfinished = [folder / f".ctmasknet-{uuid.uuid4().hex}.tmp" for _ in range(3)]
         target = folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -214,13 +207,17 @@ class Prediction:
                 image.save(stream, format="PNG")
             target = record
             unfinished[1].write_text(text, encoding="utf-8")
+            if self.score_map is not None:
+                target = folder / f"{name}.score_map.npy"
+                with unfinished[2].open("xb") as stream:
+                    np.save(stream, self.score_map)
+                unfinished[2].replace(target)
             target = picture
             unfinished[0].replace(picture)
             target = record
             unfinished[1].replace(record)
         except OSError as error:
-            fix = _WRITE_FIXES.get(error.errno or 0, "choose another folder")
-            raise InputError(f"{target}: cannot be written ({error.strerror or error}): {fix}") from error
+            raise cannot_write(target, error) from error
         finally:
             for path in unfinished:
                 with contextlib.suppress(OSError):  # renamed, or never made

@@ -2,41 +2,31 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ctmasknet.errors import ConfigError, WeightsError
-from ctmasknet.models.classification import COVIDCTMaskNet
 from ctmasknet.models.config import model_config
-from ctmasknet.models.segmentation import LesionMaskRCNN
-from ctmasknet.registry import VARIANTS, Variant, get_variant
+from ctmasknet.registry import get_variant
+from ctmasknet.weights.assemble import Model, assemble, build, load
+from ctmasknet.weights.backbone import load_backbone
+from ctmasknet.weights.files import GOLDEN_NAME
+from ctmasknet.weights.golden import check_golden
 from ctmasknet.weights.hub import load_stored
 from ctmasknet.weights.released import read_released
 
-Model = LesionMaskRCNN | COVIDCTMaskNet
 WeightsLike = str | os.PathLike[str] | None
-
-log = logging.getLogger(__name__)
-
-# What depends on the number of classes, and so starts anew when that number changes.
-_DETECTOR_HEADS = (
-    "roi_heads.box_predictor.cls_score.",
-    "roi_heads.box_predictor.bbox_pred.",
-    "roi_heads.mask_predictor.mask_fcn_logits.",
-)
-_IMAGE_HEADS = ("module_s.logits.",)
 
 
 def create_model(
     name: str,
     *,
     weights: WeightsLike = None,
+    weights_backbone: bool | str = False,
     num_classes: int | None = None,
     image_classes: int | None = None,
     **config: Any,
@@ -45,8 +35,11 @@ def create_model(
 
     Args:
         name: one of `list_models()`.
-        weights: None (random values, for training), ``"default"``, or the path of a safetensors file or
-            of a folder with `model.safetensors` and `config.json`.
+        weights: None (random values, for training), ``"default"``, the path of a safetensors file or of a folder with
+            `model.safetensors` and `config.json`, or a Hub repository: ``"owner/name"``, better pinned to a commit:
+            ``"owner/name@revision"``. An existing path goes first; then the local cache, then the Hub.
+        weights_backbone: True starts the body from timm's ImageNet weights (downloaded once, pinned by the manifest); a
+            string names another commit of timm's repository. Not together with `weights`.
         num_classes: detector classes, background included (default 2: lesion).
         image_classes: outputs of module S (default 3: control, pneumonia, COVID-19).
         config: any option of `ModelConfig`; what is not given comes from the weights' config.json, else from the
@@ -56,43 +49,57 @@ def create_model(
 
     Raises:
         ConfigError: unknown variant or option, impossible value.
-        WeightsError: the weights are missing, damaged, or another variant's.
+        WeightsError: the weights are missing, damaged, or another variant's; the Hub cannot be reached.
     """
     variant = get_variant(name)
+    if weights is not None and weights_backbone:
+        raise ConfigError("give weights or weights_backbone, not both: weights bring a body")
     given = dict(config)
     if num_classes is not None:
         given["num_classes"] = num_classes
     if image_classes is not None:
         given["image_classes"] = image_classes
     if weights is None:
-        return _build(variant, given).eval()
+        model = build(variant, given).eval()
+        if weights_backbone:
+            load_backbone(model, weights_backbone if isinstance(weights_backbone, str) else None)
+        return model
     model_config(variant, **given)  # the caller's mistakes first, before a file is read
-    stored = load_stored(weights, variant)
-    try:
-        model = _build(variant, stored.config | given)
-    except ConfigError as error:
-        raise ConfigError(f"{stored.path.parent / 'config.json'} with the options given: {error}") from None
-    _load(model, stored.tensors, stored.path, new_heads=_changed_heads(stored.tensors, model))
-    model.metadata = dict(stored.metadata)
-    return model.eval()
+    return assemble(variant, load_stored(weights, variant), given)
 
 
-def from_pretrained(path: str | os.PathLike[str], *, device: str | torch.device | None = None, **config: Any) -> Model:
-    """A model from a folder of weights; its class and variant come from the folder's `config.json`.
+def from_pretrained(
+    path_or_repo: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    verify: bool = False,
+    **config: Any,
+) -> Model:
+    """A model from a folder or a Hub repository of weights; its class and variant come from the `config.json` there.
 
     Args:
-        path: folder with `model.safetensors` and `config.json`.
+        path_or_repo: folder with `model.safetensors` and `config.json`, ``"owner/name"`` or ``"owner/name@revision"``.
+        revision: branch, tag or commit of a repository; a 40-hex commit never changes and, once in the cache, is
+            loaded without a request.
         device: where to put the model, None for the CPU.
+        verify: first run the golden input that travels with the weights and compare with the outputs recorded there.
         config: options that replace the stored ones.
 
+    Returns:
+        The model in evaluation mode, in float32.
+
     Raises:
-        WeightsError: no such folder, no config.json, or damaged.
+        WeightsError: no such folder or repository, no network, no config.json, damaged, or `verify` failed.
         ConfigError: unknown option, impossible value.
     """
-    stored = load_stored(path, None)
+    stored = load_stored(path_or_repo, None, revision=revision, golden=verify)
     if stored.variant is None:
         raise WeightsError(f"{stored.path.parent}: no config.json names the variant: create_model(name, weights=path)")
-    return create_model(stored.variant, weights=path, **config).to(device or "cpu")
+    variant = get_variant(stored.variant)
+    if verify:  # as saved: options given here may change the outputs
+        check_golden(assemble(variant, stored, {}), stored.path.with_name(GOLDEN_NAME))
+    return assemble(variant, stored, config).to(device or "cpu")
 
 
 def load_released(path: str | os.PathLike[str], name: str | None = None, **config: Any) -> Model:
@@ -115,71 +122,18 @@ def load_released(path: str | os.PathLike[str], name: str | None = None, **confi
     stored: dict[str, Any] = {"num_classes": checkpoint.num_classes} | checkpoint.anchors
     if checkpoint.image_classes is not None:
         stored["image_classes"] = checkpoint.image_classes
-    model = _build(checkpoint.variant, stored | config)
-    _load(model, checkpoint.weights, path, new_heads=_changed_heads(checkpoint.weights, model))
+    model = build(checkpoint.variant, stored | config)
+    load(model, checkpoint.weights, path)
     return model.eval()
-
-
-def _build(variant: Variant, options: Mapping[str, Any]) -> Model:
-    config = model_config(variant, **options)
-    return LesionMaskRCNN(variant, config) if variant.task == "segmentation" else COVIDCTMaskNet(variant, config)
-
-
-def _changed_heads(tensors: Mapping[str, Tensor], model: Model) -> tuple[str, ...]:
-    """Prefixes of the heads whose number of classes in the file differs from the model's."""
-    expected = model.state_dict()
-    changed: tuple[str, ...] = ()
-    for head, key in (
-        (_DETECTOR_HEADS, "roi_heads.box_predictor.cls_score.bias"),
-        (_IMAGE_HEADS, "module_s.logits.bias"),
-    ):
-        if key in tensors and key in expected and tensors[key].shape != expected[key].shape:
-            changed += head
-    return changed
-
-
-def _load(model: Model, tensors: Mapping[str, Tensor], path: Path, *, new_heads: tuple[str, ...]) -> None:
-    """Strict load, but for the heads named; errors say what the file holds."""
-    expected = model.state_dict()
-    fitting = {key: t for key, t in tensors.items() if not (new_heads and key.startswith(new_heads))}
-    wanted = {key for key in expected if not (new_heads and key.startswith(new_heads))}
-    missing, extra = sorted(wanted - set(fitting)), sorted(set(fitting) - wanted)
-    wrong = [key for key in sorted(wanted & set(fitting)) if fitting[key].shape != expected[key].shape]
-    if missing or extra or wrong:
-        details = [
-            f"{len(keys)} {what} (first: {keys[0]})"
-            for what, keys in (("missing", missing), ("unexpected", extra), ("of another shape", wrong))
-            if keys
-        ]
-        holder = _variant_of(tensors)
-        hint = f" It holds {holder}." if holder not in (None, model.variant.name) else ""
-        raise WeightsError(
-            f"{path}: not weights of {model.variant.name} as configured: tensors {', '.join(details)}.{hint}"
-        )
-    damaged = [key for key, t in fitting.items() if t.is_floating_point() and not t.isfinite().all()]
-    if damaged:
-        raise WeightsError(f"{path}: NaN or infinite values in {damaged[0]}: the file is damaged")
-    model.load_state_dict(fitting, strict=False)
-    if new_heads:
-        log.warning(
-            "%s: other numbers of classes than in %s, so these start from random values: %s",
-            model.variant.name,
-            path,
-            ", ".join(sorted(set(expected) - wanted)),
-        )
-
-
-def _variant_of(tensors: Mapping[str, Tensor]) -> str | None:
-    """Which variant a state dict belongs to, by its number of values; None if none fits."""
-    values = sum(t.numel() for t in tensors.values())
-    return next((variant.name for variant in VARIANTS.values() if variant.num_values == values), None)
 
 
 _SHARED_HELP = """
     Args:
         weights: None (random values), "default" (trained weights, where the variant has some: `ctmasknet list`),
-            or the path of a safetensors file or of a folder with model.safetensors and config.json.
+            the path of a safetensors file or of a folder with model.safetensors and config.json, or a Hub
+            repository, "owner/name" or "owner/name@revision".
         pretrained: True is another word for weights="default".
+        weights_backbone: True starts the body from timm's ImageNet weights instead.
         config: num_classes (detector classes with background: 2 lesion, 3 GGO and consolidation apart), image_classes
             (outputs of module S), box_score_thresh, box_nms_thresh, roi_score, mask_score, and every other option
             of ctmasknet.models.ModelConfig; unknown ones raise.

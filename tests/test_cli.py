@@ -54,13 +54,14 @@ def test_predict_goes_on_past_bad_files_and_keeps_equal_names_apart(tmp_path, mo
         Path(folder).mkdir()
         Image.fromarray(phantom(0, size=256).image).save(f"{folder}/x.png")
     Path("text.png").write_text("not an image")
-    files = ["a/x.png", "text.png", "b/x.png", "missing.png", "a", "with space ü/x.png"]
+    Path("empty").mkdir()
+    files = ["a/x.png", "text.png", "b/x.png", "missing.png", "empty", "with space ü/x.png"]
     assert main(["predict", *files, "-o", "out", "--classifier", "none"]) == 2
     output = capsys.readouterr()
     lines = output.err.strip().splitlines()
     assert len(lines) == 3
     assert all(line.startswith("ctmasknet predict: ") for line in lines)
-    assert ["text.png" in lines[0], "missing.png" in lines[1], lines[2].startswith("ctmasknet predict: a:")] == [
+    assert ["text.png" in lines[0], "missing.png" in lines[1], lines[2].startswith("ctmasknet predict: empty:")] == [
         True
     ] * 3
     assert "3 of 6 slices" in output.out

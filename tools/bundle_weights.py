@@ -14,7 +14,10 @@ from typing import Any
 
 from ctmasknet import CTMaskNetError
 from ctmasknet.errors import WeightsError
+from ctmasknet.registry import get_variant
+from ctmasknet.weights.assemble import assemble
 from ctmasknet.weights.files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, read_weights, sha256_of
+from ctmasknet.weights.golden import write_golden
 
 PACKAGE = Path(__file__).parents[1] / "ctmasknet" / "weights"
 
@@ -25,7 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tag", required=True, help="which training the weights come from")
     options = parser.parse_args(arguments)
     manifest = PACKAGE / "manifest.json"
-    entries: list[dict[str, Any]] = json.loads(manifest.read_text())["weights"] if manifest.exists() else []
+    known: dict[str, Any] = json.loads(manifest.read_text()) if manifest.exists() else {}
+    entries: list[dict[str, Any]] = known.get("weights", [])
     try:
         for folder in options.folders:
             entry = bundle(folder, options.tag)
@@ -33,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     except CTMaskNetError as error:
         print(f"bundle_weights: {error}", file=sys.stderr)
         return 2
-    manifest.write_text(json.dumps({"weights": entries}, indent=2) + "\n")
+    manifest.write_text(json.dumps(known | {"weights": entries}, indent=2) + "\n")
     return 0
 
 
@@ -47,6 +51,7 @@ def bundle(folder: Path, tag: str) -> dict[str, Any]:
     target.mkdir(parents=True, exist_ok=True)
     for name in (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME):
         shutil.copyfile(folder / name, target / name)
+    write_golden(assemble(get_variant(stored.variant), stored, {}), target)
     file = target / WEIGHTS_NAME
     return {
         "variant": stored.variant,

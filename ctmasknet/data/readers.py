@@ -34,7 +34,7 @@ MIN_SIDE = 32  # pixels; two cells of the models' stride 16, less cannot be a ch
 MAX_SIDE = 4096  # pixels; eight times a CT slice, more is a mistake or an attack
 UNITS = (None, "hu", "range")
 
-# What a chest CT in HU must look like; see _require_chest_hu.
+# What a chest CT in HU must look like; see require_chest_hu.
 PADDING_BELOW = -1500.0  # HU; no matter is that thin, scanners write -2000, -2048, -3024 outside the circle
 AIR_BELOW = -500.0  # HU; air and lung
 DENSER_THAN_BONE = 1500.0  # HU
@@ -150,7 +150,7 @@ def window(hu: np.ndarray) -> np.ndarray:
 
 def _read_file(name: str, units: str | None) -> Slice:
     """Find out what the file is by its first bytes and hand it to its reader."""
-    with _open(name) as stream:
+    with open_file(name) as stream:
         kind = _kind_of(stream.read(132), name)
         stream.seek(0)
         if kind == "dicom":
@@ -158,7 +158,7 @@ def _read_file(name: str, units: str | None) -> Slice:
         return Slice(_pixels_of_image(_open_image(stream, kind, name), name, units), name, kind)
 
 
-def _open(name: str) -> BinaryIO:
+def open_file(name: str) -> BinaryIO:
     try:
         status = Path(name).stat()
         if stat.S_ISREG(status.st_mode) and status.st_size > 0:
@@ -205,9 +205,9 @@ def _kind_of(head: bytes, name: str) -> str:
 
 def _open_image(stream: BinaryIO, kind: str, name: str) -> Image.Image:
     """Open an image file, its pixels not yet decoded."""
-    with _reading(name, DISPLAY_NAMES[kind]):
+    with reading(name, DISPLAY_NAMES[kind]):
         image = IMAGE_PLUGINS[kind](stream)
-        _require_size(image.height, image.width, name)
+        require_size(image.height, image.width, name)
         if kind == "png":
             # Decoding does not look at checksums; verify() does, and uses the image up.
             image.verify()
@@ -218,8 +218,8 @@ def _open_image(stream: BinaryIO, kind: str, name: str) -> Image.Image:
 
 def _pixels_of_image(image: Image.Image, source: str, units: str | None) -> np.ndarray:
     """A PIL image, decoded or not -> (H, W) float32 in 0..1."""
-    _require_size(image.height, image.width, source)
-    with _reading(source, "image"):
+    require_size(image.height, image.width, source)
+    with reading(source, "image"):
         frames = getattr(image, "n_frames", 1)
         image.load()
     if frames > 1:
@@ -238,7 +238,7 @@ def _pixels_of_image(image: Image.Image, source: str, units: str | None) -> np.n
         if isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC_TAG) == 0:
             raise InputError(f"{source}: white-is-zero TIFF of more than 8 bits. Save it as black-is-zero.")
         values = np.asarray(image).astype(np.float64)
-        _require_finite(values, source)
+        require_finite(values, source)
         if units is None:
             warnings.warn(
                 f"{source}: not an 8-bit image, stretched from its own range "
@@ -276,12 +276,12 @@ def _pixels_of_array(values: np.ndarray, source: str, units: str | None) -> np.n
         raise InputError(
             f"{source}: shape {shape} is not one slice. Give (H, W), (H, W, 1|3|4), (1, H, W) or (3, H, W)."
         )
-    _require_size(height, width, source)
+    require_size(height, width, source)
     if values.dtype.kind not in "uif":
         raise InputError(f"{source}: dtype {values.dtype} is not an image. Give uint8, or float in 0..1.")
     if values.ndim == 3 and (height, width) != shape[:2]:
         values = values.transpose(1, 2, 0)
-    _require_finite(values, source)
+    require_finite(values, source)
     if units is not None:
         return _scale(_grey(values), source, units)
     if values.dtype == np.uint8:
@@ -320,49 +320,74 @@ def _scale(values: np.ndarray, source: str, units: str | None) -> np.ndarray:
 
 
 def _pixels_of_dicom(stream: BinaryIO, name: str, units: str | None) -> np.ndarray:
-    """A single-frame DICOM file -> (H, W) float32 in 0..1.
-
-    Rescale, then padding, then the lung window or the stretch. MONOCHROME1 says how values are to be *shown*,
-    the smallest as white, after rescale and display window (DICOM PS3.3 C.7.6.3.1.2). HU come out of the
-    rescale, before that, so they are never inverted; only units="range", a way of showing, inverts. A
-    MONOCHROME1 CT that is dense all along its edge was stored upside down, against the standard: refused.
-    """
+    """A single-frame DICOM file -> (H, W) float32 in 0..1."""
     pydicom = import_extra("pydicom", "io", "reading DICOM files")
-    with _reading(name, "DICOM"):
+    with reading(name, "DICOM"):
+        if not starts_as_dicom(stream.read(140)):
+            raise InputError(f"{name}: not a DICOM file (it does not begin as one). Copy or export it again.")
+        stream.seek(0)
         header = pydicom.dcmread(stream, stop_before_pixels=True, force=True)
         if "Rows" not in header or "Columns" not in header:
             raise InputError(f"{name}: no image in this DICOM file (or no DICOM file at all). Give an image file.")
         frames = int(header.get("NumberOfFrames") or 1)
         if frames > 1:
-            raise InputError(f"{name}: {frames} frames, one slice is expected. Export the frames as single files.")
-        _require_size(int(header.Rows), int(header.Columns), name)
-        inverted = _is_monochrome1(header, name)
-        rescale = _rescale_of(header)
-        if units is None:
-            _require_ct(header, rescale, name)
-
+            raise InputError(
+                f"{name}: {frames} frames, one slice is expected. Predict it as a scan: Predictor.volume(path)."
+            )
+        require_dicom_slice(header, name, units)
         stream.seek(0)
-        dataset = pydicom.dcmread(stream, force=True)
-        stored = _decode(pydicom, dataset, name)
-        slope, intercept = rescale or (1.0, 0.0)
-        values = stored.astype(np.float64) * slope + intercept
-        _require_finite(values, name)
-        padding = _padding_of(dataset, stored)
-        if padding.all():
-            raise InputError(f"{name}: every pixel is padding, there is no slice. Export it again.")
-        if units == "range":
-            values = np.where(padding, values[~padding].min(), values)
-            stretched = _scale(values, name, "range")
-            if not inverted or not stretched.any():
-                return stretched
-            return np.where(padding, np.float32(0), 1 - stretched)
-        if units is None:
-            _require_chest_hu(values[~padding], values, name, inverted)
-        # Padding written with the value of air (stored 0, -1024 HU) cannot be told from air, nor need it be.
-        return window(np.where(padding & (values > AIR_BELOW), LUNG_WINDOW[0], values))
+        return pixels_of_frame(pydicom.dcmread(stream, force=True), name, units)
 
 
-def _is_monochrome1(header: Any, name: str) -> bool:
+def starts_as_dicom(head: bytes) -> bool:
+    """Is the first element one that DICOM files begin with, with or without preamble?
+
+    pydicom reads on through anything: gigabytes of zeros are hundreds of millions of elements to it.
+    """
+    first = head[132:134] if head[128:132] == b"DICM" else head[:2]
+    return first in (b"\x02\x00", b"\x08\x00", b"\x00\x08")  # file meta, identification (either byte order)
+
+
+def require_dicom_slice(header: Any, name: str, units: str | None, frame: int = 0) -> None:
+    """Refuse, by the header alone, what is too large, in colour, or (without `units`) not a CT slice in HU."""
+    require_size(int(header.Rows), int(header.Columns), name)
+    is_monochrome1(header, name)
+    if units is None:
+        require_ct(header, rescale_of(header, frame), name)
+
+
+def pixels_of_frame(dataset: Any, name: str, units: str | None, frame: int = 0) -> np.ndarray:
+    """One frame of a pydicom dataset -> (H, W) float32 in 0..1.
+
+    Rescale, then padding, then the lung window or the stretch. MONOCHROME1 says how values are to be *shown*,
+    the smallest as white, after rescale and display window (DICOM PS3.3 C.7.6.3.1.2). HU come out of the
+    rescale, before that, so they are never inverted; only units="range", a way of showing, inverts. A
+    MONOCHROME1 CT that is dense all along its edge was stored upside down, against the standard: refused.
+
+    Raises:
+        InputError: damaged pixels, not finite, all padding, or (without `units`) no HU of a chest.
+    """
+    inverted = is_monochrome1(dataset, name)
+    stored = _decode(import_extra("pydicom", "io", "reading DICOM files"), dataset, name, frame)
+    slope, intercept = rescale_of(dataset, frame) or (1.0, 0.0)
+    values = stored.astype(np.float64) * slope + intercept
+    require_finite(values, name)
+    padding = _padding_of(dataset, stored)
+    if padding.all():
+        raise InputError(f"{name}: every pixel is padding, there is no slice. Export it again.")
+    if units == "range":
+        values = np.where(padding, values[~padding].min(), values)
+        stretched = _scale(values, name, "range")
+        if not inverted or not stretched.any():
+            return stretched
+        return np.where(padding, np.float32(0), 1 - stretched)
+    if units is None:
+        require_chest_hu(values[~padding], values, name, inverted)
+    # Padding written with the value of air (stored 0, -1024 HU) cannot be told from air, nor need it be.
+    return window(np.where(padding & (values > AIR_BELOW), LUNG_WINDOW[0], values))
+
+
+def is_monochrome1(header: Any, name: str) -> bool:
     photometric = str(header.get("PhotometricInterpretation") or "MONOCHROME2")
     if photometric not in ("MONOCHROME1", "MONOCHROME2") or int(header.get("SamplesPerPixel") or 1) != 1:
         raise InputError(
@@ -371,12 +396,13 @@ def _is_monochrome1(header: Any, name: str) -> bool:
     return photometric == "MONOCHROME1"
 
 
-def _rescale_of(header: Any) -> tuple[float, float] | None:
+def rescale_of(header: Any, frame: int = 0) -> tuple[float, float] | None:
     """Rescale slope and intercept, or None; Enhanced CT keeps them in its functional groups."""
+    shared = list(header.get("SharedFunctionalGroupsSequence") or [])
+    own = list(header.get("PerFrameFunctionalGroupsSequence") or [])[frame : frame + 1]
     holders = [header]
-    for groups in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
-        for group in header.get(groups) or []:
-            holders.extend(group.get("PixelValueTransformationSequence") or [])
+    for group in shared + own:
+        holders.extend(group.get("PixelValueTransformationSequence") or [])
     for holder in holders:
         slope, intercept = holder.get("RescaleSlope"), holder.get("RescaleIntercept")
         if slope is not None and intercept is not None:
@@ -386,22 +412,22 @@ def _rescale_of(header: Any) -> tuple[float, float] | None:
     return None
 
 
-def _require_ct(header: Any, rescale: tuple[float, float] | None, name: str) -> None:
+def require_ct(header: Any, rescale: tuple[float, float] | None, name: str) -> None:
     """Refuse what the header says is not a CT slice in HU."""
     modality = str(header.get("Modality") or "missing")
     kind = str(header.get("RescaleType") or "HU").strip()
     image_type = header.get("ImageType") or []
     if modality != "CT":
-        raise InputError(_not_hu(name, f"DICOM modality is {modality}, not CT, so the values may not be HU"))
+        raise InputError(not_hu(name, f"DICOM modality is {modality}, not CT, so the values may not be HU"))
     if "LOCALIZER" in ([image_type] if isinstance(image_type, str) else image_type):
         raise InputError(f"{name}: a localizer (scout view), not an axial slice. Give an axial slice of the series.")
     if rescale is None:
-        raise InputError(_not_hu(name, "no usable rescale slope and intercept, so the values may not be HU"))
+        raise InputError(not_hu(name, "no usable rescale slope and intercept, so the values may not be HU"))
     if kind != "HU":
-        raise InputError(_not_hu(name, f"rescale type is {kind}, so the values are not HU"))
+        raise InputError(not_hu(name, f"rescale type is {kind}, so the values are not HU"))
 
 
-def _require_chest_hu(image: np.ndarray, values: np.ndarray, name: str, monochrome1: bool) -> None:
+def require_chest_hu(image: np.ndarray, values: np.ndarray, name: str, monochrome1: bool) -> None:
     """Refuse values that cannot be HU of a chest.
 
     Args:
@@ -411,23 +437,24 @@ def _require_chest_hu(image: np.ndarray, values: np.ndarray, name: str, monochro
     matter = image[image >= PADDING_BELOW]
     if matter.size == 0 or matter.min() > AIR_BELOW:
         low = matter.min() if matter.size else image.min()
-        raise InputError(_not_hu(name, f"the lowest value is {low:g} HU, but a chest holds air (-1000 HU)"))
+        raise InputError(not_hu(name, f"the lowest value is {low:g} HU, but a chest holds air (-1000 HU)"))
     if np.median(matter) > DENSER_THAN_BONE:
-        raise InputError(_not_hu(name, f"half of it is above {DENSER_THAN_BONE:g} HU, denser than bone"))
+        raise InputError(not_hu(name, f"half of it is above {DENSER_THAN_BONE:g} HU, denser than bone"))
     edge = np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])
     if monochrome1 and np.median(edge) > -AIR_BELOW:
-        raise InputError(_not_hu(name, f"MONOCHROME1, and its edge is at {np.median(edge):g} HU, where air must be"))
+        raise InputError(not_hu(name, f"MONOCHROME1, and its edge is at {np.median(edge):g} HU, where air must be"))
 
 
-def _not_hu(name: str, what: str) -> str:
+def not_hu(name: str, what: str) -> str:
     return (
         f'{name}: {what}. Pass units="hu" if they are Hounsfield units, '
         'or units="range" to stretch the slice to its own range.'
     )
 
 
-def _decode(pydicom: Any, dataset: Any, name: str) -> np.ndarray:
-    """Stored values, (H, W), integer or float, before rescale."""
+def _decode(pydicom: Any, dataset: Any, name: str, index: int = 0) -> np.ndarray:
+    """Stored values of one frame, (H, W), integer or float, before rescale."""
+    frames = int(dataset.get("NumberOfFrames") or 1)
     meta = getattr(dataset, "file_meta", None)
     if meta is None:
         meta = dataset.file_meta = pydicom.dataset.FileMetaDataset()
@@ -440,11 +467,11 @@ def _decode(pydicom: Any, dataset: Any, name: str) -> np.ndarray:
                 pydicom.uid.ExplicitVRLittleEndian if implicit is False else pydicom.uid.ImplicitVRLittleEndian
             )
     if meta.TransferSyntaxUID in JPEG_SYNTAXES:
-        frame = pydicom.encaps.get_frame(dataset.PixelData, 0, number_of_frames=1)
+        frame = pydicom.encaps.get_frame(dataset.PixelData, index, number_of_frames=frames)
         if not _is_sound_jpeg(frame, int(dataset.Rows), int(dataset.Columns)):
             raise InputError(f"{name}: the JPEG data in this DICOM file is damaged. Copy or export it again.")
     try:
-        stored = np.asarray(dataset.pixel_array)
+        stored = np.asarray(pydicom.pixels.pixel_array(dataset, index=index))
     except (
         RuntimeError,
         NotImplementedError,
@@ -515,7 +542,7 @@ def _padding_of(dataset: Any, stored: np.ndarray) -> np.ndarray:
     return (stored >= low) & (stored <= high)
 
 
-def _require_size(height: int, width: int, source: str) -> None:
+def require_size(height: int, width: int, source: str) -> None:
     if min(height, width) < MIN_SIDE:
         raise InputError(
             f"{source}: {width} x {height} pixels is too small. A slice has at least {MIN_SIDE} on each side."
@@ -527,14 +554,14 @@ def _require_size(height: int, width: int, source: str) -> None:
         )
 
 
-def _require_finite(values: np.ndarray, source: str) -> None:
+def require_finite(values: np.ndarray, source: str) -> None:
     bad = values.size - int(np.isfinite(values).sum())
     if bad:
         raise InputError(f"{source}: {bad} of {values.size} values are NaN or infinite. Replace them first.")
 
 
 @contextmanager
-def _reading(source: str, what: str) -> Iterator[None]:
+def reading(source: str, what: str) -> Iterator[None]:
     """Turn whatever a decoder raises on damaged bytes (struct.error, SyntaxError, …) into InputError."""
     try:
         yield

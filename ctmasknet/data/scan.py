@@ -100,7 +100,7 @@ class CocoRecord:
         masks = [np.zeros((0, height, width), dtype=np.uint8)]
         labels: list[int] = []
         for identifier, label, segmentation in self.annotations:
-            mask = _decode_segmentation(segmentation, self.size, f"{self.source}: annotation {identifier}")
+            mask = decode_segmentation(segmentation, self.size, f"{self.source}: annotation {identifier}")
             if int(mask.sum()) > self.min_area:
                 masks.append(mask[None])
                 labels.append(label)
@@ -612,7 +612,7 @@ def _annotation_problem(annotation: Any, images: set[Any], labels: dict[Any, int
     return None
 
 
-def _decode_segmentation(segmentation: Any, size: tuple[int, int], source: str) -> np.ndarray:
+def decode_segmentation(segmentation: Any, size: tuple[int, int], source: str) -> np.ndarray:
     """COCO polygons, RLE or compressed RLE as a mask (H, W) uint8."""
     coco = import_extra("faster_coco_eval.core.mask", "train", "decoding COCO masks")
     height, width = size

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import timm
 from torch import Tensor
 
 from ctmasknet.engine.config import TrainConfig
@@ -40,10 +39,7 @@ def initial_model(config: TrainConfig, class_names: tuple[str, ...]) -> Model:
     classes = "num_classes" if config.task == "segmentation" else "image_classes"
     options = {**config.model_options, classes: len(class_names)}
     if config.weights is None:
-        model = create_model(config.model, **options)
-        if config.weights_backbone:
-            _load_imagenet(model)
-        return model
+        return create_model(config.model, weights_backbone=config.weights_backbone, **options)
     variant = get_variant(config.model)
     tensors, holder, stored = _donor(config.weights, variant)
     if holder != variant.name:
@@ -82,7 +78,7 @@ def initial_model(config: TrainConfig, class_names: tuple[str, ...]) -> Model:
     return model
 
 
-def _donor(weights: str, variant: Variant) -> tuple[Mapping[str, Tensor], str | None, dict[str, Any]]:
+def _donor(weights: str | Path, variant: Variant) -> tuple[Mapping[str, Tensor], str | None, dict[str, Any]]:
     """Tensors, variant and options of what `weights` names."""
     if Path(weights).suffix == ".pth":
         model = load_released(weights)
@@ -101,17 +97,3 @@ def _copy(model: Model, tensors: Mapping[str, Tensor]) -> tuple[set[str], set[st
     model.load_state_dict(fitting, strict=False)
     new = set(expected) - set(tensors)
     return new, set(expected) - set(fitting) - new
-
-
-def _load_imagenet(model: Model) -> None:
-    """timm's ImageNet weights for the stages that the body has."""
-    name = f"{model.variant.backbone}.a1_in1k"
-    try:
-        pretrained = timm.create_model(name, pretrained=True).state_dict()
-    except (OSError, RuntimeError) as error:
-        raise WeightsError(
-            f"{name}: ImageNet weights cannot be loaded ({error}). Without a network, start from random values"
-        ) from None
-    body = model.backbone.body
-    body.load_state_dict({key: pretrained[key] for key in body.state_dict()})
-    log.info("%s: body starts from ImageNet (%s)", model.variant.name, name)

@@ -76,7 +76,7 @@ def plot_curves(path: Path, history: list[dict[str, Any]]) -> None:
                 axis.plot(*zip(*points, strict=True), label=key, marker=".", markersize=3)
         axis.set(title=title, xlabel="Epoch")
         if axis.lines:
-            axis.legend(fontsize="x-small")
+            axis.legend(fontsize="x-small", loc="upper right")
     figure.savefig(path, dpi=120)
 
 

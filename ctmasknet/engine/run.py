@@ -134,6 +134,7 @@ class Run:
             CTMaskNetError: the folder cannot be written, or has too little space.
         """
         if self.writes:
+            self._require_space()
             remove_unfinished(self.out)
         resume, own = self.config.resume, list_checkpoints(self.out)
         if resume is False and own:
@@ -142,7 +143,6 @@ class Run:
         if candidates:
             self._restore(candidates)
         if self.writes:
-            self._require_space()
             write_json(self.out / "config.json", self.config.to_dict())
             if not candidates:
                 self.save()
@@ -300,14 +300,13 @@ class Run:
                 state.done = 0 < self.config.patience <= state.validations_since_best
 
     def checkpoint_is_due(self) -> bool:
-        """Whether the last checkpoint is old; never amid steps that are not finite."""
-        waited = time.monotonic() - self._saved
-        return waited >= 60 * self.config.checkpoint_minutes and self.state.bad_in_row == 0
+        """Whether the last checkpoint is old."""
+        return time.monotonic() - self._saved >= 60 * self.config.checkpoint_minutes
 
     def save(self) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint, but not amid steps that are not finite: what spoils them would outlive good ones."""
         self._tick()
-        if not self.writes:
+        if not self.writes or self.state.bad_in_row:
             return
         packed, groups = pack_optimizer(self.optimizer)
         parts = {
@@ -345,7 +344,6 @@ class Run:
             write_json(self.out / "run.json", self.record())
             write_metrics(self.out / "metrics.csv", state.history)
             plot_curves(self.out / "curves.png", state.history)
-        self.tensorboard.close()
 
     def _write_weights(
         self,

@@ -22,15 +22,18 @@ class Watch:
 
     def __init__(self, run: Run, accelerator: Any, gather: Gather) -> None:
         self._run, self._accelerator, self._gather = run, accelerator, gather
-        self._losses: list[dict[str, Tensor]] = []
+        self._keys: list[str] = []
+        self._losses: list[Tensor] = []
         self._names: list[str] = []
         self._suspects: list[str] = []
 
     def add(self, losses: dict[str, Tensor], names: list[str]) -> None:
         """Take in the losses of one forward pass, and the slices they come from."""
-        self._losses.append({key: value.detach() for key, value in losses.items()})
+        values = torch.stack([value.detach() for value in losses.values()])
+        self._keys = list(losses)
+        self._losses.append(values)
         self._names += names
-        if not all(bool(torch.isfinite(value)) for value in losses.values()):
+        if not bool(values.isfinite().all()):
             self._suspects += names
 
     def step_is_finite(self, norm: Tensor, stop: StopRequest) -> bool:
@@ -41,14 +44,13 @@ class Watch:
         Raises:
             CTMaskNetError: too many steps in a row were not finite.
         """
-        keys = list(self._losses[0])
-        means = [torch.stack([losses[key] for losses in self._losses]).mean() for key in keys]
+        means = torch.stack(self._losses).mean(dim=0)
         # The gradients are the same everywhere; the losses and the wish are not.
         asked = torch.tensor(float(stop.received), device=norm.device)
         *values, wish = self._accelerator.reduce(torch.stack([*means, asked]), "mean").tolist()
         stop.agreed = wish > 0
         if all(map(math.isfinite, [*values, float(norm)])):
-            self._run.count_step(dict(zip(keys, values, strict=True)))
+            self._run.count_step(dict(zip(self._keys, values, strict=True)))
         else:
             self._report()
         finite = self._run.state.bad_in_row == 0
@@ -64,7 +66,7 @@ class Watch:
         text = f"step {run.state.step}: loss or gradient is NaN or infinite on {', '.join(names)}"
         if run.state.bad_in_row >= run.config.max_bad_steps:
             raise CTMaskNetError(
-                f"{text}; {run.state.bad_in_row} steps in a row, training stopped. Check these slices, or lower lr; the "
+                f"{text}; {run.state.bad_in_row} steps in a row, training stopped. Check these slices or lower lr; the "
                 f"last good checkpoint is in {run.out / 'checkpoints'}"
             )
         log.warning("%s; the step is skipped", text)

@@ -210,7 +210,12 @@ class CocoMetrics:
         self.score_threshold = score_threshold
         # Processes are merged explicitly, as in the other collectors: compute() must not wait for ranks.
         self.metric = detection.MeanAveragePrecision(
-            iou_type=("bbox", "segm"), backend="faster_coco_eval", sync_on_compute=False
+            iou_type=("bbox", "segm"),
+            # torchmetrics' own are rounded to float32: an IoU of exactly 0.6 would fail where COCO passes it.
+            iou_thresholds=list(IOU_THRESHOLDS),
+            rec_thresholds=np.linspace(0, 1, 101).tolist(),
+            backend="faster_coco_eval",
+            sync_on_compute=False,
         )
         self.metric.warn_on_many_detections = False
 

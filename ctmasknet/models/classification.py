@@ -13,6 +13,7 @@ from ctmasknet.models.backbone import ResNetFPN
 from ctmasknet.models.config import ModelConfig
 from ctmasknet.models.detector import LesionRoIHeads, build_rpn, build_transform, freeze
 from ctmasknet.models.roi_batch import fill_batch
+from ctmasknet.models.sharing import Shareable
 from ctmasknet.registry import Variant
 
 
@@ -29,7 +30,7 @@ class ModuleS(nn.Module):
         return self.logits(F.relu(self.fc2(F.relu(self.fc1(batches.flatten(1))))))
 
 
-class COVIDCTMaskNet(nn.Module):
+class COVIDCTMaskNet(Shareable, nn.Module):
     """Image classifier on top of a lesion detector without its mask head.
 
     ``model(images, targets=None)``: `images` a list of (3, H, W) float tensors in 0..1, sizes may differ.

@@ -146,7 +146,7 @@ class _Network(nn.Module):
         self.rpn_head = copy.deepcopy(model.rpn.head)
         fold_batch_norm(self.body)
         self.dtype = dtype
-        self.to(dtype=dtype, memory_format=torch.channels_last).requires_grad_(False)
+        self.to(dtype=dtype).to(memory_format=torch.channels_last).requires_grad_(False)
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Per level: features (B, C, H, W), and the RPN's (B, H * W * A, 5) objectness and deltas."""
@@ -173,7 +173,10 @@ def fold_batch_norm(body: nn.Module) -> None:
             if not isinstance(bn, nn.BatchNorm2d):
                 continue
             before = name.replace("bn", "conv") if name.startswith("bn") else str(int(name) - 1)
-            setattr(module, before, fuse_conv_bn_eval(children[before], bn))
+            convolution = children[before]
+            if not isinstance(convolution, nn.Conv2d):
+                raise TypeError(f"{name} follows {type(convolution).__name__}, not a convolution")
+            setattr(module, before, fuse_conv_bn_eval(convolution, bn))
             setattr(module, name, nn.Identity())
 
 

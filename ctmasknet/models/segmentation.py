@@ -11,12 +11,13 @@ from torchvision.ops import MultiScaleRoIAlign
 from ctmasknet.models.backbone import ResNetFPN
 from ctmasknet.models.config import ModelConfig
 from ctmasknet.models.detector import LesionRoIHeads, build_rpn, build_transform
+from ctmasknet.models.sharing import Shareable
 from ctmasknet.registry import Variant
 
 _MASK_POOL, _MASK_SAMPLING = 14, 2
 
 
-class LesionMaskRCNN(GeneralizedRCNN):
+class LesionMaskRCNN(Shareable, GeneralizedRCNN):
     """Lesion detector and segmenter with torchvision's calling convention.
 
     ``model(images, targets=None)``: `images` a list of (3, H, W) float tensors in 0..1, sizes may differ.

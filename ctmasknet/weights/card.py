@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import numbers
+import re
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 
 from ctmasknet.registry import Variant
 
 DISCLAIMER = "Research software, not a medical device: no output of it may guide the care of a patient."
+
+FOLDER = "PATH OF THIS FOLDER"
+"""Stands in a card for the place the weights are loaded from, until they are pushed to a repository."""
+
+_DATASET_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 _USE = {
     "segmentation": "lesions = model([image])[0]  # boxes, labels, scores, masks",
@@ -18,16 +26,13 @@ _USE = {
 
 
 def model_card(variant: Variant, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
-    """Markdown with the YAML header the Hugging Face Hub reads; only what `metadata` states is claimed."""
-    header = ModelCardData(
-        license=metadata.get("license"),
-        library_name="ctmasknet",
-        pipeline_tag="image-segmentation" if variant.task == "segmentation" else "image-classification",
-        tags=["chest-ct", "covid-19", "medical-imaging", variant.task, "mask-rcnn"],
-    )
+    """Markdown with the YAML header the Hugging Face Hub reads; only what `metadata` states is claimed.
+
+    A `dataset` that is a Hub id also goes into the header's list; a sentence only names the data of the figures.
+    """
     lines = [
         "---",
-        header.to_yaml(),
+        _header(variant, metadata).to_yaml(),
         "---",
         "",
         f"# {variant.name}",
@@ -46,7 +51,7 @@ def model_card(variant: Variant, config: Mapping[str, Any], metadata: Mapping[st
         "```python",
         "import ctmasknet",
         "",
-        f'model = ctmasknet.create_model("{variant.name}", weights="PATH OF THIS FOLDER")',
+        f'model = ctmasknet.create_model("{variant.name}", weights="{FOLDER}")',
         _USE[variant.task],
         "```",
         "",
@@ -70,6 +75,37 @@ def model_card(variant: Variant, config: Mapping[str, Any], metadata: Mapping[st
         lines += ["", "## Measured", "", *_table("metric", metadata["metrics"])]
     lines += ["", "## Licence", "", f"{metadata.get('license', 'not stated')} (weights)."]
     return "\n".join(lines) + "\n"
+
+
+def _header(variant: Variant, metadata: Mapping[str, Any]) -> ModelCardData:
+    task = "image-segmentation" if variant.task == "segmentation" else "image-classification"
+    dataset = str(metadata.get("dataset") or "")
+    known_id = _DATASET_ID.fullmatch(dataset) is not None
+    measured = {
+        name: value
+        for name, value in metadata.get("metrics", {}).items()
+        if isinstance(value, numbers.Real) and not isinstance(value, bool)
+    }
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=dataset if known_id else "other",
+            dataset_name=textwrap.shorten(dataset or "not stated", 200, placeholder=" ..."),
+            metric_type=name,
+            metric_value=value,
+        )
+        for name, value in measured.items()
+    ]
+    return ModelCardData(
+        license=metadata.get("license"),
+        library_name="ctmasknet",
+        pipeline_tag=task,
+        tags=["chest-ct", "covid-19", "medical-imaging", variant.task, "mask-rcnn"],
+        datasets=[dataset] if known_id else None,
+        metrics=list(measured) or None,
+        model_name=variant.name if results else None,
+        eval_results=results or None,
+    )
 
 
 def _table(head: str, values: Mapping[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from ctmasknet.errors import WeightsError
 from ctmasknet.registry import VARIANTS
 
 WEIGHTS_NAME, CONFIG_NAME, CARD_NAME = "model.safetensors", "config.json", "README.md"
+GOLDEN_NAME = "golden.safetensors"
 _FORMAT = 1
 _METADATA_TYPES: dict[str, type] = {
     "classes": list,
@@ -81,10 +83,10 @@ def write_weights(
     text = json.dumps(facts, indent=2, allow_nan=False) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / WEIGHTS_NAME, lambda path: save_file(stored, path, metadata={"format": "pt"}))
+        replace_file(folder / WEIGHTS_NAME, lambda path: save_file(stored, path, metadata={"format": "pt"}))
         if card is not None:
-            _replace(folder / CARD_NAME, lambda path: path.write_text(card, encoding="utf-8"))
-        _replace(folder / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+            replace_file(folder / CARD_NAME, lambda path: path.write_text(card, encoding="utf-8"))
+        replace_file(folder / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
     except (OSError, SafetensorError) as error:
         raise WeightsError(f"{folder}: weights cannot be written ({error}). Choose another folder.") from None
     return folder
@@ -101,14 +103,32 @@ def read_weights(path: str | os.PathLike[str]) -> StoredWeights:
     if not file.is_file():
         missing = f"{path}: the folder holds no {WEIGHTS_NAME}" if path.is_dir() else f"{path}: no such file"
         raise WeightsError(f"{missing}. Give a .safetensors file or a folder with {WEIGHTS_NAME}.")
+    tensors = read_tensors(file)
+    facts = _read_config(file.with_name(CONFIG_NAME))
+    return StoredWeights(file, tensors, facts.get("variant"), facts.get("config", {}), facts.get("metadata", {}))
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, floating-point ones in float32.
+
+    Raises:
+        WeightsError: damaged, or not safetensors; a pickle is refused by its first bytes.
+    """
     _refuse_pickle(file)
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
         raise WeightsError(f"{file}: not a readable safetensors file ({error}). Download or copy it again.") from None
-    tensors = {key: t.float() if t.is_floating_point() else t for key, t in tensors.items()}
-    facts = _read_config(file.with_name(CONFIG_NAME))
-    return StoredWeights(file, tensors, facts.get("variant"), facts.get("config", {}), facts.get("metadata", {}))
+    return {key: t.float() if t.is_floating_point() else t for key, t in tensors.items()}
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> int:
+    """A checksum of keys and values, to tell whether weights have changed in memory; not for security."""
+    total = 0
+    for key, tensor in sorted(tensors.items()):
+        total = zlib.crc32(key.encode(), total)
+        total = zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data, total)
+    return total
 
 
 def sha256_of(path: Path) -> str:
@@ -120,7 +140,8 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file that then takes the place of `path`, whole or not at all."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     temporary = Path(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,43 +12,84 @@ from typing import Any
 from ctmasknet.errors import WeightsError
 from ctmasknet.registry import VARIANTS, Variant
 
-_HERE = Path(__file__).parent
+MANIFEST = Path(__file__).with_name("manifest.json")
 
 
 @dataclass(frozen=True)
 class ManifestEntry:
-    """One known set of weights.
+    """One known set of weights: bundled with the package, on the Hub, or both.
 
     Attributes:
         variant: registry name.
         tag: which training they come from.
-        file: path of the safetensors file, relative to this package.
-        sha256, bytes: of that file.
+        sha256, bytes: of the safetensors file.
         classes: names of the detector's classes, or of the image classes for a classifier.
         metrics: figures measured with these weights.
         license: SPDX identifier of the weights (they inherit their training data's terms).
+        file: path of the bundled safetensors file, relative to this package; None if not bundled.
+        repository: Hub repository, ``"owner/name"``; None if not published.
+        revision: its commit, 40 hexadecimal digits.
     """
 
     variant: str
     tag: str
-    file: str
     sha256: str
     bytes: int
     classes: tuple[str, ...]
     metrics: dict[str, Any]
     license: str
+    file: str | None = None
+    repository: str | None = None
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.file is None and self.repository is None:
+            raise WeightsError(f"manifest.json: {self.variant}: neither file nor repository says where the weights are")
+        if self.file is not None and (".." in Path(self.file).parts or Path(self.file).is_absolute()):
+            raise WeightsError(f"manifest.json: {self.variant}: file {self.file!r} leaves the package")
+        if self.repository is not None and not _hex(self.revision, 40):
+            raise WeightsError(f"manifest.json: {self.variant}: {self.repository} is not pinned to a 40-hex commit")
+        if not _hex(self.sha256, 64):
+            raise WeightsError(f"manifest.json: {self.variant}: sha256 must have 64 hexadecimal digits")
 
     @property
-    def path(self) -> Path:
-        """The bundled file."""
-        return _HERE / self.file
+    def path(self) -> Path | None:
+        """The bundled file; None if not bundled."""
+        return None if self.file is None else MANIFEST.parent / self.file
+
+    @property
+    def place(self) -> str:
+        """Where the weights are, for people."""
+        on_hub = None if self.repository is None else f"{self.repository}@{self.revision}"
+        return ", ".join(place for place in ("bundled" if self.file else None, on_hub) if place)
+
+
+@dataclass(frozen=True)
+class BackboneEntry:
+    """ImageNet weights of a ResNet body.
+
+    Attributes:
+        repository: timm's Hub repository.
+        revision: commit, or ``"main"`` where no commit could be verified; `sha256` pins the content either way.
+        sha256, bytes: of its `model.safetensors`.
+    """
+
+    repository: str
+    revision: str
+    sha256: str
+    bytes: int
 
 
 @cache
 def manifest() -> tuple[ManifestEntry, ...]:
     """Every known set of weights, the default of each variant first."""
-    entries = json.loads((_HERE / "manifest.json").read_text(encoding="utf-8"))["weights"]
+    entries = json.loads(MANIFEST.read_text(encoding="utf-8"))["weights"]
     return tuple(ManifestEntry(**(entry | {"classes": tuple(entry["classes"])})) for entry in entries)
+
+
+def backbone_entry(backbone: str) -> BackboneEntry:
+    """The ImageNet weights of a body, by timm's name (``"resnet18"``)."""
+    return BackboneEntry(**json.loads(MANIFEST.read_text(encoding="utf-8"))["backbones"][backbone])
 
 
 def default_entry(variant: Variant) -> ManifestEntry:
@@ -61,8 +103,9 @@ def default_entry(variant: Variant) -> ManifestEntry:
             return entry
     having = ", ".join(dict.fromkeys(entry.variant for entry in manifest()))
     raise WeightsError(
-        f"{variant.name} has no trained weights yet; these have: {having}. "
-        f"Convert the author's checkpoint with tools/convert_released.py, or give a path: weights='folder'."
+        f"{variant.name} has no trained weights yet; these have: {having}. Train it (ctmasknet train {variant.name} "
+        "--data DIR --out RUN), convert the author's checkpoint with tools/convert_released.py, or give a path or a "
+        "Hub repository: weights='folder'."
     )
 
 
@@ -70,3 +113,7 @@ def variants_with_weights() -> list[str]:
     """Names of the variants that have default weights, in registry order."""
     having = {entry.variant for entry in manifest()}
     return [name for name in VARIANTS if name in having]
+
+
+def _hex(text: str | None, digits: int) -> bool:
+    return text is not None and re.fullmatch(rf"[0-9a-f]{{{digits}}}", text) is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import torch
 
 from ctmasknet.engine.config import TrainConfig
@@ -37,7 +39,7 @@ def train(config: TrainConfig) -> TrainResult:
     model, optimizer = accelerator.prepare(setup.trained, run.optimizer)
     state, watch = run.state, Watch(run, accelerator, gather)
 
-    with StopRequest() as stop:
+    with StopRequest() as stop, closing(run.tensorboard):
         while not state.done:
             model.train()
             run.begin_epoch()

@@ -1,0 +1,344 @@
+"""DICOM headers -> frames in the order of their places, on an even grid, with everything odd reported."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ctmasknet.data.grid import Floats, Volume, report_shape
+from ctmasknet.data.readers import open_file, pixels_of_frame, reading, require_dicom_slice, starts_as_dicom
+from ctmasknet.errors import InputError
+from ctmasknet.extras import import_extra
+
+SAME_POSITION = 0.01  # mm; two slices closer than this lie at one place
+SAME_DIRECTION = 0.01  # largest difference of direction cosines within a series
+UNEVEN = 0.05  # share of the slice distance by which a position may miss the even grid without a word
+OFF_GRID = 0.25  # share of the slice distance at which a position belongs to no plane of the grid
+
+
+def is_dicom(path: Path) -> bool:
+    """Is this a DICOM file, by its first bytes, or by the name .dcm? False for what cannot be read."""
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as stream:
+            return is_dicom_head(stream.read(140), path.name)
+    except OSError:
+        return False
+
+
+def is_dicom_head(head: bytes, name: str) -> bool:
+    return (head[128:132] == b"DICM" or name.lower().endswith(".dcm")) and starts_as_dicom(head)
+
+
+class _Plane(NamedTuple):
+    """Where one frame of a DICOM file lies, in DICOM's own coordinates (LPS, mm)."""
+
+    path: str
+    frame: int
+    name: str
+    position: Floats  # (3,), centre of the first pixel
+    directions: Floats  # (2, 3): along a row (rising column), along a column (rising row)
+    number: int
+
+    @property
+    def normal(self) -> Floats:
+        return np.cross(self.directions[0], self.directions[1])
+
+
+class _Group(NamedTuple):
+    """Frames of one series that share size, pixel spacing and directions."""
+
+    series: str
+    size: tuple[int, int]
+    pixel_spacing: tuple[float, float] | None  # mm between rows, between columns
+    slice_distance: float | None  # mm, as the first header says
+    planes: list[_Plane]
+    refusal: str | None  # why the first of them is no CT slice in HU, if it is not
+    caveat: str | None
+
+    def __str__(self) -> str:
+        return f"series {self.series or 'without a UID'} ({len(self.planes)} slices)"
+
+
+def open_series(name: str, units: str | None, series: str | None, spacing: tuple[float, float, float] | None) -> Volume:
+    pydicom = import_extra("pydicom", "io", "reading DICOM files")
+    try:
+        files = sorted(entry.path for entry in os.scandir(name))
+    except OSError as error:
+        raise InputError(f"{name}: cannot be listed ({error.strerror}). Change its permissions or copy it.") from error
+    found = _Found([], [])
+    others = 0
+    for file in files:
+        if not is_dicom(Path(file)):
+            others += 0 if Path(file).is_dir() else 1
+            continue
+        try:
+            with reading(file, "DICOM"):
+                header = pydicom.dcmread(file, stop_before_pixels=True, force=True)
+                found.add(header, file, units)
+        except InputError as error:
+            found.problems.append(str(error))
+    if others:
+        found.problems.append(f"{name}: {others} files that are not DICOM were left out")
+    group = _choose(found, name, series)
+    return _stack(group, found.problems, name, "dicom series", units, spacing, None)
+
+
+def open_dicom_file(name: str, units: str | None, spacing: tuple[float, float, float] | None) -> Volume:
+    pydicom = import_extra("pydicom", "io", "reading DICOM files")
+    found = _Found([], [])
+    with reading(name, "DICOM"):
+        dataset = pydicom.dcmread(name, force=True)
+        found.add(dataset, name, units)
+    return _stack(_choose(found, name, None), found.problems, name, "dicom", units, spacing, dataset)
+
+
+class _Found(NamedTuple):
+    """What the headers of a folder, or the frames of a file, amount to."""
+
+    groups: list[_Group]
+    problems: list[str]
+
+    def add(self, header: Any, file: str, units: str | None) -> None:
+        """Sort every frame of a header into the groups."""
+        if "Rows" not in header or "Columns" not in header:
+            raise InputError(f"{file}: no image in this DICOM file, left out")
+        if "LOCALIZER" in _words(header.get("ImageType")):
+            raise InputError(f"{file}: a localizer (scout view), left out")
+        frames = int(header.get("NumberOfFrames") or 1)
+        for frame in range(frames):
+            name = file if frames == 1 else f"{file}[{frame}]"
+            refusal = None
+            try:
+                require_dicom_slice(header, name, units, frame)
+            except InputError as error:
+                refusal = str(error)
+            geometry = _Geometry(header, frame)
+            position, directions = (
+                geometry.numbers("ImagePositionPatient", 3),
+                geometry.numbers("ImageOrientationPatient", 6),
+            )
+            if position is None or directions is None or not _is_frame_of_reference(directions):
+                if refusal is not None:  # the more telling of two reasons
+                    raise InputError(refusal)
+                raise InputError(
+                    f"{name}: no ImagePositionPatient and ImageOrientationPatient, so its place in a scan is unknown. "
+                    "Predict it as a single slice, or export the series again."
+                )
+            plane = _Plane(
+                file, frame, name, position, directions.reshape(2, 3), int(header.get("InstanceNumber") or 0)
+            )
+            self._group(header, geometry, plane, refusal, units).planes.append(plane)
+
+    def _group(self, header: Any, geometry: _Geometry, plane: _Plane, refusal: str | None, units: str | None) -> _Group:
+        between = geometry.numbers("PixelSpacing", 2)
+        pixel_spacing = None if between is None or (between <= 0).any() else (float(between[0]), float(between[1]))
+        series = str(header.get("SeriesInstanceUID") or "")
+        size = (int(header.Rows), int(header.Columns))
+        for group in self.groups:
+            turned = np.abs(group.planes[0].directions - plane.directions).max() > SAME_DIRECTION
+            if (group.series, group.size) == (series, size) and not turned:
+                if group.pixel_spacing is None or pixel_spacing is None:
+                    same = group.pixel_spacing is pixel_spacing
+                else:
+                    same = np.allclose(group.pixel_spacing, pixel_spacing, rtol=1e-3)
+                if same and (group.refusal is None) == (refusal is None):
+                    return group
+        distance = next(
+            (
+                float(value[0])
+                for keyword in ("SpacingBetweenSlices", "SliceThickness")
+                if (value := geometry.numbers(keyword, 1)) is not None and value[0] > 0
+            ),
+            None,
+        )
+        modality = str(header.get("Modality") or "missing")
+        caveat = None if modality == "CT" else f'DICOM modality is {modality}, not CT; read with units="{units}"'
+        group = _Group(series, size, pixel_spacing, distance, [], refusal, caveat)
+        self.groups.append(group)
+        return group
+
+
+class _Geometry:
+    """Numbers of a DICOM header; Enhanced CT keeps them in its functional groups."""
+
+    def __init__(self, header: Any, frame: int) -> None:
+        shared = list(header.get("SharedFunctionalGroupsSequence") or [])
+        own = list(header.get("PerFrameFunctionalGroupsSequence") or [])[frame : frame + 1]
+        self._holders = [header]
+        for group in own + shared:
+            for sequence in ("PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence"):
+                self._holders.extend(group.get(sequence) or [])
+
+    def numbers(self, keyword: str, count: int) -> Floats | None:
+        """`count` finite numbers, or None."""
+        for holder in self._holders:
+            value = holder.get(keyword)
+            if value is None or value == "":
+                continue
+            try:
+                numbers = np.atleast_1d(np.asarray(value, np.float64))
+            except (TypeError, ValueError):
+                continue
+            if numbers.shape == (count,) and np.isfinite(numbers).all():
+                return numbers
+        return None
+
+
+def _is_frame_of_reference(directions: Floats) -> bool:
+    """Are these two orthogonal unit vectors?"""
+    first, second = directions[:3], directions[3:]
+    return bool(np.allclose([first @ first, second @ second, first @ second], [1, 1, 0], atol=0.01))
+
+
+def _words(value: Any) -> list[str]:
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else [str(word) for word in value]
+
+
+def _choose(found: _Found, name: str, series: str | None) -> _Group:
+    """The axial group to take: the wanted one, or the one of most slices."""
+    groups = [group for group in found.groups if series is None or group.series == series]
+    if series is not None and not groups:
+        known = ", ".join(sorted({group.series for group in found.groups})) or "none"
+        raise InputError(f"{name}: no series {series} in it. There are: {known}.")
+    if not groups:
+        reason = found.problems[0] if found.problems else "it holds no DICOM file"
+        raise InputError(f"{name}: no readable slice of a DICOM series ({reason})")
+    across = [group for group in groups if int(np.abs(group.planes[0].normal).argmax()) == 2]
+    if not across:
+        raise InputError(f"{name}: no axial slices, only sagittal or coronal ones. Give the axial series.")
+    usable = [group for group in across if group.refusal is None]
+    if not usable:
+        raise InputError(str(max(across, key=lambda group: len(group.planes)).refusal))
+    chosen = max(usable, key=lambda group: (len(group.planes), group.series))
+    for group in found.groups:
+        if group is chosen:
+            continue
+        if group.refusal is not None:
+            why = group.refusal
+        elif int(np.abs(group.planes[0].normal).argmax()) != 2:
+            why = f"{group}: not axial"
+        elif group.series == chosen.series:
+            why = f"{group}: another orientation, size or pixel spacing within the series"
+        else:
+            why = f"{group}: another series, which series=UID takes"
+        found.problems.append(f"{name}: left out, {why}")
+    if chosen.caveat is not None:
+        found.problems.append(f"{name}: {chosen.caveat}")
+    return chosen
+
+
+def _stack(
+    group: _Group,
+    problems: list[str],
+    name: str,
+    kind: str,
+    units: str | None,
+    spacing: tuple[float, float, float] | None,
+    dataset: Any,
+) -> Volume:
+    """Put the planes of a group on an even grid."""
+    between_rows_columns = group.pixel_spacing
+    if between_rows_columns is None:
+        if spacing is None:
+            raise InputError(
+                f"{name}: pixel spacing is missing or zero, so sizes are unknown. Pass spacing=(x, y, z) in mm "
+                "(--spacing), or export the series again."
+            )
+        between_rows_columns = (spacing[1], spacing[0])
+        problems.append(f"{name}: pixel spacing is missing or zero, taken as given")
+    normal = group.planes[0].normal
+    by_height = sorted(group.planes, key=lambda plane: (float(plane.position @ normal), plane.number, plane.name))
+    planes, duplicates = by_height[:1], []
+    for plane in by_height[1:]:
+        if (plane.position - planes[-1].position) @ normal < SAME_POSITION:
+            duplicates.append(plane)
+        else:
+            planes.append(plane)
+    if duplicates:
+        problems.append(
+            f"{name}: {len(duplicates)} slices lie where another one does and were left out, "
+            f"{Path(duplicates[0].name).name} first"
+        )
+    places, step = _even_grid(planes, normal, group, spacing, problems, name)
+    affine = np.eye(4)
+    affine[:3, 0] = planes[0].directions[0] * between_rows_columns[1]
+    affine[:3, 1] = planes[0].directions[1] * between_rows_columns[0]
+    affine[:3, 2] = step
+    affine[:3, 3] = planes[0].position
+    # DICOM's x and y point the other way; 0 minus, because it leaves no negative zeros.
+    affine[:2] = 0 - affine[:2]
+    at = dict(zip(places, planes, strict=True))
+
+    def plane_of(index: int) -> npt.NDArray[np.float32]:
+        plane = at[index]
+        if dataset is not None:
+            with reading(plane.name, "DICOM"):
+                return pixels_of_frame(dataset, plane.name, units, plane.frame).T
+        pydicom = import_extra("pydicom", "io", "reading DICOM files")
+        with open_file(plane.path) as stream, reading(plane.name, "DICOM"):
+            return pixels_of_frame(pydicom.dcmread(stream, force=True), plane.name, units, plane.frame).T
+
+    rows, columns = group.size
+    report_shape(affine, 2, problems, name)
+    return Volume(
+        source=name,
+        kind=kind,
+        shape=(columns, rows, places[-1] + 1),
+        affine=affine,
+        names={index: plane.name for index, plane in at.items()},
+        problems=tuple(problems),
+        header=None,
+        threads=2,
+        plane=plane_of,
+    )
+
+
+def _even_grid(
+    planes: list[_Plane],
+    normal: Floats,
+    group: _Group,
+    spacing: tuple[float, float, float] | None,
+    problems: list[str],
+    name: str,
+) -> tuple[list[int], Floats]:
+    """Place of each plane on an even grid, and the step from one place to the next (LPS, mm)."""
+    if len(planes) == 1:
+        distance = group.slice_distance or (spacing[2] if spacing else None)
+        if distance is None:
+            raise InputError(
+                f"{name}: one slice, whose thickness is missing or zero. Pass spacing=(x, y, z) in mm (--spacing), "
+                "or predict it as a single slice."
+            )
+        return [0], normal * distance
+    positions = np.stack([plane.position for plane in planes])
+    heights = (positions - positions[0]) @ normal
+    jumps = np.maximum(np.rint(np.diff(heights) / np.median(np.diff(heights))), 1).astype(int)
+    places = np.concatenate([[0], np.cumsum(jumps)])
+    step = (positions[-1] - positions[0]) / places[-1]
+    distance = float(step @ normal)
+    off = np.abs(heights - places * distance)
+    if off.max() > OFF_GRID * distance or places[-1] >= 4 * len(planes) + 4:
+        worst = planes[int(off.argmax())]
+        raise InputError(
+            f"{name}: the slices are not evenly spaced ({np.diff(heights).min():g} to {np.diff(heights).max():g} mm; "
+            f"{Path(worst.name).name} lies {off.max():.2f} mm off). Split the folder, or predict the files as slices."
+        )
+    if off.max() > max(UNEVEN * distance, 0.1):
+        problems.append(f"{name}: slices lie up to {off.max():.2f} mm off an even spacing of {distance:.3f} mm")
+    sideways = np.linalg.norm(positions - positions[0] - places[:, None] * step, axis=1)
+    if sideways.max() > 1:
+        problems.append(f"{name}: slices are shifted against each other by up to {sideways.max():.1f} mm")
+    for before in np.flatnonzero(jumps > 1):
+        problems.append(
+            f"{name}: gap of {jumps[before] - 1} slices after {Path(planes[before].name).name}; "
+            "left empty, not counted in volumes"
+        )
+    return places.tolist(), step

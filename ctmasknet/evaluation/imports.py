@@ -1,0 +1,251 @@
+"""Other people's predictions: a COCO results file, evaluated like a model of the zoo.
+
+Detections: ``[{"image_id", "category_id", "score", "segmentation", "bbox"}, …]``, as COCO's servers take them; `bbox`
+(x, y, width, height) may be missing and is then that of the mask. Classes: ``[{"image_id", "probabilities"}, …]``.
+Either list may also be the ``annotations`` (or ``predictions``) of an object with its own ``images`` and
+``categories``.
+
+An `image_id` is the name of a slice, with or without folder and ending, or the number that it has in ``images`` of the
+file, in the `coco_images.json` beside a `coco_results.json`, or in the COCO file of the data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ctmasknet.coco_results import COCO_IMAGES, COCO_RESULTS
+from ctmasknet.data.datasets import ClassificationSample, SegmentationSample, SliceDataset
+from ctmasknet.data.scan import CocoRecord, decode_segmentation
+from ctmasknet.data.targets import half_open_boxes
+from ctmasknet.errors import DataError
+from ctmasknet.evaluation.subjects import Row, SegmentationRows, check_label
+from ctmasknet.registry import Task
+from ctmasknet.weights.files import sha256_of
+
+
+class ImportedDetections:
+    """Lesions that another model found.
+
+    The paper's protocol counts those scored above 0.75, the operating point those above `score_threshold`,
+    COCO all above 0.05; masks and NMS are theirs.
+    """
+
+    task: Task = "segmentation"
+    training_minutes: float | None = None
+
+    def __init__(self, path: Path, data: SliceDataset[Any], *, score_threshold: float, coco: bool) -> None:
+        self.name, self.class_names = path.stem, data.class_names
+        self._path, self._threshold = path, score_threshold
+        self._rows = SegmentationRows(coco=coco)
+        entries, content = _read(path)
+        image_name = _ImageNames(path, content, data)
+        labels = _labels(path, content, data)
+        self._of_image: dict[str, list[tuple[int, Row, int]]] = defaultdict(list)
+        for number, entry in enumerate(entries):
+            where = f"{path}: prediction {number}"
+            category = entry.get("category_id")
+            if category not in labels:
+                raise DataError(f"{where}: category_id {category!r} is none of {sorted(labels)}; mend or leave it out")
+            score = entry.get("score")
+            if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
+                raise DataError(f"{where}: score {score!r} is no number in 0..1")
+            if "segmentation" not in entry:
+                raise DataError(f"{where}: no segmentation; masks are needed (COCO's segm results)")
+            self._of_image[image_name(entry.get("image_id"), where)].append((number, entry, labels[category]))
+        self.facts = {"predictions": _digest(path), "score_threshold": score_threshold, "coco": coco}
+
+    def rows(self, samples: Sequence[SegmentationSample]) -> list[Row]:
+        rows = []
+        for sample in samples:
+            found = self._detections(sample)
+            above = [_chosen(found, found["scores"] > threshold) for threshold in (0.75, self._threshold, 0.05)]
+            rows.append(self._rows(sample, *above))
+        return rows
+
+    def _detections(self, sample: SegmentationSample) -> dict[str, Tensor]:
+        height, width = sample.image.shape[-2:]
+        entries = self._of_image.get(sample.name, [])
+        masks = [
+            decode_segmentation(entry["segmentation"], (height, width), f"{self._path}: prediction {number}")
+            for number, entry, _ in entries
+        ]
+        stacked = torch.from_numpy(np.array(masks, bool).reshape(-1, height, width))
+        boxes = torch.zeros(len(entries), 4)
+        for index, (number, entry, _) in enumerate(entries):
+            if "bbox" in entry:
+                boxes[index] = _box(entry["bbox"], f"{self._path}: prediction {number}")
+            elif stacked[index].any():
+                boxes[index] = half_open_boxes(stacked[index : index + 1])[0]
+        return {
+            "boxes": boxes,
+            "masks": stacked,
+            "labels": torch.tensor([label for _, _, label in entries], dtype=torch.int64),
+            "scores": torch.tensor([entry["score"] for _, entry, _ in entries], dtype=torch.float32),
+        }
+
+
+class ImportedProbabilities:
+    """Class probabilities that another model gave."""
+
+    task: Task = "classification"
+    training_minutes: float | None = None
+
+    def __init__(self, path: Path, data: SliceDataset[Any]) -> None:
+        self.name, self.class_names = path.stem, data.class_names
+        entries, content = _read(path)
+        image_name = _ImageNames(path, content, data)
+        self._path = path
+        self._of_image: dict[str, list[float]] = {}
+        for number, entry in enumerate(entries):
+            where = f"{path}: prediction {number}"
+            name = image_name(entry.get("image_id"), where)
+            if name in self._of_image:
+                raise DataError(f"{where}: image {name} is predicted twice; keep one")
+            self._of_image[name] = _probabilities(entry.get("probabilities"), len(data.class_names), where)
+        self.facts = {"predictions": _digest(path)}
+
+    def rows(self, samples: Sequence[ClassificationSample]) -> list[Row]:
+        rows = []
+        for sample in samples:
+            check_label(sample, len(self.class_names))
+            if sample.name not in self._of_image:
+                raise DataError(f"{self._path}: no prediction for image {sample.name}; every slice needs one")
+            rows.append(
+                {
+                    "image_id": sample.name,
+                    "label": int(sample.label),
+                    "probabilities": self._of_image[sample.name],
+                }
+            )
+        return rows
+
+
+def task_of_predictions(path: Path) -> Task:
+    """What a file of predictions is for: one with `probabilities` is for classification.
+
+    Raises:
+        DataError: unreadable, or no list of predictions.
+    """
+    entries, _ = _read(path)
+    return "classification" if any("probabilities" in entry for entry in entries) else "segmentation"
+
+
+class _ImageNames:
+    """Finds the slice that an `image_id` means."""
+
+    def __init__(self, path: Path, content: dict[str, Any], data: SliceDataset[Any]) -> None:
+        self._path = path
+        self._names: dict[str, set[str]] = defaultdict(set)
+        records = getattr(data, "records", [None] * len(data.names))
+        for name, record in zip(data.names, records, strict=True):
+            known = {name, Path(name).name, Path(name).stem}
+            if record is not None:
+                known |= {str(record.image), record.image.name, record.image.stem}
+            for key in known:
+                self._names[key].add(name)
+        self._numbers: dict[Any, str] = {}
+        sources = {record.source for record in records if isinstance(record, CocoRecord)}
+        if "images" in content:
+            self._number(content["images"], path)
+        elif len(sources) == 1:  # several files may use a number twice
+            source = sources.pop()
+            self._number(json.loads(source.read_text(encoding="utf-8"))["images"], source)
+
+    def _number(self, images: Any, source: Path) -> None:
+        if not isinstance(images, list) or not all(isinstance(i, dict) and "id" in i for i in images):
+            raise DataError(f"{source}: images must be a list of objects with id and file_name")
+        named: dict[str, Any] = {}
+        for image in images:
+            name = str(image.get("file_name"))
+            if image["id"] in self._numbers or name in named:
+                what = f"id {image['id']}" if image["id"] in self._numbers else f"file_name {name}"
+                raise DataError(f"{source}: {what} stands twice in images; every image needs its own")
+            self._numbers[image["id"]] = named[name] = name
+
+    def __call__(self, image_id: Any, where: str) -> str:
+        """The name of a slice of the data.
+
+        Raises:
+            DataError: unknown, or it could mean several.
+        """
+        word = str(self._numbers.get(image_id, image_id))
+        for key in (word, Path(word).name, Path(word).stem):
+            names = self._names.get(key)
+            if names:
+                break
+        else:
+            raise DataError(
+                f"{where}: image_id {image_id!r} is no slice of the data; give the slices' names or leave it out"
+            )
+        if len(names) > 1:
+            raise DataError(f"{where}: image_id {image_id!r} could be {' or '.join(sorted(names)[:3])}; give the path")
+        return next(iter(names))
+
+
+def _read(path: Path) -> tuple[list[Row], dict[str, Any]]:
+    """Predictions, and the object around them if there is one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not readable JSON ({error})") from None
+    outer = content if isinstance(content, dict) else {}
+    entries = outer.get("annotations", outer.get("predictions")) if outer else content
+    beside = path.with_name(COCO_IMAGES)
+    if not outer and path.name == COCO_RESULTS and beside.exists():  # what `ctmasknet predict --format coco` writes
+        outer = json.loads(beside.read_text(encoding="utf-8"))
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise DataError(f"{path}: not COCO results: a list of objects with image_id, category_id, score, segmentation")
+    return entries, outer
+
+
+def _labels(path: Path, content: dict[str, Any], data: SliceDataset[Any]) -> dict[Any, int]:
+    """category_id -> label: by the categories of the file, else of the COCO file of the data, else unchanged."""
+    sources = {r.source for r in getattr(data, "records", ()) if isinstance(r, CocoRecord)}
+    categories = content.get("categories")
+    if categories is None and len(sources) == 1:
+        categories = json.loads(sources.pop().read_text(encoding="utf-8"))["categories"]
+    if categories is None:
+        return {label: label for label in range(1, len(data.class_names))}
+    try:
+        identifiers = sorted(category["id"] for category in categories)
+    except (KeyError, TypeError):
+        raise DataError(f"{path}: categories must be a list of objects with id and name") from None
+    if len(identifiers) != len(data.class_names) - 1:
+        raise DataError(
+            f"{path}: {len(identifiers)} categories, but the data has {len(data.class_names) - 1} "
+            f"({', '.join(data.class_names[1:])})"
+        )
+    return {identifier: label for label, identifier in enumerate(identifiers, start=1)}
+
+
+def _box(value: Any, where: str) -> Tensor:
+    """COCO (x, y, width, height) -> xyxy."""
+    numbers = isinstance(value, list) and len(value) == 4 and all(isinstance(v, int | float) for v in value)
+    if not numbers or not all(math.isfinite(v) for v in value):
+        raise DataError(f"{where}: bbox {value!r} is not [x, y, width, height]")
+    x, y, width, height = value
+    return torch.tensor([x, y, x + width, y + height], dtype=torch.float32)
+
+
+def _probabilities(value: Any, classes: int, where: str) -> list[float]:
+    numbers = isinstance(value, list) and all(isinstance(v, int | float) and 0 <= v <= 1 for v in value)
+    if not numbers or len(value) != classes or abs(sum(value) - 1) > 1e-2:
+        raise DataError(f"{where}: probabilities {value!r}: expected {classes} numbers in 0..1 that add up to 1")
+    return [float(v) for v in value]
+
+
+def _chosen(found: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    return {key: value[rows] for key, value in found.items()}
+
+
+def _digest(path: Path) -> str:
+    return sha256_of(path)[:16]

@@ -1,0 +1,473 @@
+"""A model, or somebody else's predictions, against labelled slices: every figure of the paper and more, in one call."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from ctmasknet.data.datasets import PathLike, SliceDataset, open_dataset
+from ctmasknet.data.targets import LesionClasses
+from ctmasknet.errors import ConfigError, DataError
+from ctmasknet.evaluation.bootstrap import MIN_PATIENTS, Interval, patient_intervals
+from ctmasknet.evaluation.classification import ClassificationMetrics
+from ctmasknet.evaluation.detection import CocoMetrics, SegmentationMetrics
+from ctmasknet.evaluation.imports import ImportedDetections, ImportedProbabilities, task_of_predictions
+from ctmasknet.evaluation.row_store import Processes, RowStore, processes
+from ctmasknet.evaluation.statistics import classification_statistic, coco_statistic, segmentation_statistic
+from ctmasknet.evaluation.subjects import ClassifierSubject, Row, SegmenterSubject, Subject, coco_state
+from ctmasknet.evaluation.table import Table
+from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN
+from ctmasknet.predictor import Precision, choose_device
+from ctmasknet.registry import VARIANTS, get_variant
+from ctmasknet.zoo import Model, create_model, from_pretrained, load_released
+
+Figures = dict[str, Any]
+"""Figure name -> number, or None where undefined; per class a dict from class name to number."""
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What was measured.
+
+    Attributes:
+        task: ``"segmentation"`` or ``"classification"``.
+        model: name of the variant, its folder, or the file of predictions.
+        data: the paths evaluated on.
+        images, patients: how many; patients None if some are unknown.
+        class_names: in the order of the labels.
+        metrics: by group. Segmentation: ``paper`` (score > 0.75, NMS 0.75, mask logits > 0.5), ``operating_point``
+            (the weights' own thresholds), both as in `SegmentationMetrics.compute`; ``coco``, as in
+            `CocoMetrics.compute`. Classification: ``slice`` and ``patient`` (mean probabilities of a patient's
+            slices; patients whose slices differ in label are left out), as in `ClassificationMetrics.compute`.
+        intervals: 95% bootstrap intervals over patients, shaped like `metrics`; None under five patients.
+        settings: what the figures depend on: thresholds, seed, limit, digest of the weights.
+        training_minutes: from the weights' own record, None if unknown.
+        seconds: this call's time.
+        rows: per slice; `RoICounts` and the figures are made of these.
+    """
+
+    task: str
+    model: str
+    data: tuple[str, ...]
+    images: int
+    patients: int | None
+    class_names: tuple[str, ...]
+    metrics: dict[str, Figures]
+    intervals: dict[str, Figures]
+    settings: dict[str, Any]
+    training_minutes: float | None
+    seconds: float
+    rows: list[Row] = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the rows as plain values, ready for ``json.dumps(..., allow_nan=False)``."""
+        return {
+            "task": self.task,
+            "model": self.model,
+            "data": list(self.data),
+            "images": self.images,
+            "patients": self.patients,
+            "class_names": list(self.class_names),
+            "metrics": self.metrics,
+            "intervals": {
+                group: {name: _plain(value) for name, value in figures.items()}
+                for group, figures in self.intervals.items()
+            },
+            "settings": self.settings,
+            "training_minutes": self.training_minutes,
+            "seconds": self.seconds,
+        }
+
+    def table(self) -> Table:
+        """All figures, one per line, with their intervals."""
+        rows: list[tuple[Any, ...]] = []
+        for group, figures in self.metrics.items():
+            for name, value in figures.items():
+                if name in ("confusion", "images", "n", "mixed_patients"):
+                    continue
+                spread = self.intervals.get(group, {}).get(name)
+                if isinstance(value, dict):
+                    for label, number in value.items():
+                        rows.append((_GROUPS[group], f"{name} {label}", number, _span(spread, label)))
+                else:
+                    rows.append((_GROUPS[group], name, value, _span(spread, None)))
+        who = "unknown patients" if self.patients is None else f"{self.patients} patients"
+        notes = [f"{self.images} slices, {who}; {', '.join(self.data)}."]
+        if self.patients is None or self.patients < MIN_PATIENTS:
+            notes.append(f"Intervals are N/A: they need {MIN_PATIENTS} known patients or more.")
+        for group in ("slice", "patient"):
+            if group in self.metrics and "confusion" in self.metrics[group]:
+                notes.append(f"Confusion ({group}s; rows true, columns called): {self.metrics[group]['confusion']}.")
+        columns = (("protocol", "s"), ("figure", "s"), ("value", ".4f"), ("95% interval", "s"))
+        return Table(f"Evaluation of {self.model}", columns, tuple(rows), tuple(notes))
+
+
+_GROUPS = {
+    "paper": "released AP protocol, paper's thresholds",
+    "operating_point": "operating point",
+    "coco": "COCO, score > 0.05",
+    "slice": "slice",
+    "patient": "patient",
+}
+
+
+def evaluate(
+    model: str | os.PathLike[str] | Model,
+    data: PathLike | Sequence[PathLike] | SliceDataset[Any],
+    *,
+    classes: LesionClasses | None = None,
+    min_area: int = 100,
+    list_file: PathLike | None = None,
+    limit: int | None = None,
+    per_class: int | None = None,
+    seed: int = 0,
+    score_threshold: float = 0.5,
+    coco: bool = True,
+    samples: int = 1000,
+    out: PathLike | None = None,
+    device: str | torch.device | None = None,
+    batch_size: int | None = None,
+    precision: Precision = "auto",
+    workers: int = 0,
+    progress: bool = True,
+) -> Evaluation:
+    """Measure a model, or other people's predictions, on labelled slices.
+
+    Started by ``accelerate launch`` or ``torchrun``, the processes share the slices, each counted once, and all
+    return the same. Memory holds a row per slice (a few kB with COCO AP), never all masks.
+
+    Args:
+        model: a variant's name (its default weights), a folder of weights, an author's ``.pth``, a model; or a
+            ``.json`` of predictions (see `ctmasknet.evaluation.imports`).
+        data: labelled slices: paths as `open_dataset` takes them, or a data set.
+        classes: ``"merge"``, ``"both"`` or ``"ggo"``; None: what the model tells apart.
+        min_area: lesions of so many pixels or fewer join the background.
+        list_file: restricts to the names it lists.
+        limit: at most so many slices, drawn at random by `seed`; a warning says if there are fewer.
+        per_class: classification: equally many slices of each class, at most so many, drawn by `seed`.
+        seed: of the draws and the bootstrap.
+        score_threshold: predictions only: the operating point (a model brings its own).
+        coco: also COCO AP, which needs the extra ``train``.
+        samples: bootstrap resamples, 0 for no intervals.
+        out: folder for the rows. Called again with the same settings, slices in there are not computed
+            again: a killed evaluation goes on.
+        device: None takes a GPU if there is one.
+        batch_size: slices per forward; None takes 1 on the CPU, 8 elsewhere.
+        precision: as for `Predictor`.
+        workers: processes that read slices.
+        progress: show a progress bar on a terminal.
+
+    Raises:
+        ConfigError: unknown model, impossible settings, `out` holds an evaluation with others.
+        DataError: data or predictions that are incomplete, or do not fit the model.
+        WeightsError: weights missing or damaged.
+        MissingExtraError: an extra is missing; the text names it.
+    """
+    began = time.monotonic()
+    for name, value in (("limit", limit), ("per_class", per_class)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name}={value}: must be at least 1")
+    if limit is not None and per_class is not None:
+        raise ConfigError("give limit or per_class, not both")
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise ConfigError(f"precision={precision!r}: use 'auto', 'float32' or 'bfloat16'")
+    if not 0 <= score_threshold <= 1:
+        raise ConfigError(f"score_threshold={score_threshold}: must lie in 0..1")
+    autocast = torch.bfloat16 if precision == "bfloat16" else None
+    where = choose_device(device)
+    workforce = processes(cpu=where.type == "cpu")
+    if device is None and workforce.world > 1 and where.type == "cuda":
+        where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    subject: Subject
+    if not isinstance(model, LesionMaskRCNN | COVIDCTMaskNet) and str(model).lower().endswith(".json"):
+        path = Path(model)
+        task = task_of_predictions(path)
+        source, data_names = _open(data, task, classes or "merge", min_area, list_file)
+        if task == "classification":
+            subject = ImportedProbabilities(path, source)
+        else:
+            subject = ImportedDetections(path, source, score_threshold=score_threshold, coco=coco)
+    else:
+        opened, name = open_model(model)
+        opened.to(where)
+        if isinstance(opened, LesionMaskRCNN):
+            subject = SegmenterSubject(opened, name, coco=coco, autocast=autocast)
+        else:
+            subject = ClassifierSubject(opened, name, autocast=autocast)
+        told_apart = classes or ("both" if len(subject.class_names) == 3 else "merge")
+        source, data_names = _open(data, subject.task, told_apart, min_area, list_file)
+        _check_classes(subject, source, data_names)
+    chosen = _draw(source, limit, per_class, seed)
+    settings = {
+        **subject.facts,
+        "task": subject.task,
+        "classes": classes,
+        "min_area": min_area,
+        "limit": limit,
+        "per_class": per_class,
+        "seed": seed,
+    }
+    rows = _measure(
+        subject,
+        source,
+        chosen,
+        workforce,
+        settings | {"slices": _digest([source.names[index] for index in chosen])},
+        out=out,
+        batch_size=batch_size or (1 if where.type == "cpu" else 8),
+        workers=workers,
+        progress=progress,
+    )
+    patients = [source.patients[index] for index in chosen]
+    rows = [row | {"patient": patient} for row, patient in zip(rows, patients, strict=True)]
+    summarise = _segmentation if subject.task == "segmentation" else _classification
+    metrics, intervals = summarise(rows, subject.class_names, samples, seed)
+    known = None if any(patient is None for patient in patients) else len(set(patients))
+    return Evaluation(
+        task=subject.task,
+        model=subject.name,
+        data=tuple(data_names),
+        images=len(rows),
+        patients=known,
+        class_names=subject.class_names,
+        metrics=metrics,
+        intervals=intervals,
+        settings=settings | {"bootstrap_samples": samples},
+        training_minutes=subject.training_minutes,
+        seconds=time.monotonic() - began,
+        rows=rows,
+    )
+
+
+def open_model(model: str | os.PathLike[str] | Model) -> tuple[Model, str]:
+    """A model and what to call it: from a variant's name, a folder of weights, an author's ``.pth``, or itself.
+
+    Raises:
+        ConfigError, WeightsError: as `create_model`.
+    """
+    if isinstance(model, LesionMaskRCNN | COVIDCTMaskNet):
+        return model.eval(), model.variant.name
+    if not isinstance(model, str | os.PathLike):
+        raise ConfigError(f"{model!r}: give the name of a variant, a folder of weights, or a model")
+    path = Path(model)
+    if str(model) in VARIANTS or not path.exists():
+        return create_model(get_variant(str(model)).name, weights="default"), str(model)
+    if path.suffix == ".pth":
+        opened = load_released(path)
+        return opened, f"{opened.variant.name} ({path.name})"
+    opened = from_pretrained(path)
+    return opened, f"{opened.variant.name} ({path.name})"
+
+
+def save_rows(evaluation: Evaluation, path: PathLike) -> None:
+    """Per-slice figures as CSV; what is nested (COCO's encoded masks) is left out."""
+    flat = [_flat_row(row) for row in evaluation.rows]
+    stream = StringIO()
+    writer = csv.DictWriter(stream, list(dict.fromkeys(key for row in flat for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    Path(path).write_text(stream.getvalue(), encoding="utf-8")
+
+
+def _open(
+    data: PathLike | Sequence[PathLike] | SliceDataset[Any],
+    task: Any,
+    classes: LesionClasses,
+    min_area: int,
+    list_file: PathLike | None,
+) -> tuple[SliceDataset[Any], list[str]]:
+    if isinstance(data, SliceDataset):
+        if data.task != task:
+            raise ConfigError(f"the data are for {data.task}, the model or the predictions for {task}")
+        source, names = data, [type(data).__name__]
+        if len(set(data.names)) != len(data.names):
+            twice = next(name for name in data.names if data.names.count(name) > 1)
+            raise DataError(f"{twice}: two slices of this name; every slice needs its own")
+    else:
+        source = open_dataset(task, data, classes=classes, min_area=min_area, list_file=list_file)
+        names = [str(path) for path in ([data] if isinstance(data, str | Path) else data)]
+    if not len(source):
+        raise DataError(f"{', '.join(names)}: no slices to evaluate on")
+    return source, names
+
+
+def _check_classes(subject: Subject, source: SliceDataset[Any], names: list[str]) -> None:
+    if len(source.class_names) == len(subject.class_names):
+        return
+    fix = "give classes='merge' or 'both'" if subject.task == "segmentation" else "use a model of as many classes"
+    raise DataError(
+        f"{', '.join(names)}: classes {', '.join(source.class_names)}, but {subject.name} tells "
+        f"{', '.join(subject.class_names)} apart; {fix}"
+    )
+
+
+def _draw(source: SliceDataset[Any], limit: int | None, per_class: int | None, seed: int) -> list[int]:
+    """Indices of the slices to evaluate, in the order of the data."""
+    generator = np.random.default_rng(seed)
+    if per_class is not None:
+        if source.task != "classification":
+            raise ConfigError("per_class is for classification; use limit")
+        labels = np.array([source.labels_of(index)[0] for index in range(len(source))])
+        found = {label: np.flatnonzero(labels == label) for label in np.unique(labels).tolist()}
+        count = min([per_class, *map(len, found.values())])
+        if count < per_class:
+            warnings.warn(f"{per_class} slices per class asked for, {count} taken: more there are not", stacklevel=3)
+        drawn = [generator.choice(indices, count, replace=False) for indices in found.values()]
+        return sorted(np.concatenate(drawn).tolist())
+    if limit is None or limit >= len(source):
+        if limit is not None and limit > len(source):
+            warnings.warn(f"{limit} slices asked for, but there are {len(source)}: all are taken", stacklevel=3)
+        return list(range(len(source)))
+    return sorted(generator.choice(len(source), limit, replace=False).tolist())
+
+
+def _measure(
+    subject: Subject,
+    source: SliceDataset[Any],
+    chosen: list[int],
+    workforce: Processes,
+    settings: dict[str, Any],
+    *,
+    out: PathLike | None,
+    batch_size: int,
+    workers: int,
+    progress: bool,
+) -> list[Row]:
+    """Rows of the chosen slices, in their order; this process computes its share of those that are not on disk."""
+    store = None if out is None else RowStore(Path(out), settings, workforce.rank)
+    done = {} if store is None else store.read()
+    workforce.wait()
+    if store is not None:
+        store.start()
+    missing = [index for index in chosen if source.names[index] not in done]
+    share = missing[workforce.rank :: workforce.world]
+    loader = DataLoader(
+        Subset(source, share), batch_size=batch_size, num_workers=workers, collate_fn=list, shuffle=False
+    )
+    fresh: list[Row] = []
+    hidden = not progress or workforce.rank != 0 or not sys.stderr.isatty()
+    with tqdm(total=len(share), unit="slice", desc=subject.name, disable=hidden) as bar:
+        for samples in loader:
+            rows = subject.rows(samples)
+            if store is not None:
+                store.append(rows)
+            fresh += rows
+            bar.update(len(rows))
+    for rows in workforce.gather(fresh):
+        done |= {row["image_id"]: row for row in rows}
+    return [done[source.names[index]] for index in chosen]
+
+
+def _segmentation(
+    rows: list[Row], class_names: tuple[str, ...], samples: int, seed: int
+) -> tuple[dict[str, Figures], dict[str, Figures]]:
+    patients = [row["patient"] for row in rows]
+    metrics: dict[str, Figures] = {}
+    intervals: dict[str, Figures] = {}
+    for group in ("paper", "operating_point"):
+        collected = SegmentationMetrics()
+        collected.merge({"rows": [row[group] | {"image_id": row["image_id"]} for row in rows]})
+        metrics[group] = dict(collected.compute())
+        statistic = segmentation_statistic([row[group] for row in rows])
+        intervals[group] = dict(patient_intervals(patients, statistic, samples=samples, seed=seed))
+    if all("coco" in row for row in rows):
+        coco = CocoMetrics()
+        coco.merge(coco_state(rows))
+        metrics["coco"] = dict(coco.compute())
+        matches = coco_statistic([row["matches"] for row in rows])
+        intervals["coco"] = dict(patient_intervals(patients, matches, samples=samples, seed=seed))
+    return metrics, intervals
+
+
+def _classification(
+    rows: list[Row], class_names: tuple[str, ...], samples: int, seed: int
+) -> tuple[dict[str, Figures], dict[str, Figures]]:
+    metrics: dict[str, Figures] = {}
+    intervals: dict[str, Figures] = {}
+    groups = {"slice": rows}
+    mixed = 0
+    if all(row["patient"] is not None for row in rows):
+        groups["patient"], mixed = _by_patient(rows)
+    for group, members in groups.items():
+        if not members:
+            continue
+        labels = np.array([row["label"] for row in members])
+        probabilities = np.array([row["probabilities"] for row in members])
+        collected = ClassificationMetrics(class_names)
+        collected.update(probabilities, labels, [row["image_id"] for row in members])
+        metrics[group] = collected.compute()
+        statistic = classification_statistic(labels, probabilities, class_names)
+        flat = patient_intervals([row["patient"] for row in members], statistic, samples=samples, seed=seed)
+        intervals[group] = _nested(flat)
+    if mixed:
+        metrics.setdefault("patient", {})["mixed_patients"] = mixed
+    return metrics, intervals
+
+
+def _by_patient(rows: list[Row]) -> tuple[list[Row], int]:
+    """One row per patient of a single label, with mean probabilities; and the number of the others."""
+    slices: dict[str, list[Row]] = {}
+    for row in rows:
+        slices.setdefault(row["patient"], []).append(row)
+    patients = []
+    for patient, own in slices.items():
+        if len({row["label"] for row in own}) == 1:
+            mean = np.mean([row["probabilities"] for row in own], axis=0).tolist()
+            patients.append({"image_id": patient, "patient": patient, "label": own[0]["label"], "probabilities": mean})
+    return patients, len(slices) - len(patients)
+
+
+def _nested(flat: dict[str, Interval | None]) -> Figures:
+    """``{"sensitivity.covid": x}`` -> ``{"sensitivity": {"covid": x}}``."""
+    nested: Figures = {}
+    for name, value in flat.items():
+        figure, dot, label = name.partition(".")
+        if dot:
+            nested.setdefault(figure, {})[label] = value
+        else:
+            nested[figure] = value
+    return nested
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    return None if value is None else list(value)
+
+
+def _span(value: Any, label: str | None) -> str | None:
+    found = value.get(label) if isinstance(value, dict) else value
+    return None if found is None else f"{found[0]:.4f} to {found[1]:.4f}"
+
+
+def _flat_row(row: Row) -> Row:
+    flat: Row = {}
+    for key, value in row.items():
+        if key in ("paper", "operating_point"):
+            flat |= {f"{key}_{name}": _cell(inner) for name, inner in value.items()}
+        elif key not in ("coco", "matches"):
+            flat[key] = _cell(value)
+    return flat
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, list) else value
+
+
+def _digest(names: list[str]) -> str:
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]

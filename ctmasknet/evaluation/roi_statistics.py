@@ -1,0 +1,178 @@
+"""What module S sees: RoIs above a score per class (Tables 4 and 5, Figure 4), and what each RoI contributes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ctmasknet.errors import ConfigError, DataError
+from ctmasknet.evaluation.bootstrap import patient_intervals
+from ctmasknet.evaluation.subjects import ROI_THRESHOLDS, Row
+from ctmasknet.extras import import_extra
+from ctmasknet.models import COVIDCTMaskNet
+from ctmasknet.models.roi_batch import fill_batch
+
+PAPER_SAMPLE = 475
+"""Slices per class in the paper (section 3.2)."""
+
+PAPER_PAIRS = ((2, 1), (2, 0), (1, 0))
+"""Table 5: COVID-19 / CP, COVID-19 / Normal, CP / Normal, as labels."""
+
+
+@dataclass(frozen=True, eq=False)
+class RoICounts:
+    """How many RoIs of each slice's batch score above each threshold.
+
+    Attributes:
+        class_names: in the order of the labels.
+        thresholds: T RoI scores.
+        labels: (N,) true class of each slice.
+        counts: (N, T) int; copies that fill a batch count, as they stand in it.
+        patients: of each slice, None where unknown.
+    """
+
+    class_names: tuple[str, ...]
+    labels: npt.NDArray[np.int64]
+    counts: npt.NDArray[np.int64]
+    patients: tuple[str | None, ...]
+    thresholds: tuple[float, ...] = ROI_THRESHOLDS
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], class_names: Sequence[str]) -> RoICounts:
+        """From the rows of a classifier's `Evaluation`.
+
+        Raises:
+            DataError: rows without RoI counts: those of a segmenter, or of imported predictions.
+        """
+        if not rows or any("rois_above" not in row for row in rows):
+            raise DataError("no RoI batches: Tables 4 and 5 and Figure 4 need a COVID-CT-Mask-Net classifier")
+        return cls(
+            tuple(class_names),
+            np.array([row["label"] for row in rows]),
+            np.array([row["rois_above"] for row in rows]),
+            tuple(row.get("patient") for row in rows),
+        )
+
+    def summary(self) -> list[dict[str, Any]]:
+        """Table 4: per class and threshold ``n``, ``mean``, ``spread``, ``interval`` and ``patient_interval``.
+
+        `spread` is 1.96 standard deviations, which the paper prints as a 95% interval; `interval` is the 95%
+        t interval of the mean over slices; `patient_interval` the bootstrap interval over patients. None
+        where there are too few slices or patients, and everything but n for a class without slices.
+        """
+        stats = import_extra("scipy.stats", "train", "Table 4")
+        rows = []
+        for label, name in enumerate(self.class_names):
+            chosen = self.labels == label
+            for column, threshold in enumerate(self.thresholds):
+                counts = self.counts[chosen, column].astype(np.float64)
+                row: dict[str, Any] = {"class": name, "threshold": threshold, "n": len(counts)}
+                row |= dict.fromkeys(("mean", "spread", "interval", "patient_interval"))
+                if len(counts):
+                    row["mean"] = float(counts.mean())
+                    own = [p for p, mine in zip(self.patients, chosen, strict=True) if mine]
+                    row["patient_interval"] = patient_intervals(own, _mean_of(counts))["mean"]
+                if len(counts) > 1:
+                    deviation = float(counts.std(ddof=1))
+                    row["spread"] = 1.96 * deviation
+                    half = float(stats.t.ppf(0.975, len(counts) - 1)) * deviation / len(counts) ** 0.5
+                    row["interval"] = (row["mean"] - half, row["mean"] + half)
+                rows.append(row)
+        return rows
+
+    def tests(self, pairs: Sequence[tuple[int, int]] = PAPER_PAIRS) -> list[dict[str, Any]]:
+        """Table 5: one-sided two-sample Kolmogorov-Smirnov, per pair of labels and threshold.
+
+        The alternative is that the first class has more such RoIs: ``scipy.stats.ks_2samp(first, second,
+        alternative="less")``. `statistic` and `p` are None where a class has no slice or no RoI above the threshold.
+        """
+        stats = import_extra("scipy.stats", "train", "Table 5")
+        rows = []
+        for first, second in pairs:
+            if max(first, second) >= len(self.class_names):
+                raise ConfigError(f"pair {(first, second)}: there are {len(self.class_names)} classes")
+            for column, threshold in enumerate(self.thresholds):
+                a, b = (self.counts[self.labels == label, column] for label in (first, second))
+                row = {"first": self.class_names[first], "second": self.class_names[second], "threshold": threshold}
+                row |= {"statistic": None, "p": None}
+                if a.any() and b.any():
+                    result = stats.ks_2samp(a, b, alternative="less")
+                    row |= {"statistic": float(result.statistic), "p": float(result.pvalue)}
+                rows.append(row)
+        return rows
+
+
+@dataclass(frozen=True, eq=False)
+class RoIContributions:
+    """How much each region of a slice speaks for each class: gradient times input of module S.
+
+    Module S is piecewise linear, so the contributions of all RoIs add up to the logits less what S would say of
+    its biases alone at this point.
+
+    Attributes:
+        boxes: (N, 4) float32 xyxy, pixels of the slice; each region once, copies added up.
+        scores: (N,) float32.
+        copies: (N,) int64, slots that the region fills.
+        contributions: (N, K) float32, to each class logit.
+        logits: (K,) float32.
+    """
+
+    boxes: npt.NDArray[np.float32]
+    scores: npt.NDArray[np.float32]
+    copies: npt.NDArray[np.int64]
+    contributions: npt.NDArray[np.float32]
+    logits: npt.NDArray[np.float32]
+
+
+def roi_contributions(model: COVIDCTMaskNet, image: Tensor) -> RoIContributions:
+    """Contribution of every RoI of a slice to the class logits.
+
+    Args:
+        model: a classifier; used in evaluation mode.
+        image: (3, H, W) float in 0..1.
+    """
+    was_training = model.training
+    model.eval()
+    slots = model.variant.roi_batch or 0
+    size = (int(image.shape[-2]), int(image.shape[-1]))
+    with torch.no_grad():
+        batch, _ = model.transform([image])
+        features = model.backbone(batch.tensors)
+        proposals, _ = model.rpn(batch, features)
+        regions = model.roi_heads.regions(features, proposals, batch.image_sizes)[0]
+        matrix, filled = fill_batch(regions, slots, replicate=model.config.replicate, random=False)
+        shown = {"boxes": filled.boxes.clone()}
+        boxes = model.transform.postprocess([shown], batch.image_sizes, [size])[0]["boxes"]
+    with torch.enable_grad():
+        entries = matrix.detach().clone().requires_grad_(True)
+        logits = model.module_s(entries[None])[0]
+        per_slot = torch.stack(
+            [(torch.autograd.grad(logit, entries, retain_graph=True)[0] * entries).sum(1) for logit in logits],
+            dim=1,
+        ).detach()
+    model.train(was_training)
+    # Copies stand behind their original, so a new region begins where box or score changes.
+    count = len(filled.scores)
+    fresh = torch.ones(count, dtype=torch.bool)
+    if count > 1:
+        same = (filled.boxes[1:] == filled.boxes[:-1]).all(1) & (filled.scores[1:] == filled.scores[:-1])
+        fresh[1:] = ~same.cpu()
+    region = fresh.cumsum(0) - 1
+    total = torch.zeros(int(fresh.sum()), len(logits)).index_add_(0, region, per_slot[:count].cpu())
+    return RoIContributions(
+        boxes=boxes.cpu()[fresh].numpy(),
+        scores=filled.scores.cpu()[fresh].numpy(),
+        copies=torch.bincount(region, minlength=len(total)).numpy(),
+        contributions=total.numpy(),
+        logits=logits.detach().cpu().numpy(),
+    )
+
+
+def _mean_of(values: np.ndarray) -> Any:
+    return lambda weights: {"mean": float(weights @ values / weights.sum())}

@@ -1,0 +1,118 @@
+"""From stored weights to a model: strict, but for heads whose number of classes was changed on purpose."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ctmasknet.errors import ConfigError, WeightsError
+from ctmasknet.models.classification import COVIDCTMaskNet
+from ctmasknet.models.config import model_config
+from ctmasknet.models.segmentation import LesionMaskRCNN
+from ctmasknet.registry import VARIANTS, Variant
+from ctmasknet.weights.files import StoredWeights, fingerprint
+
+Model = LesionMaskRCNN | COVIDCTMaskNet
+
+log = logging.getLogger(__name__)
+
+# What depends on the number of classes, and so starts anew when that number changes.
+_DETECTOR_HEADS = (
+    "roi_heads.box_predictor.cls_score.",
+    "roi_heads.box_predictor.bbox_pred.",
+    "roi_heads.mask_predictor.mask_fcn_logits.",
+)
+_IMAGE_HEADS = ("module_s.logits.",)
+
+
+def build(variant: Variant, options: Mapping[str, Any]) -> Model:
+    """A model with random weights.
+
+    Raises:
+        ConfigError: unknown option, impossible value.
+    """
+    config = model_config(variant, **options)
+    return LesionMaskRCNN(variant, config) if variant.task == "segmentation" else COVIDCTMaskNet(variant, config)
+
+
+def assemble(variant: Variant, stored: StoredWeights, options: Mapping[str, Any]) -> Model:
+    """A model with stored weights, in evaluation mode; `options` replace those stored.
+
+    Raises:
+        ConfigError: unknown option, impossible value.
+        WeightsError: the weights do not fit.
+    """
+    try:
+        model = build(variant, stored.config | dict(options))
+    except ConfigError as error:
+        raise ConfigError(f"{stored.path.parent / 'config.json'} with the options given: {error}") from None
+    new_heads = load(model, stored.tensors, stored.path)
+    model.metadata = dict(stored.metadata)
+    if new_heads:
+        # Untrained heads: what was measured no longer holds; the terms of the rest still do.
+        model.metadata = {key: value for key, value in stored.metadata.items() if key == "license"}
+    model.loaded = (fingerprint(model.state_dict()), dict(model.metadata))
+    return model.eval()
+
+
+def load(model: Model, tensors: Mapping[str, Tensor], path: Path) -> bool:
+    """Load a state dict strictly, but for heads of another number of classes, which start anew and are logged.
+
+    Returns:
+        Whether there were such heads.
+
+    Raises:
+        WeightsError: tensors are missing, unexpected or of another shape, or hold NaN; says what the file holds.
+    """
+    new_heads = _changed_heads(tensors, model)
+    expected = model.state_dict()
+    fitting = {key: t for key, t in tensors.items() if not (new_heads and key.startswith(new_heads))}
+    wanted = {key for key in expected if not (new_heads and key.startswith(new_heads))}
+    missing, extra = sorted(wanted - set(fitting)), sorted(set(fitting) - wanted)
+    wrong = [key for key in sorted(wanted & set(fitting)) if fitting[key].shape != expected[key].shape]
+    if missing or extra or wrong:
+        details = [
+            f"{len(keys)} {what} (first: {keys[0]})"
+            for what, keys in (("missing", missing), ("unexpected", extra), ("of another shape", wrong))
+            if keys
+        ]
+        holder = _variant_of(tensors)
+        hint = f" It holds {holder}." if holder not in (None, model.variant.name) else ""
+        raise WeightsError(
+            f"{path}: not weights of {model.variant.name} as configured: tensors {', '.join(details)}.{hint}"
+        )
+    damaged = [key for key, t in fitting.items() if t.is_floating_point() and not t.isfinite().all()]
+    if damaged:
+        raise WeightsError(f"{path}: NaN or infinite values in {damaged[0]}: the file is damaged")
+    model.load_state_dict(fitting, strict=False)
+    if new_heads:
+        log.warning(
+            "%s: other numbers of classes than in %s, so these start from random values: %s",
+            model.variant.name,
+            path,
+            ", ".join(sorted(set(expected) - wanted)),
+        )
+    return bool(new_heads)
+
+
+def _changed_heads(tensors: Mapping[str, Tensor], model: Model) -> tuple[str, ...]:
+    """Prefixes of the heads whose number of classes in the file differs from the model's."""
+    expected = model.state_dict()
+    changed: tuple[str, ...] = ()
+    for head, key in (
+        (_DETECTOR_HEADS, "roi_heads.box_predictor.cls_score.bias"),
+        (_IMAGE_HEADS, "module_s.logits.bias"),
+    ):
+        if key in tensors and key in expected and tensors[key].shape != expected[key].shape:
+            changed += head
+    return changed
+
+
+def _variant_of(tensors: Mapping[str, Tensor]) -> str | None:
+    """Which variant a state dict belongs to, by its number of values; None if none fits."""
+    values = sum(t.numel() for t in tensors.values())
+    return next((variant.name for variant in VARIANTS.values() if variant.num_values == values), None)

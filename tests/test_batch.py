@@ -1,0 +1,495 @@
+"""Many files: nothing lost and nothing repeated, whatever ends the run; bounded queues; shards; COCO results."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scans import BlockPredictor
+
+from ctmasknet import ConfigError, DataError, InputError, create_model
+from ctmasknet.batch import predict_files, process_shard
+from ctmasknet.cli import main
+from ctmasknet.coco_results import compress_counts, write_coco_results
+from ctmasknet.data import phantom
+from ctmasknet.data.prefetch import read_ahead
+from ctmasknet.inputs import find_inputs, place_of
+from ctmasknet.ledger import Ledger
+from ctmasknet.results import run_length_encode
+from ctmasknet.weights.files import write_weights
+
+
+@pytest.fixture(scope="module")
+def predictor() -> BlockPredictor:
+    return BlockPredictor(batch_size=3)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write_slices(folder: Path, count: int, side: int = 64) -> list[str]:
+    """Noise with one white block, at a place and of a size that tell the slices apart."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for k in range(count):
+        pixels = rng.integers(0, 200, (side, side)).astype(np.uint8)
+        pixels[k % 20 : k % 20 + 5, 10 : 15 + k % 31] = 255
+        Image.fromarray(pixels).save(folder / f"{k:04d}.png")
+    return [str(folder / f"{k:04d}.png") for k in range(count)]
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# The record
+
+
+def test_a_run_writes_a_line_per_file_in_order_and_its_facts(here, predictor):
+    names = write_slices(Path("in put é"), 7)
+    (here / "in put é" / "bad.png").write_text("no picture")
+    (here / "in put é" / "notes.txt").write_text("no picture either")
+    summary = predict_files(predictor, ["in put é"], "out", units=None)
+    written = lines(Path("out/predictions.jsonl"))
+    assert [line["file"] for line in written] == names
+    assert (summary.predicted, summary.failed, summary.left_out, summary.status) == (7, 1, 1, "complete")
+    run = json.loads(Path("out/run.json").read_text())
+    assert run["status"] == "complete"
+    assert run["counts"] == {"inputs": 8, "predicted": 7, "already_done": 0, "failed": 1, "left_out": 1}
+    assert "bad.png" in run["failures"][0]["file"]
+    assert run["settings"]["segmenter"]["variant"] == "maskrcnn_resnet18_t2"
+    assert len(run["settings"]["segmenter"]["sha256"]) == 64
+    assert {"ctmasknet", "torch", "torchvision", "python", "device"} <= set(run["environment"])
+    for name in names:
+        assert Path("out", f"{name}.json").is_file()
+        assert Path("out", f"{name}.overlay.png").is_file()
+
+
+def test_the_same_command_again_does_only_what_is_missing(here, predictor):
+    write_slices(Path("a"), 4)
+    predict_files(predictor, ["a"], "out", format="jsonl")
+    before = Path("out/predictions.jsonl").read_bytes()
+    write_slices(Path("a"), 6)
+    summary = predict_files(predictor, ["a"], "out", format="jsonl")
+    assert (summary.already_done, summary.predicted) == (4, 2)
+    assert Path("out/predictions.jsonl").read_bytes().startswith(before)
+    assert [line["file"] for line in lines(Path("out/predictions.jsonl"))] == [f"a/{k:04d}.png" for k in range(6)]
+    assert predict_files(predictor, ["a"], "out", format="jsonl", restart=True).predicted == 6
+    assert len(lines(Path("out/predictions.jsonl"))) == 6
+
+
+def test_other_settings_do_not_mix_into_a_run(here, predictor):
+    write_slices(Path("a"), 2)
+    predict_files(predictor, ["a"], "out", format="jsonl")
+    with pytest.raises(ConfigError, match=r"run\.json: a run with another units"):
+        predict_files(predictor, ["a"], "out", format="jsonl", units="range")
+    assert len(lines(Path("out/predictions.jsonl"))) == 2
+
+
+@pytest.mark.parametrize("cut", [1, 30, 10_000])
+def test_a_line_that_a_kill_cut_short_is_done_again(here, predictor, cut):
+    write_slices(Path("a"), 5)
+    predict_files(predictor, ["a"], "out", format="jsonl")
+    path = Path("out/predictions.jsonl")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: max(len(whole) - cut, 10)])
+    predict_files(predictor, ["a"], "out", format="jsonl")
+    assert path.read_bytes() == whole
+
+
+def test_damage_inside_and_a_repeated_line_are_mended(here, predictor):
+    write_slices(Path("a"), 4)
+    predict_files(predictor, ["a"], "out", format="jsonl")
+    path = Path("out/predictions.jsonl")
+    one, two, three, four = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(one + bytes(len(two)) + b"\n" + three + three + four)
+    predict_files(predictor, ["a"], "out", format="jsonl")
+    assert sorted(path.read_bytes().splitlines(keepends=True)) == sorted([one, two, three, four])
+
+
+def test_a_full_disk_stops_the_run_in_one_line_and_it_goes_on_later(here, predictor, monkeypatch, capsys):
+    write_slices(Path("a"), 6)
+    plain = os.write
+
+    def full(handle: int, data: bytes) -> int:
+        if b"0003.png" in data:
+            plain(handle, data[:20])  # a disk fills in the middle of a line
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return plain(handle, data)
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(InputError, match=r"predictions\.jsonl: cannot be written .*disk space"):
+        predict_files(predictor, ["a"], "out", format="jsonl")
+    assert len(lines(Path("out/predictions.jsonl"))) == 3
+    run = json.loads(Path("out/run.json").read_text())
+    assert run["status"] == "stopped"
+    assert "disk space" in run["stopped_by"]
+    monkeypatch.setattr(os, "write", plain)
+    assert predict_files(predictor, ["a"], "out", format="jsonl").predicted == 3
+    assert len({line["file"] for line in lines(Path("out/predictions.jsonl"))}) == 6
+
+
+def test_a_folder_that_cannot_be_written_stops_the_run_at_once(here, predictor, monkeypatch):
+    write_slices(Path("a"), 5)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)  # root, who runs many a test, may write anywhere
+    with pytest.raises(InputError, match="may write to"):
+        predict_files(predictor, ["a"], "out")
+
+
+def test_two_runs_into_one_folder_are_told_apart(here, predictor):
+    write_slices(Path("a"), 2)
+    ledger = Ledger(Path("out/predictions.jsonl"))
+    with pytest.raises(ConfigError, match="another run is writing here"):
+        predict_files(predictor, ["a"], "out")
+    ledger.close()
+    assert predict_files(predictor, ["a"], "out").predicted == 2
+
+
+def test_a_name_too_long_for_its_results_is_one_failure(here, predictor):
+    long = "x" * 245 + ".png"
+    write_slices(Path("a"), 2)
+    Path("a/0001.png").rename(Path("a") / long)
+    summary = predict_files(predictor, ["a"], "out")
+    assert (summary.predicted, summary.failed) == (1, 1)
+    assert "shorter name" in summary.failures[0][1]
+
+
+# Inputs
+
+
+def test_folders_patterns_links_and_repeated_names_give_each_file_once(here):
+    for folder in ("in", "in/deep/er", "other"):
+        write_slices(Path(folder), 2)
+    Path("in/.hidden.png").write_bytes(b"x")
+    Path("in/loop").symlink_to(here / "in")
+    Path("in/linked").symlink_to(here / "other")
+    Path("in/self").symlink_to("self")
+    Path("in/same.png").symlink_to(here / "in/0000.png")
+    Path("in/deep/out").mkdir()
+    Image.new("L", (64, 64)).save("in/deep/out/0000.png.overlay.png")
+    found = [
+        one.name
+        for one in find_inputs(["in", "in/0001.png", "in/**/*.png", "other"], out="in/deep/out")
+        if not one.error
+    ]
+    assert len(found) == len({os.path.realpath(name) for name in found}) == 6
+    assert found[:2] == ["in/0000.png", "in/0001.png"]
+    assert [one.error for one in find_inputs(["*.jpg"])] == ["*.jpg: no file matches. Check the pattern, and quote it."]
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_a_file(here):
+    write_slices(Path(), 1)
+    Path("0000.png").rename("a[1].png")
+    assert [one.name for one in find_inputs(["a[1].png", "a*"])] == ["a[1].png"]
+
+
+def test_dicom_folders_are_scans_and_with_slices_files(here):
+    pytest.importorskip("pydicom")
+    from scans import block_volume, write_series
+
+    write_series(here / "study/one", np.moveaxis(block_volume(), 2, 0)[:2])
+    write_series(here / "study/two", np.moveaxis(block_volume(), 2, 0)[:3])
+    assert [(one.name, one.scan) for one in find_inputs(["study"])] == [("study/one", True), ("study/two", True)]
+    assert len([one for one in find_inputs(["study"], slices=True) if not one.scan]) == 5
+
+
+def test_results_lie_below_the_output_folder_wherever_the_file_is(here):
+    assert place_of("a/b.png") == Path("a/b.png")
+    assert place_of("/tmp/../etc/x.png") == Path("etc/x.png")
+
+
+# Slices and scans in one run
+
+
+def test_scans_and_slices_share_a_run(here, predictor):
+    nibabel = pytest.importorskip("nibabel")
+    pytest.importorskip("pydicom")
+    from scans import block_volume, write_series
+
+    write_slices(Path("in/pictures"), 4)
+    write_series(here / "in/series", np.moveaxis(block_volume(), 2, 0))
+    nibabel.save(nibabel.Nifti1Image(block_volume(), np.diag([0.8, 0.7, 2, 1])), "in/scan.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(np.zeros((40, 40, 3), np.int16), np.eye(4)), "in/zeros.nii.gz")
+    summary = predict_files(predictor, ["in"], "out")
+    assert (summary.predicted, summary.failed) == (6, 1)
+    by_file = {line["file"]: line for line in lines(Path("out/predictions.jsonl"))}
+    assert by_file["in/scan.nii.gz"]["lesion_ml"] == pytest.approx(24 * 0.8 * 0.7 * 2 / 1000)
+    assert by_file["in/series"]["kind"] == "scan"
+    for name in ("in/scan.nii.gz", "in/series"):
+        mask = np.asarray(nibabel.load(f"out/{name}.lesions.nii.gz").dataobj)
+        assert mask.sum() == 24
+    assert predict_files(predictor, ["in"], "out").already_done == 6
+
+
+def test_the_command_line_predicts_a_scan_and_says_where_the_mask_is(here, capsys):
+    nibabel = pytest.importorskip("nibabel")
+    hu = np.flip(phantom(0, size=128).hu.T, (0, 1))[..., None]
+    nibabel.save(nibabel.Nifti1Image(hu, np.diag([2.0, 2, 5, 1])), "scan.nii")
+    assert main(["predict", "scan.nii", "-o", "out", "--classifier", "none", "--json"]) == 0
+    (facts,) = json.loads(capsys.readouterr().out)
+    assert Path(facts["mask"]).is_file()
+    assert facts["slices"] == 1
+    assert sorted(path.name for path in Path("out").iterdir()) == [
+        f"scan.nii.{kind}" for kind in ("json", "lesions.nii.gz", "montage.png", "slices.csv")
+    ]
+
+
+def test_the_command_line_takes_lists_shards_and_formats(here, capsys):
+    write_slices(Path("a"), 4, side=128)
+    Path("list.txt").write_text("a/0000.png\n\na/0001.png\na/0002.png\n")
+    arguments = ["predict", "--list", "list.txt", "-o", "out", "--classifier", "none"]
+    assert main([*arguments, "--format", "jsonl", "--shard", "1/2"]) == 0
+    assert "1 of 1 slices predicted into out (process 1 of 2)" in capsys.readouterr().out
+    assert [path.name for path in Path("out").iterdir()] == ["parts"]
+    assert main([*arguments, "--format", "coco"]) == 0
+    assert "2 of 3 slices predicted into out, 1 before" in capsys.readouterr().out
+    assert len(lines(Path("out/predictions.jsonl"))) == 3
+    assert Path("out/coco_results.json").is_file()
+    for wrong in (["--shard", "2/2"], ["--shard", "x"], ["--batch-size", "0"], ["--list", "missing.txt"]):
+        assert main(["predict", "a", "-o", "out2", "--classifier", "none", *wrong]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert main(["predict", "-o", "out2"]) == 2
+    assert "nothing to predict" in capsys.readouterr().err
+
+
+# Queues
+
+
+@pytest.mark.parametrize(("reading", "using"), [(0.02, 0), (0, 0.02)], ids=["slow reader", "slow model"])
+def test_queues_stay_bounded_whichever_side_is_slower(reading, using):
+    begun = finished = most = 0
+    lock = threading.Lock()
+
+    def read(item: int) -> int:
+        nonlocal begun, most
+        with lock:
+            begun += 1
+            most = max(most, begun - finished)
+        time.sleep(reading)
+        return item * item
+
+    results = []
+    for item, value in read_ahead(read, iter(range(40)), threads=3, depth=6):
+        time.sleep(using)
+        results.append((item, value))
+        with lock:
+            finished += 1
+    assert results == [(item, item * item) for item in range(40)]
+    assert most <= 7  # depth, and the one in use
+
+
+def test_reading_ahead_takes_its_items_lazily_and_stops_when_left():
+    taken = []
+
+    def items():
+        for item in range(1000):
+            taken.append(item)
+            yield item
+
+    stream = read_ahead(str, items(), threads=2, depth=4)
+    assert next(stream) == (0, "0")
+    stream.close()
+    assert len(taken) == 4
+    with pytest.raises(ZeroDivisionError):
+        list(read_ahead(lambda item: 1 // item, [1, 0], threads=2, depth=4))
+
+
+@pytest.mark.parametrize("slow", ["reader", "model", "neither"])
+def test_slow_readers_and_slow_models_give_the_same_lines(here, slow, monkeypatch):
+    import ctmasknet.batch
+
+    names = write_slices(Path("a"), 12)
+    predictor = BlockPredictor(batch_size=4)
+    read, forward = ctmasknet.batch.read_slice, predictor._predict
+    if slow == "reader":
+        monkeypatch.setattr(ctmasknet.batch, "read_slice", lambda *a, **k: (time.sleep(0.03), read(*a, **k))[1])
+    if slow == "model":
+        monkeypatch.setattr(predictor, "_predict", lambda slices: (time.sleep(0.1), forward(slices))[1])
+    predict_files(predictor, names, "out", format="jsonl", readers=3)
+    written = lines(Path("out/predictions.jsonl"))
+    assert [line["file"] for line in written] == names
+    areas = [line["lesions"][0]["area_px"] for line in written]
+    assert areas == [5 * (5 + k % 31) for k in range(12)]
+    assert predictor.batches == [4, 4, 4]
+
+
+# Processes
+
+
+def test_shards_do_every_file_once_and_join_to_what_one_process_writes(here, predictor):
+    write_slices(Path("a"), 7)
+    (here / "a" / "bad.png").write_text("no picture")
+    alone = predict_files(predictor, ["a"], "alone", format="jsonl")
+    first = predict_files(predictor, ["a"], "both", format="jsonl", shard=(0, 2))
+    assert not Path("both/predictions.jsonl").exists()  # half a result must not look like one
+    second = predict_files(predictor, ["a"], "both", format="jsonl", shard=(1, 2))
+    assert first.inputs + second.inputs == alone.inputs == 8
+    assert sorted(Path("both/predictions.jsonl").read_bytes().splitlines()) == sorted(
+        Path("alone/predictions.jsonl").read_bytes().splitlines()
+    )
+    run = json.loads(Path("both/run.json").read_text())
+    assert run["counts"] == json.loads(Path("alone/run.json").read_text())["counts"]
+    assert run["environment"]["processes"] == 2
+    # Another number of processes goes on from there.
+    write_slices(Path("a"), 9)
+    assert sum(predict_files(predictor, ["a"], "both", format="jsonl", shard=(r, 3)).predicted for r in range(3)) == 2
+    assert len(lines(Path("both/predictions.jsonl"))) == 9
+
+
+def test_the_environment_of_torchrun_names_the_shard():
+    assert process_shard({}) == (0, 1)
+    assert process_shard({"RANK": "3", "WORLD_SIZE": "8"}) == (3, 8)
+    with pytest.raises(ConfigError, match="WORLD_SIZE"):
+        process_shard({"RANK": "x"})
+
+
+# COCO results
+
+
+def test_compressed_masks_are_those_pycocotools_makes():
+    mask_api = pytest.importorskip("pycocotools.mask")
+    rng = np.random.default_rng(0)
+    for shape in ((64, 48), (37, 501)):
+        for density in (0, 0.001, 0.5, 0.999, 1):
+            mask = rng.random(shape) < density
+            expected = mask_api.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
+            assert compress_counts(run_length_encode(mask)["counts"]) == expected
+
+
+def test_coco_results_score_a_perfect_prediction_perfectly(here, predictor, capsys):
+    coco_api = pytest.importorskip("pycocotools.coco")
+    evaluation = pytest.importorskip("pycocotools.cocoeval")
+    mask_api = pytest.importorskip("pycocotools.mask")
+    names = write_slices(Path("a"), 5)
+    images, annotations = [], []
+    for k, name in enumerate(names):
+        mask = np.asarray(Image.open(name)) == 255
+        rle = mask_api.encode(np.asfortranarray(mask.astype(np.uint8)))
+        images.append({"id": 900 + k, "file_name": Path(name).name, "height": 64, "width": 64})
+        box = mask_api.toBbox(rle).tolist()
+        rle["counts"] = rle["counts"].decode()
+        annotations.append(
+            {"id": k + 1, "image_id": 900 + k, "category_id": 7, "segmentation": rle, "bbox": box, "iscrowd": 0}
+            | {"area": float(mask.sum())}
+        )
+    content = {"info": {}, "images": images, "annotations": annotations, "categories": [{"id": 7, "name": "lesion"}]}
+    Path("truth.json").write_text(json.dumps(content))
+    predict_files(predictor, names, "out", format="coco", annotations="truth.json")
+    truth = coco_api.COCO("truth.json")
+    found = truth.loadRes("out/coco_results.json")
+    for kind in ("bbox", "segm"):
+        scores = evaluation.COCOeval(truth, found, kind)
+        scores.evaluate()
+        scores.accumulate()
+        scores.summarize()
+        assert scores.stats[0] == pytest.approx(1)
+    plain = write_coco_results("out/predictions.jsonl", "plain")
+    listed = {image["id"]: image["file_name"] for image in json.loads(plain[1].read_text())["images"]}
+    assert listed == dict(enumerate(names, start=1))
+    Path("truth.json").write_text(json.dumps({**content, "images": images[:3]}))
+    with pytest.raises(DataError, match=r"truth\.json: lists 0 images named 0003\.png"):
+        write_coco_results("out/predictions.jsonl", "plain", annotations="truth.json")
+
+
+# Slow: real processes, kills, memory
+
+
+def tiny_segmenter(folder: Path) -> Path:
+    model = create_model(
+        "maskrcnn_resnet18_t2", min_size=64, max_size=64, rpn_post_nms_top_n_test=20, box_score_thresh=0.0
+    )
+    write_weights(folder, model.state_dict(), variant=model.variant.name, config=model.config.to_dict())
+    return folder
+
+
+def command(weights: Path, *more: str) -> list[str]:
+    fixed = ["--segmenter", str(weights), "--classifier", "none", "--device", "cpu", "--threshold", "0.5"]
+    return [sys.executable, "-m", "ctmasknet", "predict", "in", *fixed, "--format", "jsonl", *more]
+
+
+def run_whole(arguments: list[str], **environment: str) -> None:
+    settings = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False, env=settings)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_survives_three_kills_without_losing_or_repeating_a_line(here):
+    count = int(os.environ.get("CTMASKNET_KILL_SLICES", "1000"))
+    names = write_slices(Path("in"), count)
+    weights = tiny_segmenter(here / "weights")
+    ledger = Path("out/predictions.jsonl")
+    for share in (0.2, 0.5, 0.8):
+        process = subprocess.Popen(command(weights, "-o", "out"), stdout=subprocess.DEVNULL)
+        while not ledger.exists() or ledger.read_bytes().count(b"\n") < share * count:
+            assert process.poll() is None, "ended before it could be killed"
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert json.loads(Path("out/run.json").read_text())["status"] == "running"
+    run_whole(command(weights, "-o", "out"))
+    run_whole(command(weights, "-o", "alone"))
+    assert [line["file"] for line in lines(ledger)] == names
+    assert ledger.read_bytes() == Path("alone/predictions.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+def test_two_launched_processes_equal_one(here):
+    pytest.importorskip("accelerate")
+    count = int(os.environ.get("CTMASKNET_LAUNCH_SLICES", "100"))
+    write_slices(Path("in"), count)
+    weights = tiny_segmenter(here / "weights")
+    # accelerate has no launcher for several processes on CPUs but MPI; this one starts them all the same.
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
+    alone = command(weights, "-o", "alone")
+    run_whole(alone)
+    run_whole([sys.executable, *launch, *command(weights, "-o", "both")[2:]])
+    run_whole(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *command(weights, "-o", "run")[1:]]
+    )
+    expected = sorted(Path("alone/predictions.jsonl").read_bytes().splitlines())
+    assert len(expected) == count
+    for folder in ("both", "run"):
+        assert sorted(Path(folder, "predictions.jsonl").read_bytes().splitlines()) == expected
+        parts = [lines(path) for path in sorted(Path(folder, "parts").glob("predictions-*.jsonl"))]
+        assert [len(part) for part in parts] == [-(-count // 2), count // 2]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_memory_stays_flat_over_5000_slices(here):
+    count = int(os.environ.get("CTMASKNET_MEMORY_SLICES", "5000"))
+    write_slices(Path("in"), count)
+    from ctmasknet import Predictor
+
+    # No lesion scores this high: oneDNN keeps code for every number of lesions it meets, which is not ours to measure.
+    predictor = Predictor(tiny_segmenter(here / "weights"), None, device="cpu", batch_size=4, score_threshold=0.99)
+    page = os.sysconf("SC_PAGE_SIZE")
+    used: list[float] = []
+
+    def look(result: object) -> None:
+        used.append(int(Path("/proc/self/statm").read_text().split()[1]) * page / 2**20)
+
+    predict_files(predictor, ["in"], "out", format="jsonl", on_result=look)
+    assert len(used) == count
+    early, late = np.median(used[count // 5 : 2 * count // 5]), np.median(used[-count // 5 :])
+    print(f"MiB at slices {count // 5}..{2 * count // 5}: {early:.1f}, in the last fifth: {late:.1f}")  # noqa: T201
+    assert late - early < 16

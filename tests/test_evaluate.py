@@ -1,0 +1,690 @@
+"""`evaluate`: figures against independent references, resumption, processes, other people's predictions, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from engine_data import class_folder, lesion_folder
+from PIL import Image
+
+import ctmasknet
+from ctmasknet import ConfigError, DataError, Predictor, create_model, evaluate
+from ctmasknet.cli import main
+from ctmasknet.data.datasets import (
+    ClassificationImages,
+    ClassificationSample,
+    SegmentationSample,
+    SliceDataset,
+    open_dataset,
+)
+from ctmasknet.data.phantom import phantom
+from ctmasknet.evaluation import ClassificationMetrics, CocoMetrics, SegmentationMetrics, patient_intervals
+from ctmasknet.evaluation.measure import save_rows
+from ctmasknet.evaluation.statistics import (
+    classification_statistic,
+    coco_matches,
+    coco_statistic,
+    segmentation_statistic,
+)
+from ctmasknet.models.protocols import PAPER, Protocol, detect_at, score_maps
+from ctmasknet.registry import DEFAULT_CLASSIFIER, DEFAULT_SEGMENTER
+from ctmasknet.results import run_length_encode
+from ctmasknet.zoo import Model
+
+QUICK: dict[str, Any] = {"min_size": 128, "rpn_pre_nms_top_n_test": 60, "rpn_post_nms_top_n_test": 30}
+
+
+def segmenter(**options: Any) -> Model:
+    """Bundled weights on small images, where they find next to nothing."""
+    return create_model(DEFAULT_SEGMENTER, weights="default", **(QUICK | options))
+
+
+def seeing_segmenter(**options: Any) -> Model:
+    """On images large enough to find some lesions and miss others."""
+    return segmenter(min_size=384, **options)
+
+
+def classifier(**options: Any) -> Model:
+    return create_model(DEFAULT_CLASSIFIER, weights="default", **(QUICK | options))
+
+
+@pytest.fixture(scope="module")
+def lesions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return lesion_folder(tmp_path_factory.mktemp("data") / "lesions", range(6))
+
+
+@pytest.fixture(scope="module")
+def slices(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data") / "classes"
+    class_folder(root, patient=1)
+    for path in sorted(root.iterdir()):  # class_folder takes a folder that does not exist: one patient per class
+        image_class, _, scan, number = path.name.split("_")
+        path.rename(root / f"{image_class}_p{image_class}{number[0]}_{scan}_{number}")
+    return root
+
+
+def input_of(image: torch.Tensor) -> torch.Tensor:
+    return (image.float() / 255).expand(3, -1, -1)
+
+
+# --- one pass, several protocols ----------------------------------------------------------------------------
+
+
+def test_one_pass_gives_what_the_model_gives_when_set_to_each_protocol() -> None:
+    images = [input_of(torch.from_numpy(phantom(seed, size=128).image)) for seed in (0, 1)]
+    protocols = [PAPER, Protocol(0.2, 0.5), Protocol(0.02, 0.75, "logit")]
+    found = detect_at(seeing_segmenter(), images, protocols)
+    assert any(len(found[0][2]["scores"]) != len(found[0][i]["scores"]) for i in (0, 1))
+    for index, protocol in enumerate(protocols):
+        model = seeing_segmenter(
+            box_score_thresh=protocol.score_threshold,
+            box_nms_thresh=protocol.nms_threshold,
+            mask_score=protocol.mask_score,
+        )
+        with torch.inference_mode():
+            expected = model(images)
+        for image in range(len(images)):
+            mine = found[image][index]
+            for key in ("boxes", "scores", "labels"):
+                assert torch.equal(mine[key], expected[image][key])
+            assert torch.equal(mine["masks"], expected[image]["masks"][:, 0] > 0.5)
+
+
+def test_score_map_is_the_maximum_of_all_rois_raw_mask_logits(tmp_path: Path) -> None:
+    image = phantom(0, size=128).image
+    prediction = Predictor(seeing_segmenter(), None, score_map=True)(image)
+    with torch.inference_mode():
+        everything = seeing_segmenter(box_score_thresh=-0.01, mask_score="logit")([input_of(torch.from_numpy(image))])[
+            0
+        ]
+    assert len(everything["scores"]) > len(prediction.scores)
+    assert prediction.score_map is not None
+    assert prediction.score_map.dtype == np.float32
+    np.testing.assert_allclose(prediction.score_map, everything["masks"].amax((0, 1)).numpy(), atol=1e-5)
+    prediction.save(tmp_path, "slice")
+    np.testing.assert_array_equal(np.load(tmp_path / "slice.score_map.npy"), prediction.score_map)
+
+
+def test_no_score_map_unless_asked_for_or_without_a_segmenter() -> None:
+    image = phantom(0, size=128).image
+    assert Predictor(segmenter(), None)(image).score_map is None
+    assert Predictor(None, classifier(), score_map=True)(image).score_map is None
+
+
+def test_score_map_of_a_slice_without_rois_is_zero() -> None:
+    maps = score_maps(segmenter(), [torch.zeros(3, 128, 128)], rois=0)
+    assert maps[0].shape == (128, 128)
+    assert not maps[0].any()
+
+
+# --- weighted statistics and intervals ----------------------------------------------------------------------
+
+
+def random_detections(seed: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """True and found rectangles of two classes, many overlapping."""
+    rng = np.random.default_rng(seed)
+
+    def some(count: int, scored: bool) -> dict[str, torch.Tensor]:
+        corner, side = rng.integers(0, 20, (count, 2)), rng.integers(4, 12, (count, 2))
+        boxes = np.concatenate([corner, corner + side], 1).astype(np.float32)
+        masks = np.zeros((count, 32, 32), bool)
+        for mask, (x1, y1, x2, y2) in zip(masks, boxes.astype(int), strict=True):
+            mask[y1:y2, x1:x2] = True
+        made = {"boxes": boxes, "masks": masks, "labels": rng.integers(1, 3, count)}
+        if scored:
+            made["scores"] = rng.uniform(0.06, 1, count).astype(np.float32)
+        return {key: torch.from_numpy(value) for key, value in made.items()}
+
+    truth = some(int(rng.integers(0, 5)), False)
+    found = some(int(rng.integers(0, 4)), True)
+    near = {key: value.clone() for key, value in truth.items()}
+    shift = torch.from_numpy(rng.integers(0, 3, len(near["labels"])))
+    for index, offset in enumerate(shift.tolist()):
+        near["boxes"][index, ::2] += offset
+        near["masks"][index] = torch.roll(near["masks"][index], offset, dims=1)
+    near["scores"] = torch.from_numpy(rng.uniform(0.06, 1, len(shift)).astype(np.float32))
+    return truth, {key: torch.cat([found[key], near[key]]) for key in found}
+
+
+def test_coco_statistic_with_equal_weights_is_torchmetrics() -> None:
+    images = [random_detections(seed) for seed in range(12)]
+    reference = CocoMetrics()
+    for truth, found in images:
+        given = (truth["boxes"], truth["masks"], truth["labels"])
+        reference.update(*given, found["boxes"], found["masks"], found["labels"], found["scores"])
+    mine = coco_statistic([coco_matches(*image) for image in images])(np.ones(len(images)))
+    expected = reference.compute()
+    assert expected["mask_ap"] is not None
+    assert 0.1 < expected["mask_ap"] < 0.95
+    assert mine == pytest.approx(expected, abs=1e-6)
+
+
+def test_weights_count_like_repeated_images() -> None:
+    images = [random_detections(seed) for seed in range(8)]
+    weights = np.array([0, 2, 1, 3, 0, 1, 1, 2])
+    repeated = [image for image, count in zip(images, weights, strict=True) for _ in range(count)]
+    matches = [coco_matches(*image) for image in images]
+    again = [coco_matches(*image) for image in repeated]
+    # Equal scores of copies may rank in another order, which moves no figure by more than this.
+    mine, theirs = coco_statistic(matches)(weights.astype(float)), coco_statistic(again)(np.ones(len(again)))
+    assert mine == pytest.approx(theirs, abs=0.02)
+    rows = []
+    for truth, found in images:
+        metrics = SegmentationMetrics()
+        metrics.update(truth["masks"], truth["labels"], found["masks"], found["labels"], found["scores"])
+        rows += metrics.rows
+    collected = SegmentationMetrics()
+    collected.rows = [row for row, count in zip(rows, weights, strict=True) for _ in range(count)]
+    expected = {key: value for key, value in collected.compute().items() if key != "images"}
+    assert segmentation_statistic(rows)(weights.astype(float)) == pytest.approx(expected)
+
+
+def test_classification_statistic_is_the_collectors_and_torchmetrics() -> None:
+    functional = pytest.importorskip("torchmetrics.functional.classification")
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 60)
+    probabilities = rng.dirichlet((1, 1, 1), 60).round(2)  # rounding makes ties
+    probabilities /= probabilities.sum(1, keepdims=True)
+    names = ("control", "pneumonia", "covid")
+    figures = classification_statistic(labels, probabilities, names)(np.ones(60))
+    metrics = ClassificationMetrics(names)
+    metrics.update(probabilities, labels)
+    for key, value in metrics.compute().items():
+        if isinstance(value, dict):
+            assert {name: figures[f"{key}.{name}"] for name in names} == pytest.approx(value)
+    auc = functional.multiclass_auroc(torch.from_numpy(probabilities), torch.from_numpy(labels), 3, average=None)
+    assert [figures[f"auc.{name}"] for name in names] == pytest.approx(auc.tolist(), abs=1e-6)
+
+
+def test_interval_of_a_mean_is_scipys_percentile_bootstrap() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    values = np.random.default_rng(1).normal(3, 1, 40)
+    mine = patient_intervals(
+        [f"p{i}" for i in range(40)], lambda w: {"mean": float(w @ values / w.sum())}, samples=4000
+    )["mean"]
+    theirs = stats.bootstrap((values,), np.mean, n_resamples=4000, method="percentile", rng=0).confidence_interval
+    assert mine == pytest.approx((theirs.low, theirs.high), abs=0.03)
+
+
+def test_slices_of_a_patient_are_drawn_together() -> None:
+    # Ten slices each of five patients: the interval is that of five values, far wider than that of fifty.
+    values = np.repeat([0.0, 0.0, 1.0, 1.0, 1.0], 10)
+    patients = np.repeat(["a", "b", "c", "d", "e"], 10).tolist()
+    mean = lambda w: {"mean": float(w @ values / w.sum())}  # noqa: E731
+    low, high = patient_intervals(patients, mean)["mean"] or (0.0, 0.0)
+    assert (low, high) == pytest.approx((0.2, 1.0), abs=0.01)
+
+
+@pytest.mark.parametrize("patients", [["a", "b", "c", "d"] * 2, ["a", "b", "c", "d", "e", None], []])
+def test_no_interval_under_five_or_with_unknown_patients(patients: list[str | None]) -> None:
+    statistic = lambda w: {"mean": float(w.mean())}  # noqa: E731
+    assert patient_intervals(patients, statistic) in ({"mean": None}, {})
+
+
+# --- evaluate ---------------------------------------------------------------------------------------------------
+
+
+def test_segmenter_figures_are_those_of_the_collectors(lesions: Path) -> None:
+    model = seeing_segmenter(box_score_thresh=0.2, box_nms_thresh=0.5)
+    result = evaluate(model, lesions, min_area=5)
+    metrics = SegmentationMetrics()
+    for image, target, name in open_dataset("segmentation", lesions, min_area=5):
+        with torch.inference_mode():
+            found = model([input_of(image)])[0]
+        given = (target["masks"] != 0, target["labels"], found["masks"][:, 0] > 0.5)
+        metrics.update(*given, found["labels"], found["scores"], image_id=name)
+    assert result.metrics["operating_point"] == metrics.compute()
+    assert result.metrics["operating_point"]["ap50"] != result.metrics["paper"]["ap50"]
+    assert set(result.metrics["coco"]) >= {"box_ap", "mask_ap50"}
+    assert result.images == 6
+    assert json.dumps(result.to_dict(), allow_nan=False)
+    assert "lesion_sensitivity" in result.table().markdown()
+
+
+def test_classifier_figures_by_slice_and_patient(slices: Path) -> None:
+    model = classifier()
+    result = evaluate(model, slices, samples=50)
+    rows = {}
+    for image, label, name in open_dataset("classification", slices):
+        with torch.inference_mode():
+            rows[name] = (label, model([input_of(image)])[0]["probabilities"].numpy())
+    called = [int(label == probability.argmax()) for label, probability in rows.values()]
+    assert result.metrics["slice"]["accuracy"] == pytest.approx(sum(called) / len(called))
+    patients: dict[str, list[Any]] = {}
+    for name, value in rows.items():
+        patients.setdefault(name.split("_")[1], []).append(value)
+    right = [int(np.mean([p for _, p in own], 0).argmax() == own[0][0]) for own in patients.values()]
+    assert result.patients == len(patients) == 6
+    assert result.metrics["patient"]["accuracy"] == pytest.approx(sum(right) / len(right))
+    assert result.intervals["slice"]["accuracy"] is not None
+    assert all(len(row["rois_above"]) == 3 for row in result.rows)
+
+
+def test_patients_whose_slices_differ_in_label_are_left_out(tmp_path: Path) -> None:
+    data = class_folder(tmp_path / "data", patient=1, per_class=1)  # one patient, three classes
+    result = evaluate(classifier(), data, samples=20)
+    assert result.metrics["patient"] == {"mixed_patients": 1}
+    assert result.metrics["slice"]["n"] == 3
+    assert "patient" not in [row[0] for row in result.table().rows]
+
+
+def test_rows_go_to_csv(slices: Path, tmp_path: Path) -> None:
+    result = evaluate(classifier(), slices, samples=0)
+    save_rows(result, tmp_path / "rows.csv")
+    lines = (tmp_path / "rows.csv").read_text().splitlines()
+    assert len(lines) == 1 + result.images
+    assert lines[0].startswith("image_id,label")
+
+
+def test_limit_draws_the_same_slices_for_the_same_seed(lesions: Path) -> None:
+    names = [
+        [r["image_id"] for r in evaluate(segmenter(), lesions, limit=3, seed=s, coco=False).rows] for s in (1, 1, 2)
+    ]
+    assert names[0] == names[1] != names[2]
+    assert len(names[0]) == 3
+
+
+def test_per_class_draws_equally_many(slices: Path) -> None:
+    with pytest.warns(UserWarning, match="9 slices per class asked for, 2 taken"):
+        result = evaluate(classifier(), slices, per_class=9, samples=0)
+    assert sorted(row["label"] for row in result.rows) == [0, 0, 1, 1, 2, 2]
+
+
+# --- resuming -------------------------------------------------------------------------------------------------
+
+
+class Fragile(SliceDataset[SegmentationSample]):
+    """A data set whose reading fails at one slice, and which counts what was read."""
+
+    task = "segmentation"
+
+    def __init__(self, source: Any, fails_at: int | None) -> None:
+        self.source, self.fails_at, self.read = source, fails_at, 0
+        self.class_names, self.names, self.patients = source.class_names, source.names, source.patients
+
+    def __getitem__(self, index: int) -> SegmentationSample:
+        if index == self.fails_at:
+            raise KeyboardInterrupt
+        self.read += 1
+        return self.source[index]
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_was(lesions: Path, tmp_path: Path) -> None:
+    source = open_dataset("segmentation", lesions)
+    whole = evaluate(segmenter(), Fragile(source, None))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(segmenter(), Fragile(source, 4), out=tmp_path / "rows")
+    file = tmp_path / "rows" / "rows-0.jsonl"
+    file.write_bytes(file.read_bytes() + b'{"image_id": "slice5", "paper": {"ap": [0.')  # a kill in mid-write
+    rest = Fragile(source, None)
+    resumed = evaluate(segmenter(), rest, out=tmp_path / "rows")
+    assert rest.read == 2
+    assert resumed.metrics == whole.metrics
+    assert resumed.rows == whole.rows
+    again = Fragile(source, None)
+    assert evaluate(segmenter(), again, out=tmp_path / "rows").metrics == whole.metrics
+    assert again.read == 0
+
+
+def test_rows_of_other_settings_are_refused(lesions: Path, tmp_path: Path) -> None:
+    evaluate(segmenter(), lesions, out=tmp_path / "rows", limit=2, coco=False)
+    with pytest.raises(ConfigError, match=r"rows: holds an evaluation with another .*limit"):
+        evaluate(segmenter(), lesions, out=tmp_path / "rows", limit=3, coco=False)
+    with torch.no_grad():
+        other = segmenter()
+        next(other.parameters()).add_(1)
+    with pytest.raises(ConfigError, match="another weights"):
+        evaluate(other, lesions, out=tmp_path / "rows", limit=2, coco=False)
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(lesions: Path, slices: Path, tmp_path: Path) -> None:
+    for name, data in ((DEFAULT_SEGMENTER, lesions), (DEFAULT_CLASSIFIER, slices)):
+        one, two = tmp_path / f"{name}.1.json", tmp_path / f"{name}.2.json"
+        command = ["ctmasknet", "evaluate", name, "--data", str(data), "--device", "cpu", "--samples", "20"]
+        subprocess.run([sys.executable, "-m", *command, "--json", str(one)], check=True)
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+        rows = ["--rows", str(tmp_path / name)]
+        done = subprocess.run(
+            [*launch, *command, "--json", str(two), *rows],
+            check=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.stdout.count("Evaluation of") == 1  # one process speaks
+        first, second = (json.loads(path.read_text()) for path in (one, two))
+        assert first["metrics"] == second["metrics"]
+        assert first["intervals"] == second["intervals"]
+        assert len(list((tmp_path / name).glob("rows-*.jsonl"))) == 2
+
+
+LARGE = """
+import resource, sys
+from pathlib import Path
+import numpy as np, torch
+from ctmasknet import create_model, evaluate
+from ctmasknet.data.datasets import SegmentationSample, SliceDataset
+from ctmasknet.data.phantom import phantom
+
+class Large(SliceDataset):
+    task = "segmentation"
+    class_names = ("background", "lesion")
+    names = [f"slice{i:05d}" for i in range(2000)]
+    patients = [f"p{i % 40}" for i in range(2000)]
+    made = [phantom(seed, lesions=4, size=512) for seed in range(4)]
+    def __getitem__(self, index):
+        p = self.made[index % 4]
+        target = {"boxes": torch.from_numpy(p.boxes), "masks": torch.from_numpy(p.masks.astype(np.uint8))}
+        target["labels"] = torch.ones(len(p.masks), dtype=torch.int64)
+        return SegmentationSample(torch.from_numpy(p.image)[None], target, self.names[index])
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model = create_model("maskrcnn_resnet18_t2", min_size=64, max_size=64, rpn_post_nms_top_n_test=8)
+result = evaluate(model, Large(), out=sys.argv[1], samples=20, device="cpu")
+assert result.images == 2000
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="measures memory in Linux's unit")
+def test_two_thousand_slices_stay_under_two_gigabytes_and_survive_a_kill(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LARGE, str(tmp_path / "rows")]
+    first = subprocess.Popen(command)
+    file = tmp_path / "rows" / "rows-0.jsonl"
+    deadline = time.monotonic() + 300
+    while not file.exists() or file.read_bytes().count(b"\n") < 50:
+        assert first.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    kept = file.read_bytes().rpartition(b"\n")[0]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert file.read_bytes().startswith(kept)  # gone on, not begun again
+    assert int(done.stdout) * 1024 < 2e9
+
+
+# --- other people's predictions -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def coco_files(lesions: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Ground truth and imperfect results in COCO's format, as pycocotools reads them."""
+    folder = tmp_path_factory.mktemp("coco")
+    data = open_dataset("segmentation", lesions, min_area=5)
+    images, annotations, results = [], [], []
+    rng = np.random.default_rng(3)
+    for number, (image, target, name) in enumerate(data, start=10):
+        height, width = image.shape[1:]
+        images.append({"id": number, "file_name": f"{name}.png", "height": height, "width": width})
+        for mask in target["masks"].numpy() != 0:
+            rle = run_length_encode(mask)
+            ys, xs = np.nonzero(mask)
+            box = [int(xs.min()), int(ys.min()), int(np.ptp(xs)) + 1, int(np.ptp(ys)) + 1]
+            entry = {"image_id": number, "category_id": 7, "segmentation": rle, "bbox": box}
+            annotations.append(entry | {"id": len(annotations) + 1, "area": int(mask.sum()), "iscrowd": 0})
+            shift = int(rng.integers(0, 3))
+            moved = run_length_encode(np.roll(mask, shift, axis=1))
+            box = [box[0] + shift, *box[1:]]
+            score = float(rng.uniform(0.3, 1))
+            results.append({"image_id": number, "category_id": 7, "segmentation": moved, "bbox": box, "score": score})
+    categories = [{"id": 7, "name": "lesion"}]
+    truth, predictions = folder / "truth.json", folder / "theirs.json"
+    truth.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    predictions.write_text(json.dumps(results))
+    for image in images:
+        Image.open(lesions / "imgs" / image["file_name"]).save(folder / image["file_name"])
+    return truth, predictions
+
+
+def test_imported_results_give_pycocotools_ap(coco_files: tuple[Path, Path], capsys: Any) -> None:
+    coco = pytest.importorskip("pycocotools.coco")
+    cocoeval = pytest.importorskip("pycocotools.cocoeval")
+    mask = pytest.importorskip("pycocotools.mask")
+    truth, predictions = coco_files
+    result = evaluate(predictions, truth, min_area=0)
+    reference = coco.COCO()
+    reference.dataset = json.loads(truth.read_text())
+    found = json.loads(predictions.read_text())
+    for entry in [*reference.dataset["annotations"], *found]:
+        entry["segmentation"] = mask.frPyObjects(entry["segmentation"], *entry["segmentation"]["size"])
+    reference.createIndex()
+    for kind, name in (("bbox", "box"), ("segm", "mask")):
+        evaluated = cocoeval.COCOeval(reference, reference.loadRes(found), kind)
+        evaluated.evaluate()
+        evaluated.accumulate()
+        evaluated.summarize()
+        figures = result.metrics["coco"]
+        mine = [figures[f"{name}_{key}"] for key in ("ap", "ap50", "ap75")]
+        assert mine == pytest.approx(evaluated.stats[:3].tolist(), abs=1e-6)
+        assert 0.05 < mine[0] < 0.99
+    capsys.readouterr()
+
+
+def test_imported_results_find_slices_by_name_too(coco_files: tuple[Path, Path], lesions: Path, tmp_path: Path) -> None:
+    truth, predictions = coco_files
+    names = {image["id"]: image["file_name"] for image in json.loads(truth.read_text())["images"]}
+    renamed = [
+        entry | {"image_id": names[entry["image_id"]], "category_id": 1}
+        for entry in json.loads(predictions.read_text())
+    ]
+    (tmp_path / "named.json").write_text(json.dumps(renamed))
+    by_name = evaluate(tmp_path / "named.json", lesions, min_area=0)
+    assert by_name.metrics == evaluate(predictions, truth, min_area=0).metrics
+
+
+def test_perfect_predictions_get_full_marks(coco_files: tuple[Path, Path], tmp_path: Path) -> None:
+    truth, _ = coco_files
+    content = json.loads(truth.read_text())
+    (tmp_path / "same.json").write_text(json.dumps([entry | {"score": 0.9} for entry in content["annotations"]]))
+    metrics = evaluate(tmp_path / "same.json", truth, min_area=0).metrics
+    assert metrics["paper"]["ap"] == metrics["operating_point"]["dice_pooled"] == 1
+    assert metrics["coco"]["mask_ap"] == pytest.approx(1)
+    assert metrics["operating_point"]["false_positives_per_slice"] == 0
+
+
+def test_imported_probabilities(slices: Path, tmp_path: Path) -> None:
+    data = open_dataset("classification", slices)
+    rows = [{"image_id": s.name, "probabilities": np.eye(3)[s.label].tolist()} for s in data]
+    (tmp_path / "p.json").write_text(json.dumps(rows))
+    result = evaluate(tmp_path / "p.json", slices, samples=20)
+    assert result.metrics["slice"]["accuracy"] == 1
+    assert result.intervals["patient"]["accuracy"] == (1, 1)
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_id": 99}, "theirs.json: prediction 0: image_id 99 is no slice of the data"),
+        ({"category_id": 3}, r"prediction 0: category_id 3 is none of \[7\]"),
+        ({"score": 1.5}, "prediction 0: score 1.5 is no number in 0..1"),
+        ({"score": float("nan")}, "prediction 0: score nan is no number"),
+        ({"segmentation": None}, "prediction 0: no segmentation"),
+        ({"bbox": [1, 2, 3]}, r"prediction 0: bbox \[1, 2, 3\] is not"),
+        ({"segmentation": {"size": [4, 4], "counts": [16]}}, "prediction 0: no usable mask"),
+    ],
+)
+def test_a_bad_prediction_is_named(
+    coco_files: tuple[Path, Path], tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    truth, predictions = coco_files
+    entries = json.loads(predictions.read_text())
+    entries[0] = {key: value for key, value in (entries[0] | change).items() if value is not None}
+    (tmp_path / "theirs.json").write_text(json.dumps(entries))
+    with pytest.raises(DataError, match=message):
+        evaluate(tmp_path / "theirs.json", truth, min_area=0, coco=False)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"annotations": 3}'])
+def test_what_is_no_results_file_is_refused(lesions: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "theirs.json").write_text(content)
+    with pytest.raises(DataError, match=r"theirs.json: not"):
+        evaluate(tmp_path / "theirs.json", lesions)
+
+
+def test_duplicate_names_are_refused(coco_files: tuple[Path, Path], lesions: Path, tmp_path: Path) -> None:
+    entries = json.loads(coco_files[1].read_text())
+    images = [{"id": 1, "file_name": "slice1.png"}, {"id": 2, "file_name": "slice1.png"}]
+    (tmp_path / "theirs.json").write_text(json.dumps({"images": images, "annotations": entries}))
+    with pytest.raises(DataError, match=r"file_name slice1.png stands twice"):
+        evaluate(tmp_path / "theirs.json", lesions)
+    twice = Fragile(open_dataset("segmentation", lesions), None)
+    twice.names = [*twice.names[:-1], twice.names[0]]
+    with pytest.raises(DataError, match="slice0: two slices of this name"):
+        evaluate(segmenter(), twice)
+
+
+def test_a_name_that_several_slices_share_is_ambiguous(tmp_path: Path) -> None:
+    for root in ("a", "b"):
+        lesion_folder(tmp_path / root, range(1, 2))
+    data = [tmp_path / "a", tmp_path / "b"]
+    mask = run_length_encode(np.ones((128, 128), bool))
+    entry = {"image_id": "slice1", "category_id": 1, "score": 0.9, "segmentation": mask}
+    (tmp_path / "theirs.json").write_text(json.dumps([entry]))
+    with pytest.raises(DataError, match="image_id 'slice1' could be"):
+        evaluate(tmp_path / "theirs.json", data)
+
+
+def test_probabilities_twice_missing_or_impossible_are_refused(slices: Path, tmp_path: Path) -> None:
+    data = open_dataset("classification", slices)
+    rows = [{"image_id": name, "probabilities": [0.2, 0.3, 0.5]} for name in data.names]
+    file = tmp_path / "p.json"
+    for changed, message in (
+        ([*rows, rows[0]], "is predicted twice"),
+        (rows[1:], f"no prediction for image {data.names[0]}"),
+        ([rows[0] | {"probabilities": [0.2, 0.3, 0.9]}], "add up to 1"),
+        ([rows[0] | {"probabilities": [0.5, 0.5]}], "expected 3 numbers"),
+    ):
+        file.write_text(json.dumps(changed))
+        with pytest.raises(DataError, match=message):
+            evaluate(file, slices)
+
+
+def test_labels_outside_the_classes_are_refused(slices: Path) -> None:
+    class Mislabelled(SliceDataset[ClassificationSample]):
+        task = "classification"
+        class_names = ("control", "pneumonia", "covid")
+        names = ("strange",)  # type: ignore[assignment]
+        patients = (None,)  # type: ignore[assignment]
+
+        def __getitem__(self, index: int) -> ClassificationSample:
+            return ClassificationSample(torch.zeros(1, 128, 128, dtype=torch.uint8), 3, "strange")
+
+    with pytest.raises(DataError, match=r"strange: labelled 3, but the classes are 0..2"):
+        evaluate(classifier(), Mislabelled())
+
+
+def test_data_of_other_classes_than_the_models_are_refused(lesions: Path, slices: Path) -> None:
+    with pytest.raises(DataError, match=f"classes background, GGO, consolidation, but {DEFAULT_SEGMENTER} tells"):
+        evaluate(segmenter(), lesions, classes="both")
+    with pytest.raises(ConfigError, match="the data are for classification"):
+        evaluate(segmenter(), open_dataset("classification", slices))
+
+
+def test_a_class_without_slices_is_none_not_nan(slices: Path) -> None:
+    data = open_dataset("classification", slices)
+    assert isinstance(data, ClassificationImages)
+    without = ClassificationImages([r for r in data.records if r.label != 1], data.class_names)
+    result = evaluate(classifier(), without, samples=30)
+    for group in ("slice", "patient"):
+        assert result.metrics[group]["sensitivity"]["pneumonia"] is None
+        assert result.intervals[group]["sensitivity"]["pneumonia"] is None
+    assert "nan" not in result.table().markdown().lower()
+    assert "N/A" in result.table().markdown()
+    json.dumps(result.to_dict(), allow_nan=False)
+
+
+def test_data_without_any_lesion_have_no_sensitivity(tmp_path: Path) -> None:
+    data = lesion_folder(tmp_path / "healthy", range(0, 8, 4))  # every fourth is without lesions
+    result = evaluate(segmenter(), data)
+    assert result.metrics["operating_point"]["lesion_sensitivity"] is None
+    assert set(result.metrics["coco"].values()) == {None}
+    json.dumps(result.to_dict(), allow_nan=False)
+
+
+def test_asking_for_more_slices_than_there_are_warns_and_takes_all(lesions: Path) -> None:
+    with pytest.warns(UserWarning, match="50 slices asked for, but there are 6"):
+        assert evaluate(segmenter(), lesions, limit=50, coco=False).images == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"limit": 0}, "limit=0"),
+        ({"per_class": 2}, "per_class is for classification"),
+        ({"limit": 2, "per_class": 2}, "not both"),
+        ({"precision": "half"}, "precision='half'"),
+        ({"device": "nowhere"}, "nowhere"),
+    ],
+)
+def test_impossible_settings_are_refused(lesions: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        evaluate(segmenter(), lesions, **options)
+
+
+# --- the command line --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from ctmasknet.weights.files import write_weights
+
+    model = segmenter()
+    folder = tmp_path_factory.mktemp("weights") / "small"
+    config = model.config.to_dict()
+    write_weights(folder, model.state_dict(), variant=model.variant.name, config=config, metadata=model.metadata)
+    return folder
+
+
+def test_cli_evaluates_and_writes_json(small_weights: Path, lesions: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "result.json"
+    assert main(["evaluate", str(small_weights), "--data", str(lesions), "--limit", "2", "--json", str(out)]) == 0
+    assert "lesion_sensitivity" in capsys.readouterr().out
+    facts = json.loads(out.read_text())
+    assert facts["images"] == 2
+    assert facts["intervals"]["paper"]["ap50"] is None
+    assert main(["evaluate", str(small_weights), "--data", str(lesions), "--limit", "2", "--json", "--no-coco"]) == 0
+    assert json.loads(capsys.readouterr().out)["metrics"]["paper"] == facts["metrics"]["paper"]
+
+
+def test_cli_names_the_mistake(lesions: Path, capsys: Any) -> None:
+    assert main(["evaluate", "maskrcnn_resnet18_t9", "--data", str(lesions)]) == 2
+    assert "did you mean maskrcnn_resnet18_t" in capsys.readouterr().err
+
+
+def test_evaluate_is_a_public_name() -> None:
+    assert ctmasknet.evaluate is evaluate
+    assert callable(ctmasknet.evaluation.evaluate)
+
+
+def test_cli_predicts_score_maps_and_its_coco_results_can_be_evaluated(
+    small_weights: Path, lesions: Path, tmp_path: Path, capsys: Any
+) -> None:
+    chosen = ["--segmenter", str(small_weights), "--classifier", "none"]
+    slices = [str(path) for path in sorted((lesions / "imgs").iterdir())]
+    one = tmp_path / "one"
+    assert main(["predict", slices[0], "-o", str(one), "--score-map", *chosen]) == 0
+    assert np.load(next(one.rglob("*.score_map.npy"))).shape == (128, 128)
+    many = tmp_path / "many"
+    assert main(["predict", *slices, "-o", str(many), "--format", "coco", "--threshold", "0.01", *chosen]) == 0
+    capsys.readouterr()
+    result = evaluate(many / "coco_results.json", lesions, score_threshold=0.01, coco=False)
+    model = segmenter(box_score_thresh=0.01, box_nms_thresh=0.5)
+    expected = evaluate(model, lesions, coco=False).metrics["operating_point"]
+    assert result.metrics["operating_point"] == pytest.approx(expected)

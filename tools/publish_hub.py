@@ -1,0 +1,109 @@
+"""Publish every trained variant found in some folders, one Hub repository each, and record what the Hub gave back in
+the manifest: repository, commit, SHA-256.
+
+    python tools/publish_hub.py --namespace OWNER --tag covid-ct runs/ --dry-run
+    python tools/publish_hub.py --namespace OWNER --tag covid-ct runs/
+
+A repository is called OWNER/VARIANT-TAG. Folders below those named count if they hold model.safetensors and
+config.json; of a run's best/ and last/, best/ counts. Every folder is checked before the first is pushed. The published
+weights become the default of their variant, unless the same file is bundled: then its entry gains the repository. Needs
+HF_TOKEN or `hf auth login`, and metrics, classes and a licence in each config.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from ctmasknet import CTMaskNetError
+from ctmasknet.errors import WeightsError
+from ctmasknet.weights.download import hub_source
+from ctmasknet.weights.files import CONFIG_NAME, WEIGHTS_NAME, StoredWeights, sha256_of
+from ctmasknet.weights.manifest import MANIFEST
+from ctmasknet.weights.publish import Published, check_folder, push_folder
+
+BUNDLED = MANIFEST.parent / "bundled"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="*", type=Path, default=[BUNDLED], help="default: the bundled weights")
+    parser.add_argument("--namespace", required=True, metavar="OWNER", help="account or organisation on the Hub")
+    parser.add_argument("--tag", required=True, help="which training the weights come from, for example covid-ct")
+    parser.add_argument("--private", action="store_true", help="make new repositories private")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check and say what would be pushed; ask the Hub nothing"
+    )
+    parser.add_argument("--manifest", type=Path, default=MANIFEST, help="the file to update (default: the package's)")
+    options = parser.parse_args(arguments)
+    try:
+        found = collect(options.folders, options.namespace, options.tag)
+        for repository, stored in found.items():
+            size = f"{stored.path.stat().st_size / 1e6:.1f} MB"
+            print(f"{repository}: {stored.variant}, {size}, {stored.metadata['license']}, {stored.path.parent}")
+        if options.dry_run:
+            return 0
+        for repository, stored in found.items():
+            published = push_folder(stored.path.parent, repository, private=options.private)
+            record(options.manifest, published, stored, options.tag)
+            print(f"published {published}")
+    except CTMaskNetError as error:
+        print(f"publish_hub: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def collect(folders: list[Path], namespace: str, tag: str) -> dict[str, StoredWeights]:
+    """Repository -> checked weights, by variant.
+
+    Raises:
+        WeightsError: nothing found, a variant twice, damaged weights, or facts missing that the manifest needs.
+    """
+    candidates = sorted({config.parent for folder in folders for config in folder.rglob(CONFIG_NAME)})
+    candidates = [c for c in candidates if (c / WEIGHTS_NAME).is_file()]
+    candidates = [c for c in candidates if not (c.name == "last" and c.with_name("best") in candidates)]
+    found: dict[str, StoredWeights] = {}
+    for folder in candidates:
+        stored = check_folder(folder)
+        missing = [key for key in ("classes", "metrics", "license") if not stored.metadata.get(key)]
+        if missing:
+            raise WeightsError(f"{folder}: config.json says nothing of {', '.join(missing)}: save_pretrained(...) does")
+        repository = f"{namespace}/{stored.variant}-{tag}"
+        if hub_source(repository) is None or not re.fullmatch(r"[\w.-]+", tag):
+            raise WeightsError(f"{repository!r} is not a repository id: change --namespace or --tag")
+        if repository in found:
+            raise WeightsError(f"{folder} and {found[repository].path.parent}: both hold {stored.variant}: name one")
+        found[repository] = stored
+    if not found:
+        raise WeightsError(f"{', '.join(map(str, folders))}: no folder with {WEIGHTS_NAME} and {CONFIG_NAME}")
+    return found
+
+
+def record(manifest: Path, published: Published, stored: StoredWeights, tag: str) -> None:
+    """Write a published set of weights into the manifest."""
+    known: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
+    place = {"repository": published.repository, "revision": published.revision}
+    entries: list[dict[str, Any]] = known["weights"]
+    same = next((e for e in entries if e["variant"] == published.variant and e["sha256"] == published.sha256), None)
+    if same is not None:
+        same.update(place)
+    else:
+        entry = {
+            "variant": published.variant,
+            "tag": tag,
+            "sha256": sha256_of(stored.path),
+            "bytes": published.bytes,
+            **{key: stored.metadata[key] for key in ("classes", "metrics", "license")},
+            **place,
+        }
+        others = [e for e in entries if (e["variant"], e["tag"]) != (published.variant, tag)]
+        known["weights"] = [entry, *others]
+    manifest.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
