@@ -138,10 +138,7 @@ def test_instances_too_small_to_see_are_dropped():
     image, target = discs((30, 50), (70, 50), radius=2)  # 13 pixels each
     shrink = replace(NONE, scale=(0.5, 0.5), min_visible=8)
     assert len(augment(image, target, sample_generator(0, 0, 0), shrink)[1]["labels"]) == 0
-    assert (
-        len(augment(image, target, sample_generator(0, 0, 0), replace(shrink, min_visible=1))[1]["labels"])
-        == 2
-    )
+    assert len(augment(image, target, sample_generator(0, 0, 0), replace(shrink, min_visible=1))[1]["labels"]) == 2
 
 
 def test_overlapping_masks_move_as_disjoint_ones_do():
@@ -150,9 +147,7 @@ def test_overlapping_masks_move_as_disjoint_ones_do():
     together = augment(image, target, sample_generator(0, 0, 2), settings)[1]["masks"]
     for index in range(2):
         alone = {key: value[index : index + 1] for key, value in target.items()}
-        assert torch.equal(
-            augment(image, alone, sample_generator(0, 0, 2), settings)[1]["masks"][0], together[index]
-        )
+        assert torch.equal(augment(image, alone, sample_generator(0, 0, 2), settings)[1]["masks"][0], together[index])
 
 
 def test_disjoint_masks_move_together_as_one_by_one(sample):
@@ -160,9 +155,7 @@ def test_disjoint_masks_move_together_as_one_by_one(sample):
     together = augment(*sample, sample_generator(0, 0, 2), settings)[1]["masks"]
     for index, mask in enumerate(together):
         alone = {key: value[index : index + 1] for key, value in sample[1].items()}
-        assert torch.equal(
-            augment(sample[0], alone, sample_generator(0, 0, 2), settings)[1]["masks"][0], mask
-        )
+        assert torch.equal(augment(sample[0], alone, sample_generator(0, 0, 2), settings)[1]["masks"][0], mask)
 
 
 def test_a_slice_without_lesions_is_augmented_too(sample):

@@ -132,9 +132,7 @@ def test_an_empty_folder_is_a_report_not_a_crash(tmp_path: Path, task: str | Non
 
 
 def test_a_missing_folder_is_a_report_not_a_crash(tmp_path: Path):
-    assert check_dataset(tmp_path / "nowhere").problems == [
-        f"{tmp_path / 'nowhere'}: there is no such file or folder"
-    ]
+    assert check_dataset(tmp_path / "nowhere").problems == [f"{tmp_path / 'nowhere'}: there is no such file or folder"]
 
 
 def test_classification_is_recognised_and_counted(tmp_path: Path):

@@ -261,9 +261,7 @@ def coco_by_pycocotools(images: list[dict[str, Any]], iou_type: str) -> list[flo
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    def entries(
-        image_id: int, masks: np.ndarray, labels: np.ndarray, boxes: np.ndarray
-    ) -> list[dict[str, Any]]:
+    def entries(image_id: int, masks: np.ndarray, labels: np.ndarray, boxes: np.ndarray) -> list[dict[str, Any]]:
         return [
             {
                 "image_id": image_id,

@@ -60,9 +60,7 @@ def on_slice(picture: Image.Image, prediction: Prediction, scale: int) -> npt.ND
 
 def test_only_masks_boxes_and_labels_change_the_slice() -> None:
     prediction = discs(400, 400, [(200, 200, 50)])
-    difference = np.abs(on_slice(overlay(prediction, scale=2), prediction, 2) - plain(prediction, 2)).max(
-        axis=2
-    )
+    difference = np.abs(on_slice(overlay(prediction, scale=2), prediction, 2) - plain(prediction, 2)).max(axis=2)
     inside = prediction.masks[0].repeat(2, axis=0).repeat(2, axis=1)
     assert (difference[inside] > 0).mean() > 0.99
     # The label is less than 120 x 40 pixels beside the box, which is 202 pixels wide from (300, 300).
@@ -99,9 +97,7 @@ def test_overlapping_masks_do_not_pile_up() -> None:
         ((900, 1100), (900, 1100)),
     ],
 )
-def test_small_slices_are_enlarged_and_large_ones_left(
-    size: tuple[int, int], enlarged: tuple[int, int]
-) -> None:
+def test_small_slices_are_enlarged_and_large_ones_left(size: tuple[int, int], enlarged: tuple[int, int]) -> None:
     picture = overlay(discs(*size, [(16, 16, 6)]))
     assert picture.mode == "RGB"
     assert picture.width == enlarged[1]

@@ -124,10 +124,7 @@ def test_a_tiny_lesion_does_not_read_as_none() -> None:
 
 
 def test_the_most_probable_class_is_the_predicted_one() -> None:
-    assert (
-        a_prediction(class_probabilities={"control": 0.2, "covid": 0.3, "other": 0.5}).predicted_class
-        == "other"
-    )
+    assert a_prediction(class_probabilities={"control": 0.2, "covid": 0.3, "other": 0.5}).predicted_class == "other"
     assert a_prediction(class_probabilities=None).predicted_class is None
 
 
@@ -211,9 +208,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Image.Image, "save", full)
-    with pytest.raises(
-        InputError, match=r"slice\.png\.overlay\.png: cannot be written .*free some disk space"
-    ):
+    with pytest.raises(InputError, match=r"slice\.png\.overlay\.png: cannot be written .*free some disk space"):
         a_prediction().save(tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -43,21 +43,12 @@ class ClassificationMetrics:
         if probability.ndim != 2 or probability.shape[1] != classes:
             raise DataError(f"probabilities: expected shape (N, {classes}), got {probability.shape}")
         # 1e-2 leaves room for half precision; logits fail.
-        if (
-            not ((probability >= 0) & (probability <= 1)).all()
-            or (abs(probability.sum(axis=1) - 1) > 1e-2).any()
-        ):
-            raise DataError(
-                "probabilities: each row must lie in 0..1 and add up to 1; apply softmax to logits first"
-            )
+        if not ((probability >= 0) & (probability <= 1)).all() or (abs(probability.sum(axis=1) - 1) > 1e-2).any():
+            raise DataError("probabilities: each row must lie in 0..1 and add up to 1; apply softmax to logits first")
         if label.shape != (len(probability),) or (len(label) and label.dtype.kind not in "ui"):
-            raise DataError(
-                f"labels: expected {len(probability)} integers, got shape {label.shape} {label.dtype}"
-            )
+            raise DataError(f"labels: expected {len(probability)} integers, got shape {label.shape} {label.dtype}")
         if ((label < 0) | (label >= classes)).any():
-            raise DataError(
-                f"labels: expected 0..{classes - 1} ({', '.join(self.class_names)}), got {label.tolist()}"
-            )
+            raise DataError(f"labels: expected 0..{classes - 1} ({', '.join(self.class_names)}), got {label.tolist()}")
         if image_ids is not None and len(image_ids) != len(probability):
             raise DataError(f"image_ids: expected {len(probability)} names, got {len(image_ids)}")
         names = [None] * len(probability) if image_ids is None else image_ids
@@ -123,18 +114,14 @@ class ClassificationMetrics:
             DataError: an image is in both.
         """
         if tuple(state["class_names"]) != self.class_names:
-            raise ConfigError(
-                f"cannot merge metrics of classes {state['class_names']} and {list(self.class_names)}"
-            )
+            raise ConfigError(f"cannot merge metrics of classes {state['class_names']} and {list(self.class_names)}")
         self._extend(state["rows"])
 
     def _extend(self, rows: list[dict[str, Any]]) -> None:
         seen = {row["image_id"] for row in self.rows} - {None}
         for row in rows:
             if row["image_id"] in seen:
-                raise DataError(
-                    f"{row['image_id']}: evaluated twice; give every image once, under a unique image_id"
-                )
+                raise DataError(f"{row['image_id']}: evaluated twice; give every image once, under a unique image_id")
             if row["image_id"] is not None:
                 seen.add(row["image_id"])
         self.rows.extend(rows)

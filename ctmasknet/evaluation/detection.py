@@ -149,9 +149,7 @@ class SegmentationMetrics:
         """
         if not self.rows:
             raise DataError("no image was evaluated: the data set is empty")
-        both, pred, gt = (
-            sum(row[key] for row in self.rows) for key in ("intersection", "pred_pixels", "gt_pixels")
-        )
+        both, pred, gt = (sum(row[key] for row in self.rows) for key in ("intersection", "pred_pixels", "gt_pixels"))
         lesions = sum(row["lesions"] for row in self.rows)
         found = sum(row["lesions_found"] for row in self.rows)
         return {
@@ -159,9 +157,7 @@ class SegmentationMetrics:
             "ap75": _mean([row["ap"][5] for row in self.rows]),
             "ap": _mean([value for row in self.rows for value in row["ap"]]),
             "dice_pooled": _dice(both, pred, gt),
-            "dice_mean": _mean(
-                [_dice(r["intersection"], r["pred_pixels"], r["gt_pixels"]) for r in self.rows]
-            ),
+            "dice_mean": _mean([_dice(r["intersection"], r["pred_pixels"], r["gt_pixels"]) for r in self.rows]),
             "iou_pooled": both / (pred + gt - both) if pred + gt else 1.0,
             "lesion_sensitivity": found / lesions if lesions else None,
             "false_positives_per_slice": sum(row["false_positives"] for row in self.rows) / len(self.rows),
@@ -184,9 +180,7 @@ class SegmentationMetrics:
         seen = {row["image_id"] for row in self.rows} - {None}
         for row in rows:
             if row["image_id"] in seen:
-                raise DataError(
-                    f"{row['image_id']}: evaluated twice; give every image once, under a unique image_id"
-                )
+                raise DataError(f"{row['image_id']}: evaluated twice; give every image once, under a unique image_id")
             if row["image_id"] is not None:
                 seen.add(row["image_id"])
         self.rows.extend(rows)
@@ -358,9 +352,7 @@ class OperatingPointSearch:
         Raises:
             DataError: no image was added.
         """
-        return max(
-            self.table(), key=lambda row: (row["objective"], row["score_threshold"], row["nms_threshold"])
-        )
+        return max(self.table(), key=lambda row: (row["objective"], row["score_threshold"], row["nms_threshold"]))
 
     def table(self) -> list[dict[str, float]]:
         """All candidates, with the keys of `best`.
@@ -508,9 +500,7 @@ def _check(gt_masks: Array, gt_labels: Array, pred_masks: Array, pred_labels: Ar
         _same_size(gt, pred)
     score = _numpy(scores).astype(np.float64)
     if score.shape != (len(pred),) or not np.isfinite(score).all():
-        raise DataError(
-            f"scores: expected {len(pred)} finite numbers, one per prediction, got shape {score.shape}"
-        )
+        raise DataError(f"scores: expected {len(pred)} finite numbers, one per prediction, got shape {score.shape}")
     return _Image(
         gt,
         _labels(gt_labels, len(gt), "gt_labels"),
@@ -532,9 +522,7 @@ def _masks(value: Array, name: str) -> np.ndarray:
     if masks.ndim != 3:
         raise DataError(f"{name}: expected masks of shape (N, H, W), got {masks.shape}")
     if len(masks) and masks.dtype.kind not in "bui":
-        raise DataError(
-            f"{name}: expected bool masks, got {masks.dtype}; threshold soft masks first (mask > 0.5)"
-        )
+        raise DataError(f"{name}: expected bool masks, got {masks.dtype}; threshold soft masks first (mask > 0.5)")
     return masks if masks.dtype == bool else masks != 0
 
 
@@ -546,9 +534,7 @@ def _same_size(a: np.ndarray, b: np.ndarray) -> None:
 def _labels(value: Array, count: int, name: str) -> np.ndarray:
     labels = _numpy(value)
     if labels.shape != (count,) or (count and labels.dtype.kind not in "ui"):
-        raise DataError(
-            f"{name}: expected {count} integers, one per mask, got shape {labels.shape} {labels.dtype}"
-        )
+        raise DataError(f"{name}: expected {count} integers, one per mask, got shape {labels.shape} {labels.dtype}")
     return labels.astype(np.int64)
 
 
