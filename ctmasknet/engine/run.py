@@ -378,6 +378,8 @@ class Run:
     def _training(self) -> dict[str, Any]:
         """How the weights came about, for their card; `run.json` says everything."""
         said = {key: getattr(self.config, key) for key in _ON_THE_CARD}
+        if self.config.weights is not None and Path(self.config.weights).exists():
+            said["weights"] = Path(self.config.weights).name  # folders of this machine are nobody's business
         found = versions()
         return {
             **said,
