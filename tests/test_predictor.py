@@ -10,9 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
+import ctmasknet
 from ctmasknet import ConfigError, InputError, Prediction, Predictor, WeightsError, create_model, predict
 from ctmasknet.data import phantom
 from ctmasknet.predictor import class_names
+from ctmasknet.registry import DEFAULT_SEGMENTER
 from ctmasknet.weights.files import write_weights
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -27,6 +29,12 @@ def predictor() -> Predictor:
 @pytest.fixture(scope="module")
 def segmenter() -> Predictor:
     return Predictor(classifier=None, device="cpu")
+
+
+def operating_point() -> dict[str, float]:
+    """What config.json beside the default weights says, read as plain JSON."""
+    path = Path(ctmasknet.__file__).parent / "weights" / "bundled" / DEFAULT_SEGMENTER / "config.json"
+    return json.loads(path.read_text())["metadata"]["operating_point"]
 
 
 def test_finds_most_lesions_of_the_phantoms_and_few_where_there_are_none(segmenter):
@@ -60,7 +68,13 @@ def test_a_prediction_is_what_the_contract_says(predictor):
 
 def test_the_same_as_the_model_itself_at_the_stored_operating_point(segmenter):
     made = phantom(1)
-    model = create_model("maskrcnn_resnet18_t2", weights="default", box_score_thresh=0.3, box_nms_thresh=0.5)
+    point = operating_point()
+    model = create_model(
+        DEFAULT_SEGMENTER,
+        weights="default",
+        box_score_thresh=point["score_threshold"],
+        box_nms_thresh=point["nms_threshold"],
+    )
     tensor = torch.from_numpy(made.image).float().div(255).expand(3, -1, -1)
     with torch.inference_mode():
         expected = model([tensor])[0]
@@ -107,7 +121,7 @@ def test_batch_keeps_order_and_equals_one_by_one():
 
 def test_a_threshold_given_replaces_the_stored_one(segmenter):
     image = phantom(0).image
-    assert segmenter.score_threshold == 0.3
+    assert segmenter.score_threshold == operating_point()["score_threshold"]
     loose = Predictor(classifier=None, score_threshold=0.05, device="cpu")(image)
     strict = Predictor(classifier=None, score_threshold=0.5, device="cpu")(image)
     assert len(loose.scores) > len(segmenter(image).scores) >= len(strict.scores)
