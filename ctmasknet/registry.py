@@ -25,7 +25,7 @@ IMAGE_CLASSES = ("control", "pneumonia", "covid")
 """Names of the classifier's three classes in the order of its logits (COVIDx-CT and CNCB coding)."""
 
 DEFAULT_SEGMENTER = "maskrcnn_resnet18_t1"
-DEFAULT_CLASSIFIER = "ctmasknet_resnet18_t2"
+DEFAULT_CLASSIFIER = "ctmasknet_resnet18_t1"
 """What `Predictor` and the command line use when no variant is named; their weights are bundled."""
 
 
