@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from ctmasknet.data.augment import Augmentation, augment, sample_generator
@@ -20,6 +19,7 @@ from ctmasknet.data.datasets import ClassificationSample
 from ctmasknet.engine.samples import model_input
 from ctmasknet.engine.validation import Gather
 from ctmasknet.models import COVIDCTMaskNet
+from ctmasknet.models.classification import image_loss
 from ctmasknet.models.detector import Regions
 from ctmasknet.models.roi_batch import fill_batch
 
@@ -41,9 +41,7 @@ class ModuleSOnRoIs(nn.Module):
         """``{"loss_image": ...}`` in training mode, else a list of dicts of logits and probabilities."""
         logits = self.module_s(torch.stack([self._filled(found) for found in rois]))
         if self.training and targets is not None:
-            labels = torch.as_tensor([int(t["image_label"]) for t in targets], device=logits.device)
-            wanted = F.one_hot(labels, logits.shape[1]).to(logits)
-            return {"loss_image": F.binary_cross_entropy_with_logits(logits, wanted)}
+            return {"loss_image": image_loss(logits, targets)}
         return [{"logits": row, "probabilities": row.softmax(-1)} for row in logits]
 
     def _filled(self, found: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ class COVIDCTMaskNet(Shareable, nn.Module):
         filled = [fill_batch(r, self._slots, replicate=self.config.replicate, random=self.training) for r in regions]
         logits = self.module_s(torch.stack([matrix for matrix, _ in filled]))
         if self.training and targets is not None:
-            return {"loss_image": self._loss(logits, targets)}
+            return {"loss_image": image_loss(logits, targets)}
         results = [
             {
                 "logits": row,
@@ -102,8 +102,14 @@ class COVIDCTMaskNet(Shareable, nn.Module):
         ]
         return self.transform.postprocess(results, batch.image_sizes, sizes)
 
-    def _loss(self, logits: Tensor, targets: list[dict[str, Any]]) -> Tensor:
-        labels = torch.as_tensor([int(target["image_label"]) for target in targets], device=logits.device)
-        if labels.min() < 0 or labels.max() >= logits.shape[1]:
-            raise InputError(f"image_label {labels.tolist()}: must lie in 0..{logits.shape[1] - 1}")
-        return F.binary_cross_entropy_with_logits(logits, F.one_hot(labels, logits.shape[1]).to(logits))
+
+def image_loss(logits: Tensor, targets: list[dict[str, Any]]) -> Tensor:
+    """Binary cross-entropy of (B, K) logits with the one-hot `image_label` of each target (paper, released code).
+
+    Raises:
+        InputError: a label outside 0..K - 1.
+    """
+    labels = torch.as_tensor([int(target["image_label"]) for target in targets], device=logits.device)
+    if labels.min() < 0 or labels.max() >= logits.shape[1]:
+        raise InputError(f"image_label {labels.tolist()}: must lie in 0..{logits.shape[1] - 1}")
+    return F.binary_cross_entropy_with_logits(logits, F.one_hot(labels, logits.shape[1]).to(logits))
