@@ -227,7 +227,7 @@ def _parser() -> argparse.ArgumentParser:
         "intervals over patients. Several processes: accelerate launch -m ctmasknet evaluate ...\n\n"
         "Examples:\n"
         "  ctmasknet evaluate maskrcnn_resnet18_t2 --data lesions/val --json result.json\n"
-        "  ctmasknet evaluate ctmasknet_resnet18_t2 --data classes/val --rows work\n"
+        "  ctmasknet evaluate ctmasknet_resnet18_t1 --data classes/val --rows work\n"
         "  ctmasknet evaluate theirs.json --data lesions/val --threshold 0.5",
     )
     evaluate.add_argument("model", metavar="MODEL", help="what to measure")
@@ -261,7 +261,7 @@ def _parser() -> argparse.ArgumentParser:
         "Examples:\n"
         "  ctmasknet paper table1 -o out\n"
         "  ctmasknet paper table2 --weights runs/a/best runs/b/best --data cncb/val -o out\n"
-        "  ctmasknet paper figure4 --weights ctmasknet_resnet18_t2 --data classes/val -o out",
+        "  ctmasknet paper figure4 --weights ctmasknet_resnet18_t1 --data classes/val -o out",
     )
     paper.add_argument(
         "item",

@@ -6,7 +6,7 @@ import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
@@ -20,6 +20,7 @@ from ctmasknet.data.volumes import open_volume
 from ctmasknet.errors import ConfigError, CTMaskNetError, InputError
 from ctmasknet.models.classification import COVIDCTMaskNet
 from ctmasknet.models.config import model_config
+from ctmasknet.models.fast import FastInference, Found, Reading, same_detector
 from ctmasknet.models.protocols import score_maps
 from ctmasknet.models.segmentation import LesionMaskRCNN
 from ctmasknet.registry import (
@@ -62,9 +63,12 @@ class Predictor:
             elsewhere.
         score_threshold: report lesions scored above this, in 0..1. None takes the operating point stored with
             the weights; without one, the model's own setting (the paper's: 0.75).
-        precision: ``"bfloat16"`` runs backbone and FPN in bfloat16 (box arithmetic stays in float32); ``"auto"``
-            is ``"float32"``.
+        precision: of the convolutions of backbone, FPN and RPN; box arithmetic is float32 always. ``"auto"`` takes
+            ``"bfloat16"`` where the device has units for it, ``"float32"`` elsewhere.
         score_map: also give `Prediction.score_map`, at the price of another pass of the segmenter.
+
+    Slices go through `ctmasknet.models.fast`, which gives the models' own detections up to rounding; where classifier
+    and segmenter hold the same detector, it runs once for both.
 
     Raises:
         ConfigError: unknown variant, device or precision; a model of the other task; a threshold outside 0..1.
@@ -101,9 +105,12 @@ class Predictor:
             self.score_threshold = stored if score_threshold is None else float(score_threshold)
         models = (self.segmenter, self.classifier)
         self.caveats = tuple(m.metadata["caveat"] for m in models if m is not None and "caveat" in m.metadata)
+        if precision == "auto":
+            precision = "bfloat16" if has_bfloat16(self.device) else "float32"
         self.precision = precision
-        self._autocast = torch.bfloat16 if precision == "bfloat16" else None
         self.score_map = score_map
+        self._fast: dict[Task, FastInference] = {}
+        self._one_detector = False
 
     def __call__(self, image: ImageLike, *, units: str | None = None) -> Prediction:
         """Predict one slice.
@@ -227,25 +234,40 @@ class Predictor:
 
     def _predict(self, slices: list[Slice]) -> list[Prediction]:
         tensors = [torch.from_numpy(s.pixels).to(self.device).expand(3, -1, -1) for s in slices]
-        with torch.inference_mode(), ExitStack() as settings:
-            for model in (self.segmenter, self.classifier):
-                if model is not None:
-                    settings.enter_context(self._settings(model))
-            found: list[dict[str, Tensor] | None] = [None] * len(slices)
-            classified: list[dict[str, Tensor] | None] = [None] * len(slices)
-            maps: list[Tensor] | list[None] = [None] * len(slices)
-            if self.segmenter is not None:
-                found = self.segmenter(tensors)
-                if self.score_map and isinstance(self.segmenter, LesionMaskRCNN):
+        self._prepare()
+        found: list[Found] | list[None] = [None] * len(slices)
+        classified: list[dict[str, Tensor]] | list[None] = [None] * len(slices)
+        maps: list[Tensor] | list[None] = [None] * len(slices)
+        with torch.inference_mode():
+            reading: Reading | None = None
+            if isinstance(self.segmenter, LesionMaskRCNN):
+                fast = self._fast["segmentation"]
+                reading = fast.read(tensors)
+                with self._thresholds(self.segmenter):
+                    found = fast.segment(reading)
+                if self.score_map:
                     maps = score_maps(self.segmenter, tensors, nms_threshold=self.segmenter.config.box_nms_thresh)
             if self.classifier is not None:
-                classified = self.classifier(tensors)
+                fast = self._fast["classification"]
+                if reading is None or not self._one_detector:
+                    reading = fast.read(tensors)
+                classified = fast.classify(reading)
             return [self._result(*item) for item in zip(slices, found, classified, maps, strict=True)]
+
+    def _prepare(self) -> None:
+        """Make what is fast of the models, again if their weights have changed since."""
+        models = [model for model in (self.segmenter, self.classifier) if model is not None]
+        fast = [self._fast.get(model.variant.task) for model in models]
+        if all(one is not None and one.is_current() for one in fast):
+            return
+        dtype = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+        self._fast = {model.variant.task: FastInference(model, dtype) for model in models}
+        self._one_detector = len(models) == 2 and same_detector(*models)
 
     def _result(
         self,
         source: Slice,
-        found: dict[str, Tensor] | None,
+        found: Found | None,
         classified: dict[str, Tensor] | None,
         score_map: Tensor | None,
     ) -> Prediction:
@@ -260,8 +282,7 @@ class Predictor:
             "masks": np.zeros((0, height, width), bool),
         }
         if found is not None:
-            lesions = {key: found[key].cpu().numpy() for key in ("boxes", "scores", "labels")}
-            lesions["masks"] = (found["masks"][:, 0] > 0.5).cpu().numpy()
+            lesions = {key: getattr(found, key).cpu().numpy() for key in lesions}
         probabilities, roi_batch = None, None
         if classified is not None and self.classifier is not None:
             values = classified["probabilities"].cpu().tolist()
@@ -302,17 +323,15 @@ class Predictor:
         return model.to(self.device)
 
     @contextmanager
-    def _settings(self, model: Model) -> Iterator[None]:
-        """Thresholds and precision for one forward; a model passed in keeps its own afterwards."""
-        heads, backbone = model.roi_heads, model.backbone
-        before = heads.score_thresh, heads.nms_thresh, backbone.autocast_dtype
-        backbone.autocast_dtype = self._autocast
-        if model is self.segmenter:
-            heads.score_thresh, heads.nms_thresh = self.score_threshold, self.nms_threshold
+    def _thresholds(self, model: LesionMaskRCNN) -> Iterator[None]:
+        """The thresholds for one forward; a model passed in keeps its own afterwards."""
+        heads = model.roi_heads
+        before = heads.score_thresh, heads.nms_thresh
+        heads.score_thresh, heads.nms_thresh = self.score_threshold, self.nms_threshold
         try:
             yield
         finally:
-            heads.score_thresh, heads.nms_thresh, backbone.autocast_dtype = before
+            heads.score_thresh, heads.nms_thresh = before
 
 
 def _counted(items: Iterable[Item], total: int, progress: Callable[[int, int], None]) -> Iterator[Item]:
@@ -359,3 +378,12 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"device={device!r} cannot be used ({reason}). ctmasknet doctor lists them.") from None
     return chosen
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device computes in bfloat16 faster than in float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Elsewhere bfloat16 is emulated, and slower. The query is private in torch 2.6 to 2.15.
+    query = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return device.type == "cpu" and query is not None and bool(query())

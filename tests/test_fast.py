@@ -12,7 +12,7 @@ from torchvision.ops import MultiScaleRoIAlign, clip_boxes_to_image, roi_align
 from torchvision.ops.poolers import LevelMapper
 
 from ctmasknet import create_model
-from ctmasknet.models.fast import FastInference, _levels, choose_proposals, fold_batch_norm, paste_masks, pool_rows
+from ctmasknet.models.fast import FastInference, _levels, choose_proposals, fold_batch_norm, paste_masks, pool
 from ctmasknet.registry import VARIANTS
 
 SMALL = {"min_size": 96, "max_size": 160, "rpn_post_nms_top_n_test": 100, "rpn_pre_nms_top_n_test": 300}
@@ -35,6 +35,13 @@ def pictures() -> list[Tensor]:
     return [torch.rand(3, *size, generator=generator) for size in ((96, 96), (80, 130), (200, 150))]
 
 
+def pooled(features, made, *settings) -> Tensor:
+    found = list(pool(features, made, *settings))
+    order = torch.cat([part for part, _ in found])
+    assert sorted(order.tolist()) == list(range(sum(len(b) for b in made)))
+    return torch.cat([rows for _, rows in found])[order.argsort()]
+
+
 def boxes(count: int, extent: float) -> Tensor:
     generator = torch.Generator().manual_seed(2)
     corner = torch.rand(count, 2, generator=generator) * extent
@@ -46,6 +53,16 @@ def boxes(count: int, extent: float) -> Tensor:
     return made
 
 
+def segment(model, dtype=torch.float32):
+    fast = FastInference(model, dtype)
+    return fast.segment(fast.read(pictures()))
+
+
+def classify(model):
+    fast = FastInference(model)
+    return fast.classify(fast.read(pictures()))
+
+
 @pytest.mark.parametrize("name", [name for name, v in VARIANTS.items() if v.task == "segmentation"])
 @pytest.mark.parametrize("mask_score", ["sigmoid", "logit"])
 def test_segments_as_the_plain_model(name, mask_score):
@@ -55,7 +72,7 @@ def test_segments_as_the_plain_model(name, mask_score):
     with torch.inference_mode():
         plain = model(pictures())
     assert sum(len(p["scores"]) for p in plain) >= 5
-    for expected, found in zip(plain, FastInference(model).segment(pictures()), strict=True):
+    for expected, found in zip(plain, segment(model), strict=True):
         assert_close(found.scores, expected["scores"], atol=1e-3, rtol=0)
         assert_close(found.boxes, expected["boxes"], atol=5e-2, rtol=0)
         assert torch.equal(found.labels, expected["labels"])
@@ -68,7 +85,7 @@ def test_classifies_as_the_plain_model(name):
     model = living(name)
     with torch.inference_mode():
         plain = model(pictures())
-    for expected, found in zip(plain, FastInference(model).classify(pictures()), strict=True):
+    for expected, found in zip(plain, classify(model), strict=True):
         assert_close(found["logits"], expected["logits"], atol=1e-4, rtol=0)
         assert_close(found["probabilities"], expected["probabilities"], atol=1e-4, rtol=0)
         assert_close(found["scores"], expected["scores"], atol=1e-3, rtol=0)
@@ -78,29 +95,29 @@ def test_classifies_as_the_plain_model(name):
 def test_the_model_is_left_as_it_was():
     model = living("maskrcnn_resnet18_t2")
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    FastInference(model).segment(pictures())
+    segment(model)
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
 def test_thresholds_may_change_between_calls():
     model = living("maskrcnn_resnet18_t2", box_score_thresh=0.3)
     fast = FastInference(model)
-    many = sum(len(found.scores) for found in fast.segment(pictures()))
+    many = sum(len(found.scores) for found in fast.segment(fast.read(pictures())))
     model.roi_heads.score_thresh = 0.99
-    assert sum(len(found.scores) for found in fast.segment(pictures())) < many
+    assert sum(len(found.scores) for found in fast.segment(fast.read(pictures()))) < many
 
 
 def test_nothing_found_is_empty():
     model = living("maskrcnn_resnet18_t2", box_score_thresh=1.0)
-    found = FastInference(model).segment(pictures())[1]
+    found = segment(model)[1]
     assert found.masks.shape == (0, 80, 130)
     assert found.boxes.shape == (0, 4)
 
 
 def test_bfloat16_stays_near():
     model = living("maskrcnn_resnet18_t2", box_score_thresh=0.0)
-    exact = FastInference(model).segment(pictures())[0]
-    rounded = FastInference(model, torch.bfloat16).segment(pictures())[0]
+    exact = segment(model)[0]
+    rounded = segment(model, torch.bfloat16)[0]
     assert rounded.boxes.dtype == torch.float32
     assert_close(rounded.scores[:20], exact.scores[:20], atol=0.05, rtol=0)
     assert not torch.equal(rounded.scores, exact.scores)
@@ -123,7 +140,7 @@ def test_pooling_is_torchvisions_roi_align(side):
     made = [boxes(40, 300.0), boxes(25, 300.0)]
     rois = torch.cat([torch.cat([torch.full((len(b), 1), float(i)), b], 1) for i, b in enumerate(made)])
     expected = roi_align(feature, rois, side, 1 / 16, 2)
-    found = pool_rows([feature], made, [1 / 16], side, 2)
+    found = pooled([feature], made, [1 / 16], side, 2)
     assert_close(found, expected.flatten(2).transpose(1, 2), atol=1e-5, rtol=1e-5)
 
 
@@ -132,7 +149,7 @@ def test_pooling_over_levels_is_torchvisions_multi_scale_roi_align():
     made = [boxes(60, 500.0).clamp(min=0), boxes(30, 500.0).clamp(min=0)]
     pool = MultiScaleRoIAlign(list(features), 7, 2)
     expected = pool(features, made, [(512, 384), (500, 380)])
-    found = pool_rows(list(features.values()), made, [1 / 4, 1 / 8, 1 / 16, 1 / 32], 7, 2)
+    found = pooled(list(features.values()), made, [1 / 4, 1 / 8, 1 / 16, 1 / 32], 7, 2)
     assert_close(found, expected.flatten(2).transpose(1, 2), atol=1e-5, rtol=1e-5)
 
 
@@ -149,11 +166,13 @@ def test_proposals_are_the_rpns(name):
         features = model.backbone(batch.tensors)
         expected, _ = model.rpn(batch, features)
         objectness, deltas = model.rpn.head(list(features.values()))
-        heads = [
-            torch.cat([t.permute(0, 2, 3, 1).reshape(len(t), -1, n) for t, n in ((o, 1), (d, 4))], 2)
-            for o, d in zip(objectness, deltas, strict=True)
-        ]
-        found = choose_proposals(model.rpn, heads, ImageList(batch.tensors, batch.image_sizes))
+        rows = (
+            [t.permute(0, 2, 3, 1).reshape(len(t), -1, n) for t in made] for made, n in ((objectness, 1), (deltas, 4))
+        )
+        scores, shifts = rows
+        found = choose_proposals(
+            model.rpn, [s.squeeze(2) for s in scores], shifts, ImageList(batch.tensors, batch.image_sizes)
+        )
     for a, b in zip(found, expected, strict=True):
         assert_close(a, b, atol=1e-3, rtol=0)
 

@@ -13,8 +13,9 @@ from PIL import Image
 import ctmasknet
 from ctmasknet import ConfigError, InputError, Prediction, Predictor, WeightsError, create_model, predict
 from ctmasknet.data import phantom
+from ctmasknet.models.fast import FastInference
 from ctmasknet.predictor import class_names
-from ctmasknet.registry import DEFAULT_SEGMENTER
+from ctmasknet.registry import DEFAULT_CLASSIFIER, DEFAULT_SEGMENTER
 from ctmasknet.weights.files import write_weights
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -79,9 +80,10 @@ def test_the_same_as_the_model_itself_at_the_stored_operating_point(segmenter):
     with torch.inference_mode():
         expected = model([tensor])[0]
     result = segmenter(made.image)
-    np.testing.assert_array_equal(result.scores, expected["scores"].numpy())
-    np.testing.assert_array_equal(result.boxes, expected["boxes"].numpy())
-    np.testing.assert_array_equal(result.masks, expected["masks"][:, 0].numpy() > 0.5)
+    assert len(result.scores) >= 3
+    np.testing.assert_allclose(result.scores, expected["scores"].numpy(), atol=1e-3)
+    np.testing.assert_allclose(result.boxes, expected["boxes"].numpy(), atol=0.05)
+    assert (result.masks != (expected["masks"][:, 0].numpy() > 0.5)).mean() < 1e-4
 
 
 def test_every_kind_of_input_gives_the_same(segmenter, tmp_path):
@@ -177,14 +179,56 @@ def test_bfloat16_finds_the_same_lesions(segmenter):
     image = phantom(0).image
     rounded = Predictor(classifier=None, precision="bfloat16", device="cpu")(image)
     np.testing.assert_allclose(np.sort(rounded.scores), np.sort(segmenter(image).scores), atol=0.1)
-    assert segmenter.segmenter.backbone.autocast_dtype is None
+
+
+def test_bfloat16_is_chosen_where_the_processor_has_units_for_it(monkeypatch):
+    for present in (True, False):
+        monkeypatch.setattr("ctmasknet.predictor.has_bfloat16", lambda device, present=present: present)
+        assert Predictor(classifier=None, device="cpu").precision == ("bfloat16" if present else "float32")
+        assert Predictor(classifier=None, device="cpu", precision="float32").precision == "float32"
+
+
+def test_a_model_trained_on_after_a_prediction_is_used_as_it_is_now():
+    model = create_model(DEFAULT_SEGMENTER, weights="default", min_size=128)
+    predictor = Predictor(model, None, device="cpu", score_threshold=0.0)
+    image = phantom(0, size=128).image
+    before = predictor(image).scores
+    with torch.no_grad():
+        model.roi_heads.box_predictor.cls_score.bias[1] += 1.0
+    after = predictor(image).scores
+    assert after.max() > before.max()
+    fresh = Predictor(model, None, device="cpu", score_threshold=0.0)(image).scores
+    np.testing.assert_array_equal(after, fresh)
+
+
+def test_one_detector_is_run_once_for_both_tasks_and_only_then(monkeypatch):
+    passes = []
+    read = FastInference.read
+    monkeypatch.setattr(FastInference, "read", lambda self, images: passes.append(self.model) or read(self, images))
+    small = {"min_size": 128, "weights": "default"}
+    segmenter, classifier = (create_model(name, **small) for name in (DEFAULT_SEGMENTER, DEFAULT_CLASSIFIER))
+    image = phantom(0, size=128).image
+    shared = Predictor(segmenter, classifier, device="cpu")(image)
+    assert len(passes) == 1
+    alone = Predictor(None, classifier, device="cpu")(image)
+    assert shared.class_probabilities == alone.class_probabilities
+    for change in ({"rpn_nms_thresh": 0.6}, {"min_size": 160}):
+        passes.clear()
+        other = create_model(DEFAULT_CLASSIFIER, **(small | change))
+        Predictor(segmenter, other, device="cpu")(image)
+        assert len(passes) == 2
+    passes.clear()
+    with torch.no_grad():
+        classifier.backbone.body.conv1.weight[0] += 0.1
+    Predictor(segmenter, classifier, device="cpu")(image)
+    assert len(passes) == 2
 
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
         ({"segmenter": "maskrcnn_resnet18_t"}, ConfigError, "did you mean"),
-        ({"segmenter": "ctmasknet_resnet18_t2"}, ConfigError, "cannot be the segmenter"),
+        ({"segmenter": DEFAULT_CLASSIFIER}, ConfigError, "cannot be the segmenter"),
         ({"segmenter": "maskrcnn_resnet50"}, WeightsError, "no trained weights"),
         ({"segmenter": 3}, ConfigError, "name of a variant"),
         ({"score_threshold": 1.5}, ConfigError, r"0\.\.1"),

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ctmasknet.errors import InputError
 from ctmasknet.models.backbone import ResNetFPN
 from ctmasknet.models.config import ModelConfig
-from ctmasknet.models.detector import LesionRoIHeads, build_rpn, build_transform, freeze
+from ctmasknet.models.detector import LesionRoIHeads, Regions, build_rpn, build_transform, freeze
 from ctmasknet.models.roi_batch import fill_batch
 from ctmasknet.models.sharing import Shareable
 from ctmasknet.registry import Variant
@@ -85,10 +85,20 @@ class COVIDCTMaskNet(Shareable, nn.Module):
         features = self.backbone(batch.tensors)
         proposals, _ = self.rpn(batch, features)
         regions = self.roi_heads.regions(features, proposals, batch.image_sizes)
-        filled = [fill_batch(r, self._slots, replicate=self.config.replicate, random=self.training) for r in regions]
-        logits = self.module_s(torch.stack([matrix for matrix, _ in filled]))
         if self.training and targets is not None:
-            return {"loss_image": image_loss(logits, targets)}
+            return {"loss_image": image_loss(self._logits(regions)[0], targets)}
+        return self.classify(regions, batch.image_sizes, sizes)
+
+    def classify(
+        self, regions: list[Regions], resized: list[tuple[int, int]], sizes: list[tuple[int, int]]
+    ) -> list[dict[str, Tensor]]:
+        """The results of evaluation mode, from each image's ranked regions.
+
+        Args:
+            regions: boxes in pixels of the resized image.
+            resized, sizes: (height, width) of each image, resized and as given.
+        """
+        logits, batches = self._logits(regions)
         results = [
             {
                 "logits": row,
@@ -98,9 +108,13 @@ class COVIDCTMaskNet(Shareable, nn.Module):
                 "labels": r.labels,
                 "deltas": r.deltas,
             }
-            for row, (_, r) in zip(logits, filled, strict=True)
+            for row, r in zip(logits, batches, strict=True)
         ]
-        return self.transform.postprocess(results, batch.image_sizes, sizes)
+        return self.transform.postprocess(results, resized, sizes)
+
+    def _logits(self, regions: list[Regions]) -> tuple[Tensor, list[Regions]]:
+        filled = [fill_batch(r, self._slots, replicate=self.config.replicate, random=self.training) for r in regions]
+        return self.module_s(torch.stack([matrix for matrix, _ in filled])), [batch for _, batch in filled]
 
 
 def image_loss(logits: Tensor, targets: list[dict[str, Any]]) -> Tensor:

@@ -13,6 +13,8 @@ Box arithmetic is float32 throughout. The model itself is copied, not changed.
 from __future__ import annotations
 
 import copy
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,13 +23,25 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork
+from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes, roi_align
 
 from ctmasknet.models.classification import COVIDCTMaskNet
 from ctmasknet.models.detector import Regions
-from ctmasknet.models.roi_batch import fill_batch
 from ctmasknet.models.segmentation import LesionMaskRCNN
 
+_READING_SETTINGS = (
+    "num_classes",
+    "min_size",
+    "max_size",
+    "image_mean",
+    "image_std",
+    "rpn_pre_nms_top_n_test",
+    "rpn_post_nms_top_n_test",
+    "rpn_nms_thresh",
+    "rpn_score_thresh",
+)
+_AT_ONCE = 512  # boxes, to bound the memory
 _CANONICAL_SIZE, _CANONICAL_LEVEL = 224.0, 4  # of the FPN paper, as in torchvision's MultiScaleRoIAlign
 
 
@@ -41,16 +55,37 @@ class Found:
     masks: Tensor
 
 
+@dataclass
+class Reading:
+    """What the detector up to its box predictor makes of some images, before any threshold.
+
+    Attributes:
+        features: (B, C, H, W) float32 per level, finest first.
+        proposals: (N, 4) per image, pixels of the resized image.
+        logits, deltas: (R, K) and (R, 4 K), one row per proposal of all images.
+        resized, sizes: (height, width) of each image, as the network saw it and as given.
+    """
+
+    features: list[Tensor]
+    proposals: list[Tensor]
+    logits: Tensor
+    deltas: Tensor
+    resized: list[tuple[int, int]]
+    sizes: list[tuple[int, int]]
+
+
 class FastInference:
     """Inference of one model.
 
     Args:
-        model: in evaluation mode; later changes to its weights are not seen, changes to its thresholds are.
+        model: in evaluation mode; later changes of its weights are not seen (`is_current` tells), those of its
+            thresholds are.
         dtype: of the convolutions of body, FPN and RPN head: ``torch.float32`` or ``torch.bfloat16``.
     """
 
     def __init__(self, model: LesionMaskRCNN | COVIDCTMaskNet, dtype: torch.dtype = torch.float32) -> None:
         self.model = model
+        self._stamp = _stamp(model)
         self._network = _Network(model, dtype)
         heads = model.roi_heads
         size = heads.box_roi_pool.output_size[0]
@@ -65,58 +100,55 @@ class FastInference:
         if heads.mask_head is not None:
             self._mask_head = copy.deepcopy(heads.mask_head).to(memory_format=torch.channels_last)
 
-    @torch.inference_mode()
-    def segment(self, images: list[Tensor]) -> list[Found]:
-        """Detections of a segmenter in (3, H, W) images in 0..1, at the thresholds of the model's RoI heads."""
-        features, regions, batch = self._regions(images)
-        masks = self._masks(features, regions)
-        sizes = [(int(image.shape[-2]), int(image.shape[-1])) for image in images]
-        results = []
-        for r, mask, resized, size in zip(regions, masks, batch.image_sizes, sizes, strict=True):
-            boxes = _resized(r.boxes, resized, size)
-            results.append(Found(boxes, r.labels, r.scores, paste_masks(mask, boxes, size)))
-        return results
+    def is_current(self) -> bool:
+        """Whether the model's weights are still those this was made from."""
+        return self._stamp == _stamp(self.model)
 
     @torch.inference_mode()
-    def classify(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
-        """What the classifier gives in evaluation mode."""
-        model = self.model
-        if not isinstance(model, COVIDCTMaskNet):
-            raise TypeError(f"{model.variant.name} is not a classifier")
-        _, regions, batch = self._regions(images)
-        slots, replicate = model.variant.roi_batch or 0, model.config.replicate
-        filled = [fill_batch(r, slots, replicate=replicate, random=False) for r in regions]
-        logits = model.module_s(torch.stack([matrix for matrix, _ in filled]))
-        results = []
-        for row, (_, r), resized, image in zip(logits, filled, batch.image_sizes, images, strict=True):
-            size = (int(image.shape[-2]), int(image.shape[-1]))
-            results.append(
-                {
-                    "logits": row,
-                    "probabilities": row.softmax(-1),
-                    "boxes": _resized(r.boxes, resized, size),
-                    "scores": r.scores,
-                    "labels": r.labels,
-                    "deltas": r.deltas,
-                }
-            )
-        return results
-
-    def _regions(self, images: list[Tensor]) -> tuple[list[Tensor], list[Regions], ImageList]:
+    def read(self, images: list[Tensor]) -> Reading:
+        """Everything before the thresholds, for (3, H, W) images in 0..1."""
         batch, _ = self.model.transform(list(images))
         # On a CPU one image at a time is as fast as several, and holds less memory.
         chunks = batch.tensors.split(1 if batch.tensors.device.type == "cpu" else len(batch.tensors))
         outputs = [self._network(chunk) for chunk in chunks]
-        features = [torch.cat(level) for level in zip(*(o[0] for o in outputs), strict=True)]
-        heads = [torch.cat(level) for level in zip(*(o[1] for o in outputs), strict=True)]
-        proposals = choose_proposals(self.model.rpn, heads, batch)
-        roi_heads = self.model.roi_heads
-        pool = roi_heads.box_roi_pool
-        rows = pool_rows(features, proposals, self._scales, pool.output_size[0], pool.sampling_ratio)
-        hidden = F.relu(F.linear(rows.flatten(1), self._fc6, roi_heads.box_head.fc6.bias))
-        hidden = F.relu(roi_heads.box_head.fc7(hidden))
-        logits, deltas = roi_heads.box_predictor(hidden)
-        return features, roi_heads.rank(logits, deltas, proposals, batch.image_sizes), batch
+        features, objectness, rpn_deltas = (
+            [torch.cat(level) for level in zip(*(output[part] for output in outputs), strict=True)] for part in range(3)
+        )
+        proposals = choose_proposals(self.model.rpn, objectness, rpn_deltas, batch)
+        logits, deltas = self._box_branch(features, proposals)
+        sizes = [(int(image.shape[-2]), int(image.shape[-1])) for image in images]
+        return Reading(features, proposals, logits, deltas, batch.image_sizes, sizes)
+
+    @torch.inference_mode()
+    def segment(self, reading: Reading) -> list[Found]:
+        """A segmenter's detections, at the thresholds of the model's RoI heads."""
+        regions = self._rank(reading)
+        results = []
+        for r, mask, resized, size in zip(
+            regions, self._masks(reading.features, regions), reading.resized, reading.sizes, strict=True
+        ):
+            boxes = resize_boxes(r.boxes, list(resized), list(size))
+            results.append(Found(boxes, r.labels, r.scores, paste_masks(mask, boxes, size)))
+        return results
+
+    @torch.inference_mode()
+    def classify(self, reading: Reading) -> list[dict[str, Tensor]]:
+        """What the classifier gives in evaluation mode."""
+        model = self.model
+        if not isinstance(model, COVIDCTMaskNet):
+            raise TypeError(f"{model.variant.name} is not a classifier")
+        return model.classify(self._rank(reading), reading.resized, reading.sizes)
+
+    def _box_branch(self, features: list[Tensor], proposals: list[Tensor]) -> tuple[Tensor, Tensor]:
+        heads = self.model.roi_heads
+        aligned = heads.box_roi_pool
+        hidden = features[0].new_empty(sum(len(p) for p in proposals), len(self._fc6))
+        for part, rows in pool(features, proposals, self._scales, aligned.output_size[0], aligned.sampling_ratio):
+            hidden[part] = F.linear(rows.flatten(1), self._fc6, heads.box_head.fc6.bias)
+        return heads.box_predictor(F.relu(heads.box_head.fc7(F.relu(hidden))))
+
+    def _rank(self, reading: Reading) -> list[Regions]:
+        return self.model.roi_heads.rank(reading.logits, reading.deltas, reading.proposals, reading.resized)
 
     def _masks(self, features: list[Tensor], regions: list[Regions]) -> list[Tensor]:
         """(N, 28, 28) scores of each image's regions, probabilities or logits as the model is set."""
@@ -125,15 +157,41 @@ class FastInference:
         if self._mask_head is None or len(labels) == 0:
             side = 2 * heads.mask_roi_pool.output_size[0]
             return [features[0].new_zeros(len(r.labels), side, side) for r in regions]
-        pool = heads.mask_roi_pool
-        side = pool.output_size[0]
-        rows = pool_rows(features, [r.boxes for r in regions], self._scales, side, pool.sampling_ratio)
-        maps = rows.view(len(rows), side, side, -1).permute(0, 3, 1, 2)
-        logits = heads.mask_predictor(self._mask_head(maps))
-        chosen = logits[torch.arange(len(labels), device=labels.device), labels]
+        aligned = heads.mask_roi_pool
+        side = aligned.output_size[0]
+        chosen = features[0].new_empty(len(labels), 2 * side, 2 * side)
+        boxes = [r.boxes for r in regions]
+        for part, rows in pool(features, boxes, self._scales, side, aligned.sampling_ratio):
+            maps = rows.view(len(rows), side, side, -1).permute(0, 3, 1, 2)
+            logits = heads.mask_predictor(self._mask_head(maps))
+            chosen[part] = logits[torch.arange(len(part), device=logits.device), labels[part]]
         if heads.mask_score == "sigmoid":
             chosen = chosen.sigmoid()
         return list(chosen.split([len(r.labels) for r in regions]))
+
+
+def same_detector(one: LesionMaskRCNN | COVIDCTMaskNet, other: LesionMaskRCNN | COVIDCTMaskNet) -> bool:
+    """Whether a `Reading` of one model serves the other: the same network, weights and proposals.
+
+    So it is with a classifier whose training left its segmenter's weights as they were (`cache_rois`).
+    """
+    if any(getattr(one.config, name) != getattr(other.config, name) for name in _READING_SETTINGS):
+        return False
+    mine, theirs = (_reading_weights(model) for model in (one, other))
+    return mine.keys() == theirs.keys() and all(torch.equal(value, theirs[key]) for key, value in mine.items())
+
+
+def _reading_weights(model: LesionMaskRCNN | COVIDCTMaskNet) -> dict[str, Tensor]:
+    parts = ("backbone.", "rpn.", "roi_heads.box_")
+    return {key: value for key, value in model.state_dict().items() if key.startswith(parts)}
+
+
+def _stamp(model: nn.Module) -> list[tuple[int, int]]:
+    """Changes whenever a weight is replaced or written to (inference tensors keep no count of writes)."""
+    return [
+        (t.data_ptr(), 0 if t.is_inference() else t._version)
+        for t in itertools.chain(model.parameters(), model.buffers())
+    ]
 
 
 class _Network(nn.Module):
@@ -148,16 +206,17 @@ class _Network(nn.Module):
         self.dtype = dtype
         self.to(dtype=dtype).to(memory_format=torch.channels_last).requires_grad_(False)
 
-    def forward(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Per level: features (B, C, H, W), and the RPN's (B, H * W * A, 5) objectness and deltas."""
+    def forward(self, images: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Per level: features (B, C, H, W), objectness (B, H * W * A), deltas (B, H * W * A, 4)."""
         x = images.to(dtype=self.dtype, memory_format=torch.channels_last)
         maps = self.body(x)
         features = list(self.fpn({str(level): m for level, m in enumerate(maps)}).values())
         objectness, deltas = self.rpn_head(features)
-        heads = [
-            torch.cat([_rows_of(o, 1), _rows_of(d, 4)], dim=2).float() for o, d in zip(objectness, deltas, strict=True)
-        ]
-        return [f.float() for f in features], heads
+        return (
+            [f.float() for f in features],
+            [_rows_of(o, 1).squeeze(2).float() for o in objectness],
+            [_rows_of(d, 4).float() for d in deltas],
+        )
 
 
 def _rows_of(output: Tensor, columns: int) -> Tensor:
@@ -180,25 +239,27 @@ def fold_batch_norm(body: nn.Module) -> None:
             setattr(module, name, nn.Identity())
 
 
-def choose_proposals(rpn: RegionProposalNetwork, heads: list[Tensor], batch: ImageList) -> list[Tensor]:
-    """The RPN's proposals, (N, 4) per image, from its head's (B, H * W * A, 5) rows per level.
+def choose_proposals(
+    rpn: RegionProposalNetwork, objectness: list[Tensor], deltas: list[Tensor], batch: ImageList
+) -> list[Tensor]:
+    """The RPN's proposals, (N, 4) per image, from its head's (B, H * W * A) and (B, H * W * A, 4) rows per level.
 
     As torchvision's `filter_proposals`, but the best anchors of each level are chosen before any is decoded.
     """
     generator = rpn.anchor_generator
     height, width = batch.tensors.shape[-2:]
     boxes, scores, levels = [], [], []
-    for level, (rows, cells) in enumerate(zip(heads, generator.cell_anchors, strict=True)):
+    for level, (scored, rows, cells) in enumerate(zip(objectness, deltas, generator.cell_anchors, strict=True)):
         cells = cells.to(rows)
-        count = min(rpn.pre_nms_top_n(), rows.shape[1])
-        best, index = rows[..., 0].topk(count, dim=1)
+        count = min(rpn.pre_nms_top_n(), scored.shape[1])
+        best, index = scored.topk(count, dim=1)
         # The grid of a level: its cells are the image's divided by a whole stride.
         grid_width, stride_y, stride_x = _grid(rows.shape[1] // len(cells), height, width)
         cell = index // len(cells)
         shift = torch.stack([(cell % grid_width) * stride_x, (cell // grid_width) * stride_y], dim=-1).to(rows)
         anchors = cells[index % len(cells)] + shift.repeat(1, 1, 2)
-        deltas = rows[..., 1:].gather(1, index[..., None].expand(-1, -1, 4))
-        decoded = rpn.box_coder.decode_single(deltas.reshape(-1, 4), anchors.reshape(-1, 4))
+        chosen = rows.gather(1, index[..., None].expand(-1, -1, 4))
+        decoded = rpn.box_coder.decode_single(chosen.reshape(-1, 4), anchors.reshape(-1, 4))
         boxes.append(decoded.view(len(rows), count, 4))
         scores.append(best.sigmoid())
         levels.append(torch.full((count,), level, device=rows.device))
@@ -229,8 +290,10 @@ def _suppress(
     return boxes[kept[: rpn.post_nms_top_n()]]
 
 
-def pool_rows(features: list[Tensor], boxes: list[Tensor], scales: list[float], side: int, samples: int) -> Tensor:
-    """RoIAlign (not aligned, as torchvision's Mask R-CNN has it) of every box: (R, side * side, C), float32.
+def pool(
+    features: list[Tensor], boxes: list[Tensor], scales: list[float], side: int, samples: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """RoIAlign (not aligned, as torchvision's Mask R-CNN has it) of every box, a part of the boxes at a time.
 
     Args:
         features: (B, C, H, W) per level, finest first.
@@ -238,12 +301,16 @@ def pool_rows(features: list[Tensor], boxes: list[Tensor], scales: list[float], 
         scales: cells per pixel of each level.
         side: bins per axis.
         samples: sampling points per bin and axis.
+
+    Yields:
+        Which boxes, (R,) of all images' boxes in a row, and what is pooled in them: (R, side * side, C) float32.
     """
     image = torch.cat([torch.full((len(b),), i, device=b.device) for i, b in enumerate(boxes)])
     every = torch.cat(boxes)
     level = _levels(every, scales)
     if every.device.type != "cpu":
-        return _pool_by_torchvision(features, every, image, level, scales, side, samples)
+        yield torch.arange(len(every)), _pool_by_torchvision(features, every, image, level, scales, side, samples)
+        return
     channels = features[0].shape[1]
     table = torch.cat([f.permute(0, 2, 3, 1).reshape(-1, channels) for f in features])
     heights = torch.tensor([f.shape[2] for f in features])[level]
@@ -251,14 +318,19 @@ def pool_rows(features: list[Tensor], boxes: list[Tensor], scales: list[float], 
     sizes = [f.shape[0] * f.shape[2] * f.shape[3] for f in features]
     first = torch.tensor([sum(sizes[:i]) for i in range(len(sizes))])[level] + image * heights * widths
     scale = torch.tensor(scales)[level]
-    row, row_weight = _axis(every[:, 1] * scale, every[:, 3] * scale, heights, side, samples)
-    column, column_weight = _axis(every[:, 0] * scale, every[:, 2] * scale, widths, side, samples)
-    row = first[:, None, None] + row * widths[:, None, None]
-    index = row[:, :, None, :, None] + column[:, None, :, None, :]
-    weight = row_weight[:, :, None, :, None] * column_weight[:, None, :, None, :]
-    bins = len(every) * side * side
-    pooled = F.embedding_bag(index.reshape(bins, -1), table, per_sample_weights=weight.reshape(bins, -1), mode="sum")
-    return pooled.view(len(every), side * side, channels)
+    rows = _axis(every[:, 1] * scale, every[:, 3] * scale, heights, side, samples)
+    columns = _axis(every[:, 0] * scale, every[:, 2] * scale, widths, side, samples)
+    for start in range(0, len(every), _AT_ONCE):
+        part = torch.arange(start, min(start + _AT_ONCE, len(every)))
+        (y, y_weight), (x, x_weight) = ((index[part], weight[part]) for index, weight in (rows, columns))
+        y = first[part, None, None] + y * widths[part, None, None]
+        cells = y[:, :, None, :, None] + x[:, None, :, None, :]
+        weights = y_weight[:, :, None, :, None] * x_weight[:, None, :, None, :]
+        bins = len(part) * side * side
+        pooled = F.embedding_bag(
+            cells.reshape(bins, -1), table, per_sample_weights=weights.reshape(bins, -1), mode="sum"
+        )
+        yield part, pooled.view(len(part), side * side, channels)
 
 
 def _levels(boxes: Tensor, scales: list[float]) -> Tensor:
@@ -272,7 +344,10 @@ def _levels(boxes: Tensor, scales: list[float]) -> Tensor:
 
 
 def _axis(start: Tensor, end: Tensor, cells: Tensor, side: int, samples: int) -> tuple[Tensor, Tensor]:
-    """Along one axis: the cells each bin reads, (R, side, 2 * samples), and their weights; they average the samples."""
+    """Along one axis: the cells each bin reads, (R, side, 2 * samples), and their weights; they average the samples.
+
+    Boxes reach from `start` to `end`, (R,) in cells, on an axis of so many cells, (R,).
+    """
     step = (end - start).clamp(min=1.0) / side
     offsets = (torch.arange(side * samples) + 0.5) / samples
     at = start[:, None] + step[:, None] * offsets
@@ -326,9 +401,3 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
         right, bottom = min(x2 + 1, width), min(y2 + 1, height)
         canvas[top:bottom, left:right] = resized[top - y1 : bottom - y1, left - x1 : right - x1]
     return result
-
-
-def _resized(boxes: Tensor, before: tuple[int, int], after: tuple[int, int]) -> Tensor:
-    """Boxes of an image of size `before` (H, W) in pixels of the same image at size `after`."""
-    y, x = (new / old for new, old in zip(after, before, strict=True))
-    return boxes * boxes.new_tensor([x, y, x, y])
