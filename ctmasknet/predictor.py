@@ -20,7 +20,7 @@ from ctmasknet.data.volumes import open_volume
 from ctmasknet.errors import ConfigError, CTMaskNetError, InputError
 from ctmasknet.models.classification import COVIDCTMaskNet
 from ctmasknet.models.config import model_config
-from ctmasknet.models.fast import FastInference, Found, Reading, same_detector
+from ctmasknet.models.fast import FastInference, Found, Reading, computes_bfloat16, same_detector
 from ctmasknet.models.protocols import score_maps
 from ctmasknet.models.segmentation import LesionMaskRCNN
 from ctmasknet.registry import (
@@ -106,7 +106,7 @@ class Predictor:
         models = (self.segmenter, self.classifier)
         self.caveats = tuple(m.metadata["caveat"] for m in models if m is not None and "caveat" in m.metadata)
         if precision == "auto":
-            precision = "bfloat16" if has_bfloat16(self.device) else "float32"
+            precision = "bfloat16" if computes_bfloat16(self.device) else "float32"
         self.precision = precision
         self.score_map = score_map
         self._fast: dict[Task, FastInference] = {}
@@ -378,12 +378,3 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"device={device!r} cannot be used ({reason}). ctmasknet doctor lists them.") from None
     return chosen
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device computes in bfloat16 faster than in float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    # Elsewhere bfloat16 is emulated, and slower. The query is private in torch 2.6 to 2.15.
-    query = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return device.type == "cpu" and query is not None and bool(query())

@@ -9,4 +9,4 @@ import pytest
 def exact_predictions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """`Predictor` stays in float32: tests compare numbers, and which processors compute in bfloat16 differs."""
     if "own_precision" not in request.keywords:
-        monkeypatch.setattr("ctmasknet.predictor.has_bfloat16", lambda device: False)
+        monkeypatch.setattr("ctmasknet.predictor.computes_bfloat16", lambda device: False)

@@ -8,11 +8,10 @@ from torch import Tensor
 from torch.testing import assert_close
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import paste_masks_in_image
-from torchvision.ops import MultiScaleRoIAlign, clip_boxes_to_image, roi_align
-from torchvision.ops.poolers import LevelMapper
+from torchvision.ops import clip_boxes_to_image
 
 from ctmasknet import create_model
-from ctmasknet.models.fast import FastInference, _levels, choose_proposals, fold_batch_norm, paste_masks, pool
+from ctmasknet.models.fast import FastInference, choose_proposals, fold_batch_norm, paste_masks
 from ctmasknet.registry import VARIANTS
 
 SMALL = {"min_size": 96, "max_size": 160, "rpn_post_nms_top_n_test": 100, "rpn_pre_nms_top_n_test": 300}
@@ -33,13 +32,6 @@ def living(name: str, **options):
 def pictures() -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.rand(3, *size, generator=generator) for size in ((96, 96), (80, 130), (200, 150))]
-
-
-def pooled(features, made, *settings) -> Tensor:
-    found = list(pool(features, made, *settings))
-    order = torch.cat([part for part, _ in found])
-    assert sorted(order.tolist()) == list(range(sum(len(b) for b in made)))
-    return torch.cat([rows for _, rows in found])[order.argsort()]
 
 
 def boxes(count: int, extent: float) -> Tensor:
@@ -132,30 +124,6 @@ def test_folding_leaves_no_batch_norm_and_the_same_values():
         assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in model.backbone.body.modules())
         for a, b in zip(model.backbone.body(x), expected, strict=True):
             assert_close(a, b, atol=2e-3, rtol=1e-3)
-
-
-@pytest.mark.parametrize("side", [7, 14])
-def test_pooling_is_torchvisions_roi_align(side):
-    feature = torch.rand(2, 6, 16, 20)
-    made = [boxes(40, 300.0), boxes(25, 300.0)]
-    rois = torch.cat([torch.cat([torch.full((len(b), 1), float(i)), b], 1) for i, b in enumerate(made)])
-    expected = roi_align(feature, rois, side, 1 / 16, 2)
-    found = pooled([feature], made, [1 / 16], side, 2)
-    assert_close(found, expected.flatten(2).transpose(1, 2), atol=1e-5, rtol=1e-5)
-
-
-def test_pooling_over_levels_is_torchvisions_multi_scale_roi_align():
-    features = {str(i): torch.rand(2, 5, 128 >> i, 96 >> i) for i in range(4)}
-    made = [boxes(60, 500.0).clamp(min=0), boxes(30, 500.0).clamp(min=0)]
-    pool = MultiScaleRoIAlign(list(features), 7, 2)
-    expected = pool(features, made, [(512, 384), (500, 380)])
-    found = pooled(list(features.values()), made, [1 / 4, 1 / 8, 1 / 16, 1 / 32], 7, 2)
-    assert_close(found, expected.flatten(2).transpose(1, 2), atol=1e-5, rtol=1e-5)
-
-
-def test_levels_are_torchvisions():
-    made = boxes(200, 900.0)[3:]
-    assert torch.equal(_levels(made, [1 / 4, 1 / 8, 1 / 16, 1 / 32]), LevelMapper(2, 5)([made]))
 
 
 @pytest.mark.parametrize("name", ["maskrcnn_resnet18_t1", "maskrcnn_resnet50"])

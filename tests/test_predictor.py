@@ -183,7 +183,7 @@ def test_bfloat16_finds_the_same_lesions(segmenter):
 
 def test_bfloat16_is_chosen_where_the_processor_has_units_for_it(monkeypatch):
     for present in (True, False):
-        monkeypatch.setattr("ctmasknet.predictor.has_bfloat16", lambda device, present=present: present)
+        monkeypatch.setattr("ctmasknet.predictor.computes_bfloat16", lambda device, present=present: present)
         assert Predictor(classifier=None, device="cpu").precision == ("bfloat16" if present else "float32")
         assert Predictor(classifier=None, device="cpu", precision="float32").precision == "float32"
 

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ctmasknet import TrainConfig, create_model, train
 from ctmasknet.data.targets import instances
+from ctmasknet.engine.setup import speed_up
 
 RATE, DECAY = 1e-4, 1e-3
 """Adam in the comparison of losses: the paper's weight decay, its learning rate times ten to see losses move."""
@@ -112,11 +113,12 @@ def plain_loop(model: nn.Module, data: Path, images: int, device: str) -> tuple[
 
 
 def compare_losses(name: str, data: Path, steps: int, device: str) -> dict[str, float]:
-    """Mean loss over the last quarter of `steps` of the plain assembly and of our model, trained alike."""
+    """Mean loss over the last quarter of `steps` of the plain assembly and of our model as the engine sets it up."""
     torch.manual_seed(0)
     ours = create_model(name).to(device)
     plain = plain_model(name).to(device)
     plain.load_state_dict(ours.state_dict())
+    speed_up(ours, TrainConfig(model=name, data=str(data), out=""), torch.device(device))
     means = []
     for model in (plain, ours):
         torch.manual_seed(1)

@@ -29,6 +29,8 @@ from ctmasknet.engine.validation import (
 )
 from ctmasknet.errors import ConfigError
 from ctmasknet.models import COVIDCTMaskNet
+from ctmasknet.models.fast import computes_bfloat16
+from ctmasknet.models.roi_align import CPURoIAlign, feature_scales
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +76,7 @@ def prepare(config: TrainConfig, device: torch.device, *, rank: int, world: int,
     data, held_out = _open(config)
     torch.manual_seed(config.seed)
     model = initial_model(config, data.class_names).to(device)
-    _speed_up(model, config, device)
+    speed_up(model, config, device)
     source = _kept(data, config, device)
     samples = TrainingSlices(source, config.settings, config.seed)
     setup = Setup(model, model, samples, data.names, data.class_names)
@@ -156,19 +158,16 @@ def _fits(data: SliceDataset[Any], device: torch.device) -> bool:
     return float(np.mean(sizes)) * len(data) < free / 4
 
 
-def _speed_up(model: Model, config: TrainConfig, device: torch.device) -> None:
-    """Precision, memory layout and compilation of body and FPN; heads and boxes stay in plain float32."""
-    if config.precision == "bfloat16" or (config.precision == "auto" and _computes_bfloat16(device)):
+def speed_up(model: Model, config: TrainConfig, device: torch.device) -> None:
+    """Precision, memory layout and compilation of body and FPN; RoIAlign. Heads and boxes stay in plain float32."""
+    if config.precision == "bfloat16" or (config.precision == "auto" and computes_bfloat16(device)):
         model.backbone.autocast_dtype = torch.bfloat16
     if config.channels_last:
         model.backbone.to(memory_format=torch.channels_last)
     if config.compile:
         model.backbone.compile()
-
-
-def _computes_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 is faster than float32 there, not merely possible."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return bool(device.type == "cpu" and supported is not None and supported())
+    if device.type == "cpu":
+        heads, scales = model.roi_heads, feature_scales(model.variant)
+        heads.box_roi_pool = CPURoIAlign(heads.box_roi_pool, scales)
+        if heads.mask_roi_pool is not None:
+            heads.mask_roi_pool = CPURoIAlign(heads.mask_roi_pool, scales)

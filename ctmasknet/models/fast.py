@@ -4,7 +4,7 @@ What is done differently from the plain path, each with a test against it (`test
 
 - BatchNorm is folded into the convolutions before it, tensors are channels-last, optionally bfloat16;
 - the RPN chooses its best anchors first and decodes those, where torchvision decodes all (read in 0.29);
-- on a CPU, RoIAlign is a weighted sum of feature rows, on all threads, where torchvision's runs on one (0.29);
+- on a CPU, RoIAlign is that of `ctmasknet.models.roi_align`;
 - masks are pasted inside their boxes only and kept as bool.
 
 Box arithmetic is float32 throughout. The model itself is copied, not changed.
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,10 +23,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.transform import resize_boxes
-from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes, roi_align
+from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
 
 from ctmasknet.models.classification import COVIDCTMaskNet
 from ctmasknet.models.detector import Regions
+from ctmasknet.models.roi_align import feature_scales, pool
 from ctmasknet.models.segmentation import LesionMaskRCNN
 
 _READING_SETTINGS = (
@@ -41,8 +41,6 @@ _READING_SETTINGS = (
     "rpn_nms_thresh",
     "rpn_score_thresh",
 )
-_AT_ONCE = 512  # boxes, to bound the memory
-_CANONICAL_SIZE, _CANONICAL_LEVEL = 224.0, 4  # of the FPN paper, as in torchvision's MultiScaleRoIAlign
 
 
 @dataclass
@@ -93,9 +91,7 @@ class FastInference:
         weight = heads.box_head.fc6.weight.detach()
         channels = weight.shape[1] // size**2
         self._fc6 = weight.view(len(weight), channels, size**2).transpose(1, 2).reshape(len(weight), -1).contiguous()
-        # FPN levels double the stride; the registry names the coarsest one's.
-        stride, levels = model.variant.stride, model.variant.levels
-        self._scales = [2 ** (levels - 1 - level) / stride for level in range(levels)]
+        self._scales = feature_scales(model.variant)
         self._mask_head: nn.Module | None = None
         if heads.mask_head is not None:
             self._mask_head = copy.deepcopy(heads.mask_head).to(memory_format=torch.channels_last)
@@ -290,99 +286,6 @@ def _suppress(
     return boxes[kept[: rpn.post_nms_top_n()]]
 
 
-def pool(
-    features: list[Tensor], boxes: list[Tensor], scales: list[float], side: int, samples: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """RoIAlign (not aligned, as torchvision's Mask R-CNN has it) of every box, a part of the boxes at a time.
-
-    Args:
-        features: (B, C, H, W) per level, finest first.
-        boxes: (N, 4) per image, in pixels of the resized image.
-        scales: cells per pixel of each level.
-        side: bins per axis.
-        samples: sampling points per bin and axis.
-
-    Yields:
-        Which boxes, (R,) of all images' boxes in a row, and what is pooled in them: (R, side * side, C) float32.
-    """
-    image = torch.cat([torch.full((len(b),), i, device=b.device) for i, b in enumerate(boxes)])
-    every = torch.cat(boxes)
-    level = _levels(every, scales)
-    if every.device.type != "cpu":
-        yield torch.arange(len(every)), _pool_by_torchvision(features, every, image, level, scales, side, samples)
-        return
-    channels = features[0].shape[1]
-    table = torch.cat([f.permute(0, 2, 3, 1).reshape(-1, channels) for f in features])
-    heights = torch.tensor([f.shape[2] for f in features])[level]
-    widths = torch.tensor([f.shape[3] for f in features])[level]
-    sizes = [f.shape[0] * f.shape[2] * f.shape[3] for f in features]
-    first = torch.tensor([sum(sizes[:i]) for i in range(len(sizes))])[level] + image * heights * widths
-    scale = torch.tensor(scales)[level]
-    rows = _axis(every[:, 1] * scale, every[:, 3] * scale, heights, side, samples)
-    columns = _axis(every[:, 0] * scale, every[:, 2] * scale, widths, side, samples)
-    for start in range(0, len(every), _AT_ONCE):
-        part = torch.arange(start, min(start + _AT_ONCE, len(every)))
-        (y, y_weight), (x, x_weight) = ((index[part], weight[part]) for index, weight in (rows, columns))
-        y = first[part, None, None] + y * widths[part, None, None]
-        cells = y[:, :, None, :, None] + x[:, None, :, None, :]
-        weights = y_weight[:, :, None, :, None] * x_weight[:, None, :, None, :]
-        bins = len(part) * side * side
-        pooled = F.embedding_bag(
-            cells.reshape(bins, -1), table, per_sample_weights=weights.reshape(bins, -1), mode="sum"
-        )
-        yield part, pooled.view(len(part), side * side, channels)
-
-
-def _levels(boxes: Tensor, scales: list[float]) -> Tensor:
-    """The FPN level of each box, by its size (FPN paper, equation 1)."""
-    if len(scales) == 1:
-        return torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
-    finest = -torch.tensor(scales[0]).log2().item()
-    sides = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
-    level = torch.floor(_CANONICAL_LEVEL + torch.log2(sides / _CANONICAL_SIZE) + 1e-6)
-    return level.clamp(finest, finest + len(scales) - 1).to(torch.int64) - int(finest)
-
-
-def _axis(start: Tensor, end: Tensor, cells: Tensor, side: int, samples: int) -> tuple[Tensor, Tensor]:
-    """Along one axis: the cells each bin reads, (R, side, 2 * samples), and their weights; they average the samples.
-
-    Boxes reach from `start` to `end`, (R,) in cells, on an axis of so many cells, (R,).
-    """
-    step = (end - start).clamp(min=1.0) / side
-    offsets = (torch.arange(side * samples) + 0.5) / samples
-    at = start[:, None] + step[:, None] * offsets
-    last = (cells - 1)[:, None]
-    outside = (at < -1) | (at > cells[:, None])
-    at = at.clamp(min=0)
-    low = torch.minimum(at.to(torch.int64), last)
-    high = torch.minimum(low + 1, last)
-    fraction = torch.where(low == last, torch.zeros_like(at), at - low)
-    weight = torch.stack([1 - fraction, fraction], dim=-1) / samples
-    weight = weight.masked_fill(outside[..., None], 0.0)
-    index = torch.stack([low, high], dim=-1)
-    return index.view(len(start), side, -1), weight.view(len(start), side, -1)
-
-
-def _pool_by_torchvision(
-    features: list[Tensor],
-    boxes: Tensor,
-    image: Tensor,
-    level: Tensor,
-    scales: list[float],
-    side: int,
-    samples: int,
-) -> Tensor:
-    rois = torch.cat([image[:, None].to(boxes), boxes], dim=1)
-    pooled = boxes.new_zeros(len(boxes), features[0].shape[1], side, side)
-    for number, (feature, scale) in enumerate(zip(features, scales, strict=True)):
-        if len(scales) == 1:
-            pooled = roi_align(feature, rois, side, scale, samples)
-        else:
-            rows = (level == number).nonzero().squeeze(1)
-            pooled[rows] = roi_align(feature, rois[rows], side, scale, samples)
-    return pooled.flatten(2).transpose(1, 2)
-
-
 def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """(N, 28, 28) mask scores -> (N, H, W) bool, above 0.5; torchvision's pasting, inside each box only."""
     height, width = size
@@ -401,3 +304,12 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
         right, bottom = min(x2 + 1, width), min(y2 + 1, height)
         canvas[top:bottom, left:right] = resized[top - y1 : bottom - y1, left - x1 : right - x1]
     return result
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether the device has units for bfloat16, so that it is faster than float32, not merely possible."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Private in torch 2.6 to 2.15; there is no public query.
+    queries = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return device.type == "cpu" and any(query is not None and query() for query in queries)
