@@ -267,6 +267,24 @@ def test_sigterm_checkpoints_and_the_rest_is_as_if_nothing_happened(
     assert signal.getsignal(signal.SIGTERM) == handler
 
 
+def test_ctrl_c_checkpoints_and_a_second_one_stops_at_once(
+    lesions: Path, tmp_path: Path, at_step: dict[int, Any]
+) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    at_step |= {1: lambda: os.kill(os.getpid(), signal.SIGINT)}
+    once = train(segmenter_config(lesions, tmp_path / "once", batch_size=1))
+    assert (once.finished, 1 < once.steps < 4) == (False, True)
+
+    def twice() -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    at_step |= {1: twice}
+    with pytest.raises(KeyboardInterrupt):
+        train(segmenter_config(lesions, tmp_path / "twice", batch_size=1))
+    assert signal.getsignal(signal.SIGINT) == before
+
+
 def test_accumulation_resumes_at_a_whole_step(classes: Path, tmp_path: Path, at_step: dict[int, Any]) -> None:
     options: dict[str, Any] = {"batch_size": 1, "accumulate": 2}
     whole = train(classifier_config(classes, tmp_path / "whole", **options))

@@ -42,7 +42,7 @@ def gatherer(accelerator: Any) -> Gather:
 
 
 class StopRequest:
-    """SIGTERM as a wish that the loop grants at its next step.
+    """SIGTERM, or a first Ctrl-C, as a wish that the loop grants at its next step; a second Ctrl-C stops at once.
 
     Attributes:
         received: this process was asked to stop.
@@ -51,19 +51,22 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.received = self.agreed = False
-        self._previous: Any = None
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
         # Python delivers signals to the main thread only, and lets only it install handlers.
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._receive)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received:
+            raise KeyboardInterrupt
         self.received = True
