@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+
+# Several workers share the cores; set before torch is imported, for the processes that tests start too.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    threads = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
 
 
 @pytest.fixture(autouse=True)
-def exact_predictions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def exact_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
     """`Predictor` stays in float32: tests compare numbers, and which processors compute in bfloat16 differs."""
-    if "own_precision" not in request.keywords:
-        monkeypatch.setattr("ctmasknet.predictor.computes_bfloat16", lambda device: False)
+    monkeypatch.setattr("ctmasknet.predictor.computes_bfloat16", lambda device: False)

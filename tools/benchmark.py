@@ -43,6 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
     predicting.add_argument("--variants", nargs="+", default=list(VARIANTS), help="default: all 14")
     predicting.add_argument("--data", type=Path, help="CNCB folder (default: phantoms)")
     predicting.add_argument("--images", type=int, default=8, help="slices per round and side (default: 8)")
+    predicting.add_argument(
+        "--precision", default="auto", choices=("auto", "float32", "bfloat16"), help="of Predictor (default: its own)"
+    )
     predicting.add_argument("--ap", action="store_true", help="also AP of both sides on all of --data, where trained")
     predicting.add_argument("--no-memory", action="store_true", help="leave out the peak memory (a process each)")
     predicting.add_argument("--profile", action="store_true", help="print where the time of a variant goes")

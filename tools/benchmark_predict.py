@@ -57,7 +57,7 @@ def measure(name: str, images: list[np.ndarray], options: argparse.Namespace) ->
     pair: dict[str, Any] = {"segmenter": None, "classifier": None} | {
         "segmenter" if is_segmenter else "classifier": model
     }
-    ours = Predictor(**pair, device=options.device)
+    ours = Predictor(**pair, device=options.device, precision=options.precision)
     exact = Predictor(**pair, device=options.device, precision="float32")
     plain = _plain(model, ours, options.device)
     sides: dict[str, Callable[[], Any]] = {
@@ -88,7 +88,7 @@ def measure(name: str, images: list[np.ndarray], options: argparse.Namespace) ->
     if "network" in rates:
         facts["share_of_network_rate"] = round(rates["default"] / rates["network"], 2)
     facts["agreement"] = (
-        _same_detections(model, plain, images, options.device) if is_segmenter else _same_classes(model, images, ours)
+        _same_detections(model, plain, images, ours) if is_segmenter else _same_classes(model, images, ours)
     )
     if options.ap and options.data and is_segmenter and name in _trained():
         facts["ap"] = _average_precisions(plain, ours, options.data)
@@ -161,8 +161,8 @@ def _network_alone(model: Model, images: list[np.ndarray], ours: Predictor) -> C
 
 
 @torch.inference_mode()
-def _same_detections(model: Model, plain: Any, images: list[np.ndarray], device: str) -> dict[str, Any]:
-    ours = Predictor(model, None, device=device, score_threshold=LOW_SCORE)
+def _same_detections(model: Model, plain: Any, images: list[np.ndarray], like: Predictor) -> dict[str, Any]:
+    ours = Predictor(model, None, device=like.device, precision=like.precision, score_threshold=LOW_SCORE)
     heads = plain.network.roi_heads
     before, heads.score_thresh = heads.score_thresh, LOW_SCORE
     total = matched = alike = 0

@@ -32,6 +32,8 @@ from ctmasknet.models.segmentation import LesionMaskRCNN
 
 _READING_SETTINGS = (
     "num_classes",
+    "anchor_sizes",
+    "anchor_ratios",
     "min_size",
     "max_size",
     "image_mean",
