@@ -356,7 +356,12 @@ class Run:
         config, model = self.config, self.setup.model
         metadata: dict[str, Any] = {
             "classes": list(self.setup.class_names),
-            "metrics": {key: round(value, 4) for key, value in metrics.items()},
+            # "score" ranks the epochs of one run, and a loss depends on the recipe: neither belongs on a card.
+            "metrics": {
+                key: round(value, 4)
+                for key, value in metrics.items()
+                if key not in ("score", "images") and not key.startswith("val_loss")
+            },
             "training": self._training(),
         }
         if config.task == "segmentation":
