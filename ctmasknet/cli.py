@@ -128,6 +128,10 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "-o", "--out", type=Path, default=Path("ctmasknet-demo"), metavar="DIR", help="default: ctmasknet-demo"
     )
+    demo.add_argument("--web", action="store_true", help="serve a page to try it instead (extra demo)")
+    demo.add_argument("--host", metavar="H", help="with --web: where to listen (default: 127.0.0.1, this machine)")
+    demo.add_argument("--port", type=int, metavar="N", help="with --web: default: the first free one from 7860 on")
+    demo.add_argument("--max-upload-mb", type=int, metavar="MB", help="with --web: of one upload (default: 200)")
     _model_flags(demo)
     _json_flag(demo)
 
@@ -553,7 +557,40 @@ def _brief(prediction: Any) -> dict[str, Any]:
     }
 
 
+def _web(options: argparse.Namespace) -> int:
+    import signal
+
+    from ctmasknet.web import serve
+
+    def started(address: str) -> None:
+        print(f"{_DISCLAIMER} The page: {address} (Ctrl-C ends it)", flush=True)
+
+    def end(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, end)  # so that uploads are deleted
+    serve(
+        segmenter=options.segmenter,
+        classifier=options.classifier,
+        threshold=options.threshold,
+        device=options.device,
+        precision=options.precision,
+        seed=options.seed,
+        lesions=options.lesions,
+        host=options.host or "127.0.0.1",
+        port=options.port,
+        max_upload_mb=200 if options.max_upload_mb is None else options.max_upload_mb,
+        on_start=started,
+    )
+    return 0
+
+
 def _demo(options: argparse.Namespace) -> int:
+    if options.web:
+        return _web(options)
+    for flag in ("host", "port", "max_upload_mb"):
+        if getattr(options, flag) is not None:
+            raise ConfigError(f"--{flag.replace('_', '-')} goes with --web")
     from ctmasknet.data import phantom
     from ctmasknet.evaluation.detection import mask_iou
 
