@@ -11,7 +11,8 @@ agree. `scaling`: how the cost grows with batch size, image side and number of p
 step, a DataLoader that decodes with PIL, the paper's RoI sampling; --losses also trains both sides alike (batch 1, no
 augmentation, same weights, same optimizer) and compares the mean loss of the last quarter of the steps.
 
-Ratios are given per round, so that a machine whose speed drifts still tells.
+Speeds are those of the fastest round, since whatever else runs on a machine only slows a round down; the ratio of every
+round is in the JSON.
 """
 
 from __future__ import annotations

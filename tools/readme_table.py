@@ -1,4 +1,4 @@
-"""Write the table of variants in README.md from the registry and the manifest; --check only compares.
+"""Write the table of variants in README.md and docs/models.md from registry and manifest; --check only compares.
 
 python tools/readme_table.py
 """
@@ -12,24 +12,29 @@ from pathlib import Path
 from ctmasknet.registry import VARIANTS, Variant
 from ctmasknet.weights.manifest import ManifestEntry, manifest
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "models.md")
 BEGIN, END = "<!-- variants: tools/readme_table.py -->", "<!-- end of variants -->"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="exit with 1 if README.md is not up to date")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a page is not up to date")
     options = parser.parse_args(arguments)
-    text = README.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    updated = f"{before}{BEGIN}\n{table()}{END}{after}"
-    if options.check:
-        if updated != text:
-            print("README.md: the table of variants is not up to date: python tools/readme_table.py")
-        return int(updated != text)
-    README.write_text(updated, encoding="utf-8")
-    return 0
+    stale = 0
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        before, _, rest = text.partition(BEGIN)
+        _, _, after = rest.partition(END)
+        updated = f"{before}{BEGIN}\n\n{table()}\n{END}{after}"
+        if updated == text:
+            continue
+        stale += 1
+        if options.check:
+            print(f"{page.name}: the table of variants is not up to date: python tools/readme_table.py")
+        else:
+            page.write_text(updated, encoding="utf-8")
+    return int(options.check and stale > 0)
 
 
 def table() -> str:
