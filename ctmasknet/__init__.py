@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         WeightsError,
     )
     from ctmasknet.evaluation import Evaluation, evaluate
+    from ctmasknet.exporting import Exported, export
     from ctmasknet.predictor import Predictor, predict
     from ctmasknet.registry import Variant, get_variant, list_models
     from ctmasknet.results import Prediction
@@ -49,6 +50,7 @@ _HOMES = {
     "ctmasknet.volume_prediction": ("VolumePrediction",),
     "ctmasknet.results": ("Prediction",),
     "ctmasknet.evaluation": ("Evaluation", "evaluate"),
+    "ctmasknet.exporting": ("Exported", "export"),
     "ctmasknet.engine": ("TrainConfig", "TrainResult", "train"),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -58,6 +60,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "Evaluation",
+    "Exported",
     "InputError",
     "MissingExtraError",
     "Prediction",
@@ -70,6 +73,7 @@ __all__ = [
     "__version__",
     "create_model",
     "evaluate",
+    "export",
     "from_pretrained",
     "get_variant",
     "list_models",

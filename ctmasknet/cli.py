@@ -278,6 +278,24 @@ def _parser() -> argparse.ArgumentParser:
     paper.add_argument("--name", metavar="NAME", help="name of the files (default: the item's)")
     _evaluation_flags(paper)
 
+    export = _command(
+        commands,
+        "export",
+        _export,
+        "write a model as a file that runs without this library",
+        "onnx (extra export): the whole model, image in, boxes and masks or class probabilities out. pt2: backbone,\n"
+        "FPN and RPN head as a torch.export program. The file is written if its outputs are PyTorch's on phantoms.\n\n"
+        "Examples:\n"
+        "  ctmasknet export maskrcnn_resnet18_t1 -o model.onnx\n"
+        "  ctmasknet export maskrcnn_resnet18_t2 --weights run/best --format pt2 -o model.pt2",
+    )
+    export.add_argument("name", metavar="NAME", help="a variant: see ctmasknet list")
+    export.add_argument("--format", choices=("onnx", "pt2"), default="onnx", help="default: onnx")
+    export.add_argument("-o", "--out", required=True, type=Path, metavar="FILE", help="the file to write")
+    export.add_argument(
+        "--weights", default="default", metavar="W", help="default, a file, a folder or a Hub repository of weights"
+    )
+
     doctor = _command(
         commands,
         "doctor",
@@ -774,6 +792,13 @@ def _paper(options: argparse.Namespace) -> int:
     table, paths = make(options.item, request, options.out, name=options.name)
     print(table)
     print("\n" + " ".join(str(path) for path in paths))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from ctmasknet import create_model, export
+
+    print(export(create_model(options.name, weights=options.weights), options.out, format=options.format))
     return 0
 
 

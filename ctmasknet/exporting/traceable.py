@@ -1,0 +1,273 @@
+"""The whole of a model on one image, in operations that a traced graph can hold.
+
+Tracing records tensors only: every Python number taken from a shape would be frozen into the graph. So whatever
+depends on the size of the image or on the number of regions is written here once more with tensors; layers, weights
+and settings are the model's own. Run plainly, a module of this file gives what the model gives
+(`tests/test_export.py`). Arithmetic follows torchvision's, as read in 0.21 and 0.29.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.onnx.operators import shape_as_tensor
+from torchvision.ops import MultiScaleRoIAlign, nms, roi_align
+
+from ctmasknet.models.classification import COVIDCTMaskNet
+from ctmasknet.models.detector import Regions
+from ctmasknet.models.segmentation import LesionMaskRCNN
+
+_PAD = 32  # pixels: a resized image is padded to a multiple, as in GeneralizedRCNNTransform
+_TOGETHER = 1000  # boxes: torchvision does the NMS of more than so many class by class (4000 numbers, on a CPU)
+_CANONICAL_SIZE, _CANONICAL_LEVEL = 224.0, 4  # of the FPN paper, as in torchvision's MultiScaleRoIAlign
+
+
+class Detector(nn.Module):
+    """What segmenters and classifiers share: from an image to its ranked regions.
+
+    Args:
+        model: on the CPU, in evaluation mode and float32; thresholds and switches are those set on it at the time of
+            tracing.
+    """
+
+    def __init__(self, model: LesionMaskRCNN | COVIDCTMaskNet) -> None:
+        super().__init__()
+        self.model = model
+        self.strides = [model.variant.stride >> level for level in reversed(range(model.variant.levels))]
+
+    def features(self, image: Tensor) -> tuple[list[Tensor], Tensor]:
+        """(3, H, W) in 0..1 -> feature maps of the resized image, finest first, and its size (h, w) before padding."""
+        transform = self.model.transform
+        size = resized_size(_size(image), transform.min_size[-1], transform.max_size)
+        resized = resize(transform.normalize(image), size)
+        below, right = ((-size) % _PAD).unbind()
+        padded = F.pad(resized, (0, cast("int", right), 0, cast("int", below)))
+        return list(self.model.backbone(padded[None]).values()), size
+
+    def proposals(self, features: Sequence[Tensor], size: Tensor) -> Tensor:
+        """(R, 4) boxes of the RPN, best first, in pixels of the resized image, clipped to it."""
+        rpn = self.model.rpn
+        objectness, deltas = rpn.head(list(features))
+        boxes, scores, levels = [], [], []
+        for level, stride in enumerate(self.strides):
+            logits = objectness[level][0].permute(1, 2, 0).reshape(-1)
+            best = _best(logits, rpn.pre_nms_top_n())
+            anchors = grid_anchors(_size(features[level]), stride, rpn.anchor_generator.cell_anchors[level])
+            chosen = deltas[level][0].permute(1, 2, 0).reshape(-1, 4)[best]
+            boxes.append(rpn.box_coder.decode_single(chosen, anchors[best]))
+            scores.append(logits[best].sigmoid())
+            levels.append(torch.full_like(best, level))
+        box, score, level_of = clip(torch.cat(boxes), size), torch.cat(scores), torch.cat(levels)
+        valid = (score >= rpn.score_thresh).nonzero().squeeze(1)
+        kept = nms_per_class(box[valid], score[valid], level_of[valid], rpn.nms_thresh, range(len(self.strides)))
+        return box[valid][kept[: rpn.post_nms_top_n()]]
+
+    def regions(self, features: Sequence[Tensor], size: Tensor) -> Regions:
+        """The ranked regions, as `LesionRoIHeads.regions` gives them."""
+        heads = self.model.roi_heads
+        proposals = self.proposals(features, size)
+        logits, deltas = heads.box_predictor(heads.box_head(self.pool(heads.box_roi_pool, features, proposals)))
+        classes = heads.box_predictor.cls_score.out_features
+        scores = logits.softmax(-1) if heads.roi_score == "softmax" else logits.sigmoid()
+        boxes = heads.box_coder.decode_single(deltas, proposals).reshape(-1, classes, 4)
+        boxes = clip(boxes[:, 1:].reshape(-1, 4), size)
+        labels = (torch.zeros_like(scores[:, 1:], dtype=torch.int64) + torch.arange(1, classes)).reshape(-1)
+        scores = scores[:, 1:].reshape(-1)
+        deltas = deltas.reshape(-1, classes, 4)[:, 1:].reshape(-1, 4)
+        valid = scores > heads.score_thresh
+        if heads.drop_empty:
+            sides = boxes[:, 2:] - boxes[:, :2]
+            valid = valid & (sides[:, 0] * sides[:, 1] > 0)
+        rows = valid.nonzero().squeeze(1)
+        kept = nms_per_class(boxes[rows], scores[rows], labels[rows], heads.nms_thresh, range(1, classes))
+        rows = rows[kept[: heads.detections_per_img]]
+        return Regions(boxes[rows], scores[rows], labels[rows], deltas[rows])
+
+    def pool(self, pooler: MultiScaleRoIAlign, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
+        """(R, C, side, side): RoIAlign, each box on the FPN level of its size."""
+        rois = torch.cat([torch.zeros_like(boxes[:, :1]), boxes], dim=1)
+        if len(features) == 1:
+            return roi_align(features[0], rois, pooler.output_size, 1 / self.strides[0], pooler.sampling_ratio)
+        levels = fpn_levels(boxes, self.strides)
+        rows = [(levels == level).nonzero().squeeze(1) for level in range(len(features))]
+        pooled = [
+            roi_align(feature, rois[chosen], pooler.output_size, 1 / stride, pooler.sampling_ratio)
+            for feature, chosen, stride in zip(features, rows, self.strides, strict=True)
+        ]
+        # The inverse of the permutation that grouped the boxes by level.
+        back = torch.cat(rows).argsort()
+        return torch.cat(pooled)[back]
+
+
+class TraceableSegmenter(Detector):
+    """``(3, H, W) -> boxes (N, 4), labels (N,), scores (N,), masks (N, 1, H, W)``, as `LesionMaskRCNN` gives them."""
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        features, size = self.features(image)
+        regions = self.regions(features, size)
+        heads = self.model.roi_heads
+        logits = heads.mask_predictor(heads.mask_head(self.pool(heads.mask_roi_pool, features, regions.boxes)))
+        chosen = logits.gather(1, regions.labels[:, None, None, None].expand(-1, -1, *logits.shape[-2:]))
+        masks = chosen[:, 0].sigmoid() if heads.mask_score == "sigmoid" else chosen[:, 0]
+        boxes = rescale(regions.boxes, size, _size(image))
+        return boxes, regions.labels, regions.scores, paste(masks, boxes, _size(image))[:, None]
+
+
+class TraceableClassifier(Detector):
+    """``(3, H, W) -> logits (K,), probabilities (K,)`` and the RoI batch ``boxes, scores, labels, deltas``.
+
+    As `COVIDCTMaskNet` gives them in evaluation mode.
+    """
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        features, size = self.features(image)
+        regions = self.regions(features, size)
+        slots = cast("int", self.model.variant.roi_batch)
+        rows = batch_rows(shape_as_tensor(regions.scores)[0], slots, replicate=self.model.config.replicate)
+        batch = Regions(regions.boxes[rows], regions.scores[rows], regions.labels[rows], regions.deltas[rows])
+        matrix = torch.cat([batch.scores[:, None], batch.deltas], dim=1)
+        matrix = torch.cat([matrix, matrix.new_zeros(slots, 5)])[:slots]
+        logits = self.model.module_s(matrix[None])[0]
+        boxes = rescale(batch.boxes, size, _size(image))
+        return logits, logits.softmax(-1), boxes, batch.scores, batch.labels, batch.deltas
+
+
+def traceable(model: LesionMaskRCNN | COVIDCTMaskNet) -> TraceableSegmenter | TraceableClassifier:
+    """The model on one image, ready to be traced."""
+    whole = TraceableSegmenter(model) if isinstance(model, LesionMaskRCNN) else TraceableClassifier(model)
+    return whole.eval()
+
+
+def resized_size(size: Tensor, min_size: int, max_size: int) -> Tensor:
+    """(2,) int64 -> (2,) int64: the shorter side to `min_size`, unless the longer one would exceed `max_size`."""
+    # Quotients of double tensors, as Python does it: float32, and a number by a tensor, which torch takes to be the
+    # number times the tensor's reciprocal, are a pixel off for some sizes.
+    limits = torch.tensor([min_size, max_size], dtype=torch.float64)
+    scale = (limits / torch.stack([size.min(), size.max()]).double()).min()
+    return (size.double() * scale).floor().long()
+
+
+def resize(image: Tensor, size: Tensor) -> Tensor:
+    """(3, H, W) -> (3, h, w), bilinear, as `interpolate` without aligned corners.
+
+    ONNX has an operator for it, whose runtimes round the position of a sample otherwise than torch.
+    """
+    height, width = _size(image).unbind()
+    low, high, part = _samples(height, size[0])
+    image = image[:, low] * (1 - part)[:, None] + image[:, high] * part[:, None]
+    low, high, part = _samples(width, size[1])
+    return image[:, :, low] * (1 - part) + image[:, :, high] * part
+
+
+def _samples(source: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Per target pixel the two source pixels it lies between, and how far it is from the first."""
+    at = ((_range(target) + 0.5) * (source.float() / target.float()) - 0.5).clamp(min=0)
+    low = at.long()
+    return low, torch.minimum(low + 1, source - 1), at - low
+
+
+def grid_anchors(grid: Tensor, stride: int, cell: Tensor) -> Tensor:
+    """(h * w * A, 4): the (A, 4) anchors of a cell at each of the (h, w) cells of a feature map."""
+    y, x = torch.meshgrid(_range(grid[0]) * stride, _range(grid[1]) * stride, indexing="ij")
+    shifts = torch.stack([x, y, x, y], dim=-1).reshape(-1, 1, 4)
+    return (shifts + cell).reshape(-1, 4)
+
+
+def clip(boxes: Tensor, size: Tensor) -> Tensor:
+    """(N, 4) boxes cut at the borders of an image of size (h, w)."""
+    height, width = size.to(boxes).unbind()
+    return torch.minimum(boxes.clamp(min=0), torch.stack([width, height, width, height]))
+
+
+def rescale(boxes: Tensor, size: Tensor, target: Tensor) -> Tensor:
+    """(N, 4) boxes in an image of size (h, w) -> the same in one of size (H, W)."""
+    height, width = (target.to(boxes) / size.to(boxes)).unbind()
+    return boxes * torch.stack([width, height, width, height])
+
+
+def nms_per_class(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: float, known: Sequence[int]) -> Tensor:
+    """Rows kept by NMS within each of the `known` classes, best first; `torchvision.ops.batched_nms`, bit for bit.
+
+    torchvision moves boxes of different classes apart and does all at once, unless there are many. The move rounds
+    coordinates, which can tip a decision, so it is done here too; then each class by itself comes to the same.
+    """
+    together = shape_as_tensor(scores)[0] <= _TOGETHER
+    largest = torch.cat([boxes.reshape(-1), boxes.new_zeros(1)]).max()  # boxes are not negative, but may be none
+    boxes = boxes + (classes.to(boxes) * (largest + 1) * together.to(boxes))[:, None]
+    if len(known) == 1:
+        return nms(boxes, scores, threshold)
+    kept = []
+    for number in known:
+        rows = (classes == number).nonzero().squeeze(1)
+        kept.append(rows[nms(boxes[rows], scores[rows], threshold)])
+    rows = torch.cat(kept).sort()[0]
+    return rows[scores[rows].sort(descending=True)[1]]
+
+
+def fpn_levels(boxes: Tensor, strides: Sequence[int]) -> Tensor:
+    """(N,) the FPN level of each box by its size, 0 the finest (FPN paper, equation 1)."""
+    sides = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
+    level = torch.floor(_CANONICAL_LEVEL + torch.log2(sides / _CANONICAL_SIZE) + 1e-6)
+    finest = strides[0].bit_length() - 1
+    return level.clamp(finest, finest + len(strides) - 1).long() - finest
+
+
+def batch_rows(valid: Tensor, slots: int, *, replicate: bool) -> Tensor:
+    """Which of `valid` ranked regions stands in which slot of the RoI batch: `roi_batch.fill_batch`, not random.
+
+    Returns:
+        (slots,) int64; fewer where slots stay free: (valid,) without replication, (0,) without a region.
+    """
+    rows = torch.arange(slots)
+    if not replicate:
+        return rows[:valid]
+    some = valid.clamp(min=1)
+    each = torch.div(torch.full_like(some, slots), some, rounding_mode="floor")
+    more = slots - each * some  # so many ranks, the first ones, stand in once more
+    early = torch.div(rows, each + 1, rounding_mode="floor")
+    late = torch.div(rows - more, each, rounding_mode="floor")
+    return torch.where(early < more, early, late)[: slots * valid.clamp(max=1)]
+
+
+def paste(masks: Tensor, boxes: Tensor, size: Tensor) -> Tensor:
+    """(N, M, M) masks -> (N, H, W) in the image, 0 outside their boxes: torchvision's `paste_masks_in_image`.
+
+    There, a mask with a border of zeros is stretched over its box, widened by as much and cut to whole pixels. Bilinear
+    stretching is separable, so here it is a product of matrices: no loop over masks in the graph.
+    """
+    side = masks.shape[-1] + 2
+    widened = (side / (side - 2)) * 0.5 * (boxes[:, 2:] - boxes[:, :2])
+    centre = (boxes[:, 2:] + boxes[:, :2]) * 0.5
+    first, last = (centre - widened).long(), (centre + widened).long()
+    rows = _stretch(first[:, 1], last[:, 1], size[0], side)
+    columns = _stretch(first[:, 0], last[:, 0], size[1], side)
+    return rows @ F.pad(masks, (1, 1, 1, 1)) @ columns.transpose(1, 2)
+
+
+def _stretch(first: Tensor, last: Tensor, length: Tensor, side: int) -> Tensor:
+    """(N, length, side): the weight of each of `side` mask cells at each pixel, 0 outside first..last."""
+    extent = (last - first + 1)[:, None]
+    place = _range(length) - first[:, None]
+    at = ((place + 0.5) * (side / extent.float()) - 0.5).clamp(0, side - 1)
+    weights = (1 - (at[:, :, None] - torch.arange(side)).abs()).clamp(min=0)
+    return weights * ((place >= 0) & (place < extent))[:, :, None]
+
+
+def _best(scores: Tensor, count: int) -> Tensor:
+    """Rows of the `count` highest scores, best first; of all, where there are fewer."""
+    present = shape_as_tensor(scores)[0].clamp(max=count)
+    return scores.topk(cast("int", present))[1]
+
+
+def _range(count: Tensor) -> Tensor:
+    """0..count - 1; the count stays a tensor, so that a trace does not freeze it."""
+    return torch.arange(cast("int", count))
+
+
+def _size(image: Tensor) -> Tensor:
+    """(2,) int64: the last two sides, as a tensor, so that a trace does not freeze them."""
+    return shape_as_tensor(image)[-2:]

@@ -1,0 +1,292 @@
+"""Exported files: run by onnxruntime or torch.export alone, compared with the models."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.onnx.operators import shape_as_tensor
+
+import ctmasknet
+from ctmasknet import cli
+from ctmasknet.data import phantom
+from ctmasknet.errors import ConfigError, MissingExtraError
+from ctmasknet.exporting import ExportError, check, onnx_file
+from ctmasknet.exporting.traceable import batch_rows, resized_size
+from ctmasknet.models.roi_batch import replication_counts
+from ctmasknet.output import OutputError
+from ctmasknet.registry import VARIANTS
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+SHARED = Path(__file__).parents[2] / "shared"
+SMALL = {"min_size": 96, "max_size": 192, "rpn_pre_nms_top_n_test": 200, "rpn_post_nms_top_n_test": 50}
+ATOL = {"boxes": 1e-2, "scores": 1e-4, "logits": 1e-4, "probabilities": 1e-4, "labels": 0, "deltas": 1e-3}
+
+
+def spread_model(name, **options):
+    """Random weights whose scores lie apart, around 0.5: rounding would put nearly equal ones in another order."""
+    torch.manual_seed(0)
+    model = ctmasknet.create_model(name, **(SMALL | options))
+    with torch.no_grad():
+        image = slices()[2]
+        for level, feature in zip(model.backbone.fpn.layer_blocks, model.backbone(image[None]).values(), strict=True):
+            level[0].weight.div_(feature.std())
+        model.rpn.head.cls_logits.weight.mul_(8)
+        predictor, heads = model.roi_heads.box_predictor, model.roi_heads
+        predictor.cls_score.weight.mul_(5)
+        predictor.cls_score.bias.zero_()
+        threshold, heads.score_thresh = heads.score_thresh, -1.0
+        predictor.cls_score.bias[0] += model([image])[0]["scores"].median().logit()
+        heads.score_thresh = threshold
+    return model
+
+
+def slices():
+    """The phantom, and others of other sizes and sides."""
+    image = torch.from_numpy(phantom(1).image).float().div(255).expand(3, -1, -1)
+    resized = F.interpolate(image[None], (300, 411), mode="bilinear")[0]
+    return [image, resized, image[:, 150:250, 50:450], image[:, 33:433, 201:370]]
+
+
+def run(path, image):
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(None, {"image": image.numpy()}), strict=True))
+
+
+@torch.no_grad()
+def assert_matches(path, model, image):
+    """Row by row, masks included; returns the number of regions."""
+    expected, given = model([image])[0], run(path, image)
+    assert set(given) == set(expected)
+    for name, values in expected.items():
+        assert given[name].shape == tuple(values.shape), name
+        if name == "masks":
+            assert given[name].shape[2:] == tuple(image.shape[1:])
+            assert np.sum((given[name] > 0.5) != (values.numpy() > 0.5)) <= 1e-4 * values.numel()
+        else:
+            np.testing.assert_allclose(given[name], values.numpy(), rtol=0, atol=ATOL[name], err_msg=name)
+    return len(expected["scores"])
+
+
+@pytest.fixture(scope="module")
+def segmenter_file(tmp_path_factory):
+    """A segmenter of two lesion classes."""
+    model = spread_model("maskrcnn_resnet18_t2", num_classes=3, box_score_thresh=0.4, box_detections_per_img=20)
+    path = tmp_path_factory.mktemp("segmenter") / "model.onnx"
+    return model, path, ctmasknet.export(model, path)
+
+
+def test_the_onnx_segmenter_gives_what_the_model_gives_at_any_image_size(segmenter_file):
+    model, path, _ = segmenter_file
+    counts = [assert_matches(path, model, image) for image in slices()]
+    assert max(counts) > 5
+
+
+def test_the_onnx_segmenter_gives_empty_outputs_where_nothing_is_found(tmp_path):
+    model = spread_model("maskrcnn_resnet18_t2", box_score_thresh=0.9999)
+    model.roi_heads.box_predictor.cls_score.bias.data[0] = 50
+    ctmasknet.export(model, tmp_path / "model.onnx")
+    assert [assert_matches(tmp_path / "model.onnx", model, image) for image in slices()] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("replicate", [True, False])
+def test_the_onnx_classifier_gives_what_the_model_gives_with_few_regions_or_none(tmp_path, replicate):
+    model = spread_model("ctmasknet_resnet18_t2", replicate=replicate, box_score_thresh=0.45)
+    ctmasknet.export(model, tmp_path / "model.onnx")
+    assert min(assert_matches(tmp_path / "model.onnx", model, image) for image in slices()) > 0
+    model.roi_heads.score_thresh = 2.0
+    ctmasknet.export(model, tmp_path / "none.onnx")
+    assert assert_matches(tmp_path / "none.onnx", model, slices()[1]) == 0
+
+
+def test_a_segmenter_is_exported_at_the_operating_point_of_its_weights(tmp_path):
+    model = spread_model("maskrcnn_resnet18_t2")
+    model.metadata["operating_point"] = {"score_threshold": 0.3, "nms_threshold": 0.2}
+    before = model.roi_heads.score_thresh
+    exported = ctmasknet.export(model, tmp_path / "model.onnx")
+    assert model.roi_heads.score_thresh == before  # the model itself is left alone
+    thresholds = json.loads(exported.metadata["thresholds"])
+    assert (thresholds["score"], thresholds["nms"]) == (0.3, 0.2)
+    model.roi_heads.score_thresh, model.roi_heads.nms_thresh = 0.3, 0.2
+    with torch.no_grad():
+        found = len(model(slices()[:1])[0]["scores"])
+    assert len(run(tmp_path / "model.onnx", slices()[0])["scores"]) == found > 0
+
+
+def test_the_onnx_file_carries_its_metadata(segmenter_file):
+    model, path, exported = segmenter_file
+    stored = {entry.key: entry.value for entry in onnx.load_model(path).metadata_props}
+    assert stored == exported.metadata
+    assert stored["variant"] == "maskrcnn_resnet18_t2"
+    assert stored["task"] == "segmentation"
+    assert json.loads(stored["classes"]) == ["background", "GGO", "consolidation"]
+    assert json.loads(stored["preprocessing"])["in_the_file"]["min_size"] == 96
+    assert json.loads(stored["versions"])["torch"] == torch.__version__
+    assert stored["notice"] == "Research software, not a medical device."
+    with torch.no_grad():
+        model.rpn.head.cls_logits.bias[0] += 1
+        other = onnx_file_metadata(model)
+        model.rpn.head.cls_logits.bias[0] -= 1
+    assert stored["weights_sha256"] == onnx_file_metadata(model)
+    assert stored["weights_sha256"] != other
+
+
+def onnx_file_metadata(model):
+    from ctmasknet.exporting.metadata import describe
+
+    return describe(model, "onnx")["weights_sha256"]
+
+
+@pytest.mark.parametrize(("shorter", "longer"), [(96, 192), (512, 1024), (800, 1333)])
+def test_images_are_resized_to_the_size_that_the_model_takes(tmp_path, shorter, longer):
+    class Resized(torch.nn.Module):
+        def forward(self, image):
+            return resized_size(shape_as_tensor(image), shorter, longer)
+
+    path, sides = tmp_path / "size.onnx", {"image": {0: "height", 1: "width"}}
+    arguments = {"dynamo": False, "opset_version": onnx_file.OPSET, "input_names": ["image"], "dynamic_axes": sides}
+    torch.onnx.export(Resized(), (torch.zeros(40, 50),), path, **arguments)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for height, width in [(300, 411), (411, 300), *np.random.default_rng(0).integers(32, 1500, (500, 2)).tolist()]:
+        scale = min(shorter / min(height, width), longer / max(height, width))
+        expected = [math.floor(height * scale), math.floor(width * scale)]
+        assert session.run(None, {"image": np.zeros((height, width), np.float32)})[0].tolist() == expected
+
+
+@pytest.mark.parametrize("slots", [1, 5, 128])
+def test_slots_of_the_batch_are_filled_as_by_the_model(slots):
+    for valid in range(1, slots + 1):
+        rows = batch_rows(torch.tensor(valid), slots, replicate=True)
+        assert torch.equal(rows.bincount(minlength=valid), replication_counts(valid, slots))
+        assert torch.equal(rows, rows.sort()[0])
+
+
+@pytest.mark.parametrize("name", ["maskrcnn_resnet18_t2"])
+def test_the_pt2_archive_gives_the_same_tensors_for_any_batch_of_multiples_of_32(tmp_path, name):
+    model = spread_model(name)
+    exported = ctmasknet.export(model, tmp_path / "model.pt2", format="pt2")
+    extra = {"metadata.json": ""}
+    program = torch.export.load(tmp_path / "model.pt2", extra_files=extra).module()
+    assert json.loads(extra["metadata.json"]) == exported.metadata
+    assert "mean" in json.loads(exported.metadata["preprocessing"])["before_the_file"]
+    for shape in [(1, 3, 96, 96), (3, 3, 64, 160)]:
+        images = torch.randn(shape)
+        with torch.no_grad():
+            features = list(model.backbone(images).values())
+            expected = [features, *model.rpn.head(features)]
+        given = program(images)
+        for one, other in zip(expected, given, strict=True):
+            for level, loaded in zip(one, other, strict=True):
+                torch.testing.assert_close(loaded, level, rtol=0, atol=1e-5)
+
+
+def test_a_file_that_gives_something_else_is_refused_and_not_written(tmp_path, monkeypatch):
+    model = spread_model("maskrcnn_resnet18_t2", box_score_thresh=0.1)
+    monkeypatch.setattr(onnx_file, "check_images", lambda: [slices()[1]])
+    honest = onnx_file.traceable
+
+    def dishonest(model):
+        graph = honest(model)
+        graph.model.transform.image_mean = [0.0, 0.0, 0.0]
+        return graph
+
+    def restored(content, model):
+        model.transform.image_mean = list(model.config.image_mean)
+        return onnx_file.check_onnx(content, model)
+
+    monkeypatch.setattr(onnx_file, "traceable", dishonest)
+    monkeypatch.setattr("ctmasknet.exporting.check_onnx", restored)
+    (tmp_path / "model.onnx").write_bytes(b"before")
+    with pytest.raises(ExportError, match=r"maskrcnn_resnet18_t2 in onnxruntime .* differ .* nothing was written"):
+        ctmasknet.export(model, tmp_path / "model.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+    assert (tmp_path / "model.onnx").read_bytes() == b"before"
+
+
+def test_regions_of_equal_score_may_change_places_but_not_values():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 40, 40]])
+    one = {"boxes": boxes, "labels": torch.tensor([1, 2]), "scores": torch.tensor([0.5, 0.5])}
+    swapped = {name: values.flip(0) for name, values in one.items()}
+    assert check.compare(one, swapped) == {"boxes": 0, "labels": 0, "scores": 0}
+    assert check.compare(one, swapped | {"boxes": boxes.flip(0) + 1})["boxes"] == 1
+    assert check.compare(one, {name: values[:1] for name, values in one.items()})["scores"] == float("inf")
+    with pytest.raises(ExportError, match="boxes"):
+        check.require_close({"boxes": float("nan")}, check.TOLERANCES, "x")
+
+
+def test_what_cannot_be_exported_is_said_before_the_work(tmp_path, monkeypatch):
+    model = ctmasknet.create_model("maskrcnn_resnet18_t2", **SMALL)
+    monkeypatch.setattr("ctmasknet.exporting.to_onnx", lambda *_: pytest.fail("work was done"))
+    with pytest.raises(ConfigError, match="'tflite': use 'onnx' or 'pt2'"):
+        ctmasknet.export(model, tmp_path / "m", format="tflite")
+    with pytest.raises(ConfigError, match="create_model"):
+        ctmasknet.export("maskrcnn_resnet18_t2", tmp_path / "m")
+    with pytest.raises(OutputError, match="a folder is in the place of the file"):
+        ctmasknet.export(model, tmp_path)
+
+    def missing(module, extra, purpose):
+        raise MissingExtraError(f"{purpose} needs {module}: pip install 'ctmasknet[{extra}]'")
+
+    monkeypatch.setattr(onnx_file, "import_extra", missing)
+    with pytest.raises(MissingExtraError, match=r"ctmasknet\[export\]"):
+        ctmasknet.export(model, tmp_path / "m.onnx")
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    model = ctmasknet.create_model("ctmasknet_resnet18_t2", **SMALL)
+    with pytest.raises(OutputError, match=r"model.pt2: cannot be written"):
+        ctmasknet.export(model, tmp_path / "file" / "model.pt2", format="pt2")
+
+
+def test_the_command_says_in_one_line_what_it_wrote_or_what_is_wrong(tmp_path, capsys):
+    weights = spread_model("maskrcnn_resnet18_t2").save_pretrained(tmp_path / "weights")
+    command = ["export", "maskrcnn_resnet18_t2", "--weights", str(weights), "-o"]
+    assert cli.main([*command, str(tmp_path / "out" / "m.onnx")]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith(f"{tmp_path / 'out' / 'm.onnx'}: onnx, ")
+    assert said.out.count("\n") == 1
+    assert said.err == ""
+    assert (tmp_path / "out" / "m.onnx").stat().st_size > 1_000_000
+    assert cli.main([*command, str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_runs_in_onnxruntime_and_matches(tmp_path, name):
+    options = {"box_score_thresh": 0.3, "box_detections_per_img": 30} if name.startswith("maskrcnn") else {}
+    model = spread_model(name, **options)
+    ctmasknet.export(model, tmp_path / "model.onnx")
+    assert max(assert_matches(tmp_path / "model.onnx", model, image) for image in slices()) > 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["maskrcnn_resnet18_t1", "ctmasknet_resnet18_t1"])
+def test_bundled_weights_match_at_full_size_on_real_slices(tmp_path, name):
+    files = sorted(SHARED.glob("data/**/*.png"))[:400:80]
+    if not files:
+        pytest.skip("no real slices here")
+    from ctmasknet.data.readers import read_slice
+
+    model = ctmasknet.create_model(name, weights="default")
+    ctmasknet.export(model, tmp_path / "model.onnx")
+    if name.startswith("maskrcnn"):
+        heads = model.roi_heads
+        from ctmasknet.predictor import operating_point
+
+        heads.score_thresh, heads.nms_thresh = operating_point(model)
+    for file in files:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pixels = torch.from_numpy(read_slice(file).pixels)
+        assert_matches(tmp_path / "model.onnx", model, pixels.expand(3, -1, -1).contiguous())
