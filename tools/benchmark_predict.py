@@ -301,7 +301,10 @@ def write(report: dict[str, Any], where: dict[str, Any], out: Path) -> list[Path
 def _plot(report: dict[str, Any], path: Path) -> Path:
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    measured = {n: f for n, f in report["variants"].items() if "ap" in f}
+    panels = 2 if measured else 1
+    figure, grid = plt.subplots(1, panels, figsize=(5.5 * panels, 4.2), layout="constrained", squeeze=False)
+    axes = grid[0]
     markers = {"segmentation": "o", "classification": "^"}
     for name, facts in report["variants"].items():
         variant = get_variant(name)
@@ -321,9 +324,10 @@ def _plot(report: dict[str, Any], path: Path) -> Path:
         ("classifier, plain", "^", "white"),
     ):
         axes[0].plot([], [], marker, mfc=face, mec="#0072B2", ls="", label=label)
-    axes[0].set(xscale="log", xlabel="parameters, millions", ylabel="slices per second")
+    axes[0].set(xscale="log", xlabel="parameters, millions", ylabel="slices per second", xlim=(3, 50))
+    axes[0].set_xticks([4, 8, 16, 32], ["4", "8", "16", "32"])
+    axes[0].minorticks_off()
     axes[0].legend(frameon=False, fontsize=8)
-    measured = {n: f for n, f in report["variants"].items() if "ap" in f}
     for name, facts in measured.items():
         axes[1].plot(facts["images_per_s"]["default"], facts["ap"]["default"]["ap50"], "o", color="#0072B2")
         axes[1].annotate(
@@ -333,10 +337,9 @@ def _plot(report: dict[str, Any], path: Path) -> Path:
             textcoords="offset points",
             size=8,
         )
-    axes[1].set(xlabel="slices per second", ylabel="AP@0.5 at the operating point", ylim=(0, 1))
-    axes[1].margins(x=0.4)
-    if not measured:
-        axes[1].set_axis_off()
+    if measured:
+        axes[1].set(xlabel="slices per second", ylabel="AP@0.5 at the operating point", ylim=(0, 1))
+        axes[1].margins(x=0.4)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
