@@ -6,7 +6,6 @@ import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
@@ -21,7 +20,7 @@ from ctmasknet.errors import ConfigError, CTMaskNetError, InputError
 from ctmasknet.models.classification import COVIDCTMaskNet
 from ctmasknet.models.config import model_config
 from ctmasknet.models.fast import FastInference, Found, Reading, computes_bfloat16, same_detector
-from ctmasknet.models.protocols import score_maps
+from ctmasknet.models.protocols import heads_set_to, score_maps
 from ctmasknet.models.segmentation import LesionMaskRCNN
 from ctmasknet.registry import (
     DEFAULT_CLASSIFIER,
@@ -243,7 +242,8 @@ class Predictor:
             if isinstance(self.segmenter, LesionMaskRCNN):
                 fast = self._fast["segmentation"]
                 reading = fast.read(tensors)
-                with self._thresholds(self.segmenter):
+                heads = self.segmenter.roi_heads
+                with heads_set_to(heads, score_thresh=self.score_threshold, nms_thresh=self.nms_threshold):
                     found = fast.segment(reading)
                 if self.score_map:
                     maps = score_maps(self.segmenter, tensors, nms_threshold=self.segmenter.config.box_nms_thresh)
@@ -321,17 +321,6 @@ class Predictor:
             slot = "segmenter" if task == "segmentation" else "classifier"
             raise ConfigError(f"{model.variant.name} is for {model.variant.task}: it cannot be the {slot}")
         return model.to(self.device)
-
-    @contextmanager
-    def _thresholds(self, model: LesionMaskRCNN) -> Iterator[None]:
-        """The thresholds for one forward; a model passed in keeps its own afterwards."""
-        heads = model.roi_heads
-        before = heads.score_thresh, heads.nms_thresh
-        heads.score_thresh, heads.nms_thresh = self.score_threshold, self.nms_threshold
-        try:
-            yield
-        finally:
-            heads.score_thresh, heads.nms_thresh = before
 
 
 def _counted(items: Iterable[Item], total: int, progress: Callable[[int, int], None]) -> Iterator[Item]:

@@ -115,7 +115,7 @@ def _ranked_regions(
     features = model.backbone(batch.tensors)
     proposals, _ = model.rpn(batch, features)
     # NMS at 1 removes nothing: it is done afterwards, once per protocol.
-    with _settings(model.roi_heads, score_thresh=score_threshold, nms_thresh=1.0, detections_per_img=1 << 30):
+    with heads_set_to(model.roi_heads, score_thresh=score_threshold, nms_thresh=1.0, detections_per_img=1 << 30):
         regions = model.roi_heads.regions(features, proposals, batch.image_sizes)
     return features, regions, batch.image_sizes
 
@@ -134,7 +134,7 @@ def _rows(regions: Regions, rows: Tensor) -> Regions:
 def _mask_logits(
     heads: LesionRoIHeads, features: dict[str, Tensor], regions: list[Regions], shapes: list[tuple[int, int]]
 ) -> tuple[Tensor, ...]:
-    with _settings(heads, mask_score="logit"):
+    with heads_set_to(heads, mask_score="logit"):
         return heads._masks(features, regions, shapes)
 
 
@@ -149,7 +149,8 @@ def _pasted(
 
 
 @contextmanager
-def _settings(heads: LesionRoIHeads, **values: object) -> Iterator[None]:
+def heads_set_to(heads: LesionRoIHeads, **values: object) -> Iterator[None]:
+    """RoI heads with other settings for a while; afterwards they are as they were."""
     before = {name: getattr(heads, name) for name in values}
     for name, value in values.items():
         setattr(heads, name, value)
