@@ -5,7 +5,6 @@ Each turns slices into rows of plain values, a few kB instead of the masks, read
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -24,6 +23,7 @@ from ctmasknet.models.protocols import PAPER, detect_at
 from ctmasknet.models.protocols import Protocol as Detection
 from ctmasknet.predictor import class_names, operating_point
 from ctmasknet.registry import Task
+from ctmasknet.weights.files import state_digest
 
 ROI_THRESHOLDS = (0.2, 0.5, 0.9)
 """RoI scores of Tables 4 and 5 and of Figure 4."""
@@ -170,11 +170,7 @@ def check_label(sample: ClassificationSample, classes: int) -> None:
 
 def digest(model: torch.nn.Module) -> str:
     """SHA-256 of a model's values, shortened: tells two sets of weights apart."""
-    found = hashlib.sha256()
-    for key, value in sorted(model.state_dict().items()):
-        found.update(key.encode())
-        found.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()[:16]
+    return state_digest(model.state_dict())[:16]
 
 
 def _input(image: Tensor, device: torch.device) -> Tensor:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torchvision
-from torch import Tensor
 
 from ctmasknet import __version__
 from ctmasknet.data.readers import LUNG_WINDOW
 from ctmasknet.predictor import class_names
 from ctmasknet.registry import LESION_CLASSES
 from ctmasknet.weights.assemble import Model
+from ctmasknet.weights.files import state_digest
 
 NOTICE = "Research software, not a medical device."
 
@@ -47,15 +45,6 @@ def describe(model: Model, format: str) -> dict[str, str]:
         facts["lesion_classes"] = list(LESION_CLASSES.get(config.num_classes, ()))
     facts |= {key: model.metadata[key] for key in ("license", "caveat") if key in model.metadata}
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
-
-
-def state_digest(tensors: Mapping[str, Tensor]) -> str:
-    """Hexadecimal SHA-256 over a state dict: of each tensor, by name, its name in UTF-8 and its little-endian bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _preprocessing(model: Model, format: str) -> dict[str, Any]:

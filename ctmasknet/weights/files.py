@@ -203,3 +203,12 @@ def _check_operating_point(path: Path, point: dict[str, Any]) -> None:
             raise WeightsError(f"{path}: unknown field 'operating_point.{key}'")
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
             raise WeightsError(f"{path}: operating_point.{key} must be a number in 0..1")
+
+
+def state_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Hexadecimal SHA-256 over a state dict: of each tensor, by name, its name in UTF-8 and its little-endian bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
