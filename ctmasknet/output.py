@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +32,23 @@ def cannot_write(path: Path, error: OSError) -> OutputError:
     """The error to raise where writing `path` failed: names it and the fix."""
     fix = WRITE_FIXES.get(error.errno or 0, "choose another folder")
     return OutputError(f"{path}: cannot be written ({error.strerror or error}): {fix}")
+
+
+def require_writable(path: Path) -> None:
+    """See, before long work, that `path` can be written once it is done; its folder is made as needed.
+
+    Raises:
+        OutputError: it cannot.
+    """
+    trial = path.parent / f".ctmasknet-{uuid.uuid4().hex}.tmp"
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trial.touch(exist_ok=False)
+        trial.unlink()
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 def write_files(contents: Mapping[Path, bytes]) -> None:

@@ -74,11 +74,11 @@ def dicom_dataset(stored: np.ndarray, **tags: Any) -> Any:
         "PixelSpacing": [0.7, 0.8],
         "SliceThickness": "2",
         "ImageOrientationPatient": [1, 0, 0, 0, 1, 0],
-        "BitsAllocated": 16,
-        "BitsStored": 16,
-        "HighBit": 15,
-        "PixelRepresentation": 1,
-        "PixelData": stored.astype("<i2").tobytes(),
+        "BitsAllocated": 8 * stored.dtype.itemsize,
+        "BitsStored": 8 * stored.dtype.itemsize,
+        "HighBit": 8 * stored.dtype.itemsize - 1,
+        "PixelRepresentation": int(stored.dtype.kind == "i"),
+        "PixelData": stored.tobytes(),
         **tags,
     }
     for keyword, value in values.items():

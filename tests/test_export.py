@@ -241,7 +241,8 @@ def test_what_cannot_be_exported_is_said_before_the_work(tmp_path, monkeypatch):
         ctmasknet.export(model, tmp_path / "m.onnx")
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+def test_a_folder_that_cannot_be_written_is_named_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("ctmasknet.exporting.to_pt2", lambda *_: pytest.fail("work was done"))
     (tmp_path / "file").write_text("in the way")
     model = ctmasknet.create_model("ctmasknet_resnet18_t2", **SMALL)
     with pytest.raises(OutputError, match=r"model.pt2: cannot be written"):
@@ -253,9 +254,10 @@ def test_the_command_says_in_one_line_what_it_wrote_or_what_is_wrong(tmp_path, c
     command = ["export", "maskrcnn_resnet18_t2", "--weights", str(weights), "-o"]
     assert cli.main([*command, str(tmp_path / "out" / "m.onnx")]) == 0
     said = capsys.readouterr()
-    assert said.out.startswith(f"{tmp_path / 'out' / 'm.onnx'}: onnx, ")
+    assert said.out.startswith(f"{tmp_path / 'out' / 'm.onnx'}: onnx opset 17, ")
     assert said.out.count("\n") == 1
     assert said.err == ""
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["m.onnx"]
     assert (tmp_path / "out" / "m.onnx").stat().st_size > 1_000_000
     assert cli.main([*command, str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rois import awkward_boxes
 from torch import Tensor
 from torch.testing import assert_close
 from torchvision.models.detection.image_list import ImageList
@@ -32,17 +33,6 @@ def living(name: str, **options):
 def pictures() -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.rand(3, *size, generator=generator) for size in ((96, 96), (80, 130), (200, 150))]
-
-
-def boxes(count: int, extent: float) -> Tensor:
-    generator = torch.Generator().manual_seed(2)
-    corner = torch.rand(count, 2, generator=generator) * extent
-    size = torch.rand(count, 2, generator=generator) ** 3 * extent
-    made = torch.cat([corner, corner + size], dim=1)
-    made[0] = 0.0  # empty
-    made[1, 2:] = made[1, :2]
-    made[2] = torch.tensor([-40.0, -40.0, extent * 3, extent * 3])  # far outside
-    return made
 
 
 def segment(model, dtype=torch.float32):
@@ -147,7 +137,7 @@ def test_proposals_are_the_rpns(name):
 
 def test_pasting_is_torchvisions():
     masks = torch.rand(40, 1, 28, 28)
-    made = boxes(40, 120.0)
+    made = awkward_boxes(40, 120.0)
     made[2] = torch.tensor([0.0, 0.0, 130.0, 110.0])
     made = clip_boxes_to_image(made, (110, 130))
     expected = paste_masks_in_image(masks, made, (110, 130))[:, 0] > 0.5

@@ -17,6 +17,7 @@ import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image, ImageFile
+from scans import dicom_dataset
 
 from ctmasknet.data.readers import LUNG_WINDOW, MAX_SIDE, MIN_SIDE, Slice, read_slice, window
 from ctmasknet.errors import ConfigError, CTMaskNetError, InputError, MissingExtraError
@@ -441,35 +442,14 @@ WINDOWED = np.interp(HU, [-1350, 150], [0, 1])
 
 def make_dicom(path: Path, stored: np.ndarray, *, syntax: Any = None, preamble: Any = True, **tags: Any) -> Path:
     """Write a CT slice with pydicom; a tag given as None is left out."""
-    pydicom = pytest.importorskip("pydicom")
-    dataset = pydicom.dataset.Dataset()
-    dataset.SOPClassUID, dataset.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.2", "1.2.3"
-    values = {
-        "Modality": "CT",
-        "ImageType": ["ORIGINAL", "PRIMARY", "AXIAL"],
-        "RescaleSlope": "1",
-        "RescaleIntercept": "0",
-        "PhotometricInterpretation": "MONOCHROME2",
-        "SamplesPerPixel": 1,
-        "Rows": stored.shape[-2],
-        "Columns": stored.shape[-1],
-        "BitsAllocated": 8 * stored.dtype.itemsize,
-        "BitsStored": 8 * stored.dtype.itemsize,
-        "HighBit": 8 * stored.dtype.itemsize - 1,
-        "PixelRepresentation": int(stored.dtype.kind == "i"),
-        "WindowCenter": "40",  # mediastinal: must not be used
-        "WindowWidth": "350",
-        "PixelData": stored.tobytes(),
-        **tags,
-    }
-    for keyword, value in values.items():
-        if value is not None:
-            setattr(dataset, keyword, value)
+    pytest.importorskip("pydicom")
+    window = {"WindowCenter": "40", "WindowWidth": "350"}  # mediastinal: must not be used
+    dataset = dicom_dataset(stored, **{**window, **tags})
     if preamble:
-        dataset.file_meta = pydicom.dataset.FileMetaDataset()
-        dataset.file_meta.TransferSyntaxUID = syntax or pydicom.uid.ExplicitVRLittleEndian
+        dataset.file_meta.TransferSyntaxUID = syntax or dataset.file_meta.TransferSyntaxUID
         dataset.save_as(path, enforce_file_format=True)
     else:
+        del dataset.file_meta
         dataset.save_as(path, implicit_vr=True, little_endian=True)
     return path
 

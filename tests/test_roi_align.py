@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rois import awkward_boxes
 from torch import Tensor
 from torch.testing import assert_close
 from torchvision.ops import MultiScaleRoIAlign, roi_align
@@ -14,17 +15,6 @@ from ctmasknet.models.roi_align import CPURoIAlign, pool
 from ctmasknet.registry import VARIANTS
 
 SCALES = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
-
-
-def boxes(count: int, extent: float, seed: int = 2) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    corner = torch.rand(count, 2, generator=generator) * extent
-    size = torch.rand(count, 2, generator=generator) ** 3 * extent
-    made = torch.cat([corner, corner + size], dim=1)
-    made[0] = 0.0  # empty
-    made[1, 2:] = made[1, :2]
-    made[2] = torch.tensor([-40.0, -40.0, extent * 3, extent * 3])  # far outside
-    return made
 
 
 def pyramid() -> dict[str, Tensor]:
@@ -43,7 +33,7 @@ def pooled(features: list[Tensor], made: list[Tensor], *settings) -> Tensor:
 def test_one_level_is_torchvisions_roi_align(side, at_once, monkeypatch):
     monkeypatch.setattr(ours, "_AT_ONCE", at_once)
     feature = torch.rand(2, 6, 16, 20)
-    made = [boxes(40, 300.0), boxes(25, 300.0)]
+    made = [awkward_boxes(40, 300.0), awkward_boxes(25, 300.0)]
     rois = torch.cat([torch.cat([torch.full((len(b), 1), float(i)), b], 1) for i, b in enumerate(made)])
     expected = roi_align(feature, rois, side, 1 / 16, 2)
     found = pooled([feature], made, [1 / 16], side, 2)
@@ -51,21 +41,24 @@ def test_one_level_is_torchvisions_roi_align(side, at_once, monkeypatch):
 
 
 def test_several_levels_are_torchvisions_multi_scale_roi_align():
-    features, made = pyramid(), [boxes(60, 500.0).clamp(min=0), boxes(30, 500.0).clamp(min=0)]
+    features, made = pyramid(), [awkward_boxes(60, 500.0).clamp(min=0), awkward_boxes(30, 500.0).clamp(min=0)]
     expected = MultiScaleRoIAlign(list(features), 7, 2)(features, made, [(512, 384), (500, 380)])
     found = pooled(list(features.values()), made, SCALES, 7, 2)
     assert_close(found, expected.flatten(2).transpose(1, 2), atol=1e-5, rtol=1e-5)
 
 
 def test_levels_are_torchvisions():
-    made = boxes(200, 900.0)[3:]
+    made = awkward_boxes(200, 900.0)[3:]
     assert torch.equal(ours._levels(made, SCALES), LevelMapper(2, 5)([made]))
 
 
 @pytest.mark.parametrize("side", [7, 14])
 def test_gradients_are_torchvisions(side):
     plain = MultiScaleRoIAlign(["0", "1", "2", "3"], side, 2)
-    made, shapes = [boxes(60, 500.0).clamp(min=0), boxes(30, 500.0, seed=5).clamp(min=0)], [(512, 384), (512, 384)]
+    made, shapes = (
+        [awkward_boxes(60, 500.0).clamp(min=0), awkward_boxes(30, 500.0, seed=5).clamp(min=0)],
+        [(512, 384), (512, 384)],
+    )
     results = []
     for module in (plain, CPURoIAlign(plain, SCALES)):
         features = {name: value.requires_grad_() for name, value in pyramid().items()}

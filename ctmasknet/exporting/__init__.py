@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from copy import deepcopy
 from dataclasses import dataclass
@@ -12,11 +11,11 @@ from typing import Any, Literal
 from ctmasknet.errors import ConfigError
 from ctmasknet.exporting.check import ExportError
 from ctmasknet.exporting.metadata import describe
-from ctmasknet.exporting.onnx_file import check_onnx, import_onnx, to_onnx
+from ctmasknet.exporting.onnx_file import OPSET, check_onnx, import_onnx, to_onnx
 from ctmasknet.exporting.pt2_file import check_pt2, to_pt2
 from ctmasknet.models.classification import COVIDCTMaskNet
 from ctmasknet.models.segmentation import LesionMaskRCNN
-from ctmasknet.output import cannot_write, write_files
+from ctmasknet.output import require_writable, write_files
 from ctmasknet.predictor import operating_point
 from ctmasknet.weights.assemble import Model
 
@@ -46,7 +45,8 @@ class Exported:
 
     def __str__(self) -> str:
         found = ", ".join(f"{name} {value:.0e}" for name, value in self.differences.items())
-        return f"{self.path}: {self.format}, {self.bytes / 1e6:.1f} MB; differs from PyTorch by at most: {found}"
+        opset = f" opset {self.metadata['opset']}" if "opset" in self.metadata else ""
+        return f"{self.path}: {self.format}{opset}, {self.bytes / 1e6:.1f} MB; differs from PyTorch by at most: {found}"
 
 
 def export(model: Model, path: str | os.PathLike[str], *, format: Literal["onnx", "pt2"] = "onnx") -> Exported:
@@ -78,12 +78,11 @@ def export(model: Model, path: str | os.PathLike[str], *, format: Literal["onnx"
         raise ConfigError(f"format={format!r}: use {' or '.join(map(repr, FORMATS))}")
     if not isinstance(model, LesionMaskRCNN | COVIDCTMaskNet):
         raise ConfigError(f"{type(model).__name__} cannot be exported: give a model made by ctmasknet.create_model")
-    if path.is_dir():  # before the work
-        raise cannot_write(path, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)))
     if format == "onnx":
         import_onnx()
+    require_writable(path)
     model = _frozen(model)
-    metadata = describe(model, format)
+    metadata = describe(model, format) | ({"opset": str(OPSET)} if format == "onnx" else {})
     make, check = (to_onnx, check_onnx) if format == "onnx" else (to_pt2, check_pt2)
     content = make(model, metadata)
     differences = check(content, model)
