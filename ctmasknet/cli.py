@@ -55,9 +55,9 @@ def _parser() -> argparse.ArgumentParser:
         "list",
         _list,
         "list the variants",
-        'Examples: ctmasknet list; ctmasknet list "*t1*" --task segmentation; ctmasknet list --json',
+        'Examples: ctmasknet list; ctmasknet list "*_t1" --task segmentation; ctmasknet list --json',
     )
-    listing.add_argument("pattern", nargs="?", default="*", help='shell wildcards, for example "*t1*"')
+    listing.add_argument("pattern", nargs="?", default="*", help='shell wildcards, for example "*_t1"')
     listing.add_argument("--task", choices=("segmentation", "classification"), help="only this task")
     _json_flag(listing)
 

@@ -189,7 +189,7 @@ def list_models(pattern: str = "*", *, task: Task | None = None) -> list[str]:
     """Names of the variants that match, in registry order. Imports no torch.
 
     Args:
-        pattern: shell wildcards, for example ``"*t1*"``.
+        pattern: shell wildcards, for example ``"*_t1"``.
         task: ``"segmentation"`` or ``"classification"``; None lists both.
 
     Raises:

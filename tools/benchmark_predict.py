@@ -327,6 +327,7 @@ def _plot(report: dict[str, Any], path: Path) -> Path:
     axes[0].set(xscale="log", xlabel="parameters, millions", ylabel="slices per second", xlim=(3, 50))
     axes[0].set_xticks([4, 8, 16, 32], ["4", "8", "16", "32"])
     axes[0].minorticks_off()
+    axes[0].set_ylim(bottom=0)
     axes[0].legend(frameon=False, fontsize=8)
     for name, facts in measured.items():
         axes[1].plot(facts["images_per_s"]["default"], facts["ap"]["default"]["ap50"], "o", color="#0072B2")
@@ -339,7 +340,8 @@ def _plot(report: dict[str, Any], path: Path) -> Path:
         )
     if measured:
         axes[1].set(xlabel="slices per second", ylabel="AP@0.5 at the operating point", ylim=(0, 1))
-        axes[1].margins(x=0.4)
+        fastest = max(facts["images_per_s"]["default"] for facts in measured.values())
+        axes[1].set_xlim(0, 1.4 * fastest)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
