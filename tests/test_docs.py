@@ -26,7 +26,8 @@ import pytest
 import yaml
 
 import ctmasknet
-from ctmasknet import TrainConfig, cli
+from ctmasknet import TrainConfig
+from ctmasknet.cli.parser import build_parser
 from ctmasknet.registry import VARIANTS
 
 ROOT = Path(__file__).parents[1]
@@ -102,7 +103,7 @@ def commands(text: str) -> Iterator[list[str]]:
 
 def subparser(words: list[str]) -> argparse.ArgumentParser | None:
     """The parser of a subcommand, the deepest that `words` lead to."""
-    parser = cli._parser()
+    parser = build_parser()
     for depth, word in enumerate(words):
         choices = [a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
         if not choices:
@@ -116,7 +117,7 @@ def subparser(words: list[str]) -> argparse.ArgumentParser | None:
 def parsed(arguments: list[str]) -> argparse.Namespace | None:
     """What the command line makes of the arguments; None if it refuses them."""
     try:
-        return cli._parser().parse_args(arguments)
+        return build_parser().parse_args(arguments)
     except SystemExit as stop:
         return None if stop.code else argparse.Namespace()  # --version and --help end with 0
 

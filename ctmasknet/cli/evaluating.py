@@ -1,0 +1,64 @@
+"""Commands that measure: evaluate, paper."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from ctmasknet.cli.printing import print_json
+from ctmasknet.output import write_files
+
+
+def evaluate_command(options: argparse.Namespace) -> int:
+    """`ctmasknet evaluate`; the exit code."""
+    import os
+
+    from ctmasknet.evaluation import evaluate
+
+    result = evaluate(
+        options.model,
+        options.data,
+        classes=options.classes,
+        min_area=options.min_area,
+        list_file=options.list,
+        limit=options.limit,
+        per_class=options.per_class,
+        seed=options.seed,
+        score_threshold=options.threshold,
+        coco=not options.no_coco,
+        samples=options.samples,
+        out=options.rows,
+        device=options.device,
+        batch_size=options.batch_size,
+        precision=options.precision,
+        workers=options.workers,
+    )
+    if int(os.environ.get("RANK", "0")) != 0:  # of several processes one speaks
+        return 0
+    if options.json == "-":
+        print_json(result.to_dict())
+        return 0
+    print(result.table())
+    if options.json:
+        write_files({Path(options.json): (json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n").encode()})
+    return 0
+
+
+def paper_command(options: argparse.Namespace) -> int:
+    """`ctmasknet paper`; the exit code."""
+    from ctmasknet.paper import Request, make
+
+    request = Request(
+        weights=tuple(options.weights),
+        data=tuple(options.data),
+        seed=options.seed,
+        limit=options.limit,
+        classes=options.classes,
+        rows=options.rows,
+        device=options.device,
+    )
+    table, paths = make(options.item, request, options.out, name=options.name)
+    print(table)
+    print("\n" + " ".join(str(path) for path in paths))
+    return 0

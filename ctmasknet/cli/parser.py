@@ -1,0 +1,330 @@
+"""The commands, their flags and their help."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ctmasknet import __version__
+from ctmasknet.cli import evaluating, predicting, training, variants
+from ctmasknet.cli.printing import DISCLAIMER
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser; `run` of what it returns is the function of the command."""
+    parser = argparse.ArgumentParser(
+        prog="ctmasknet",
+        description="Lesions and COVID-19 in chest CT slices: 14 models, one command line. " + DISCLAIMER,
+        epilog="Start with: ctmasknet demo. Then: ctmasknet predict slice.png -o out",
+    )
+    parser.add_argument("--version", action="version", version=f"ctmasknet {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    listing = _command(
+        commands,
+        "list",
+        variants.list_command,
+        "list the variants",
+        'Examples: ctmasknet list; ctmasknet list "*_t1" --task segmentation; ctmasknet list --json',
+    )
+    listing.add_argument("pattern", nargs="?", default="*", help='shell wildcards, for example "*_t1"')
+    listing.add_argument("--task", choices=("segmentation", "classification"), help="only this task")
+    _json_flag(listing)
+
+    info = _command(
+        commands,
+        "info",
+        variants.info_command,
+        "what one variant is, what the paper reports of it, and its weights",
+        "Example: ctmasknet info maskrcnn_resnet18_t2",
+    )
+    info.add_argument("name", metavar="NAME", help="a variant: see ctmasknet list")
+    _json_flag(info)
+
+    predict = _command(
+        commands,
+        "predict",
+        predicting.predict_command,
+        "segment and classify slices and whole scans",
+        "Reads PNG, JPEG, WebP, TIFF and DICOM slices; NIfTI files, multi-frame DICOM files and folders with\n"
+        "a DICOM series as scans; folders and quoted wildcards for many of them. Writes, per slice and under its\n"
+        "relative path, FILE.json (boxes, scores, masks as COCO RLE, class probabilities) and FILE.overlay.png;\n"
+        "per scan the lesion mask (.lesions.nii.gz), a table (.slices.csv), a picture (.montage.png) and the facts\n"
+        "(.json). Of more than one input, also predictions.jsonl and run.json: the same command again goes on\n"
+        "where it was stopped. Files that cannot be used are reported, the others done; the exit code is then 2.\n\n"
+        "Examples:\n"
+        "  ctmasknet predict slice.png -o out\n"
+        "  ctmasknet predict series/ scan.nii.gz -o out\n"
+        "  ctmasknet predict 'scans/**/*.png' -o out --format jsonl --classifier none --threshold 0.5\n"
+        "  ctmasknet predict raw16.tif -o out --units hu\n"
+        "  accelerate launch -m ctmasknet predict --list files.txt -o out",
+    )
+    predict.add_argument("files", nargs="*", metavar="FILE", help="slices, scans, folders, quoted wildcards")
+    predict.add_argument("-o", "--out", required=True, type=Path, metavar="DIR", help="folder for the results")
+    predict.add_argument("--list", type=Path, metavar="FILE", help="read more inputs from FILE, one per line")
+    predict.add_argument("--units", choices=("hu", "range"), help=_UNITS_HELP)
+    predict.add_argument(
+        "--format",
+        choices=("files", "jsonl", "coco"),
+        default="files",
+        help="files (default): JSON and overlay of each; jsonl: predictions.jsonl alone; coco: it and COCO results",
+    )
+    predict.add_argument("--annotations", type=Path, metavar="JSON", help="COCO annotations to take image ids from")
+    predict.add_argument(
+        "--score-map", action="store_true", help="also write FILE.score_map.npy: raw mask logits of all RoIs, (H, W)"
+    )
+    predict.add_argument("--slices", action="store_true", help="take DICOM files in folders as slices, not as scans")
+    predict.add_argument("--series", metavar="UID", help="the series to take from the folder of a scan")
+    predict.add_argument(
+        "--spacing", nargs=3, type=float, metavar="MM", help="between columns, rows, slices, where a scan lacks it"
+    )
+    predict.add_argument("--batch-size", type=int, metavar="N", help="slices at once (default: 1 on the CPU, else 8)")
+    predict.add_argument("--readers", type=int, default=4, metavar="N", help="threads that read ahead (default: 4)")
+    predict.add_argument("--shard", metavar="I/N", help="do every N-th input from the I-th on, counted from 0")
+    predict.add_argument("--restart", action="store_true", help="forget an earlier run in DIR and begin anew")
+    _model_flags(predict)
+    _json_flag(predict)
+
+    demo = _command(
+        commands,
+        "demo",
+        predicting.demo_command,
+        "predict a synthetic slice and compare with what is in it",
+        "Makes a phantom (no patient's data), predicts it with the bundled weights, and says what was there, what was\n"
+        "found, and where the picture is.",
+    )
+    demo.add_argument("--seed", type=int, default=0, help="which phantom (default: 0)")
+    demo.add_argument("--lesions", type=int, default=4, help="lesions in it, 0 to 8 (default: 4)")
+    demo.add_argument(
+        "-o", "--out", type=Path, default=Path("ctmasknet-demo"), metavar="DIR", help="default: ctmasknet-demo"
+    )
+    demo.add_argument("--web", action="store_true", help="serve a page to try it instead (extra demo)")
+    demo.add_argument("--host", metavar="H", help="with --web: where to listen (default: 127.0.0.1, this machine)")
+    demo.add_argument("--port", type=int, metavar="N", help="with --web: default: the first free one from 7860 on")
+    demo.add_argument("--max-upload-mb", type=int, metavar="MB", help="with --web: of one upload (default: 200)")
+    _model_flags(demo)
+    _json_flag(demo)
+
+    train = _command(
+        commands,
+        "train",
+        training.train_command,
+        "train or fine-tune a variant",
+        "Segmenters learn from CNCB folders (imgs/ + masks/) or COCO instance JSON; classifiers from CNCB file names,\n"
+        "COVIDx-CT lists or one folder per class. RUN holds checkpoints, best/ and last/ (weights), metrics.csv,\n"
+        "curves.png and run.json. The same command continues a run that was ended, at the step it had reached.\n"
+        "Several GPUs: accelerate launch -m ctmasknet train ... (docs/train.md).\n\n"
+        "Examples:\n"
+        "  ctmasknet train maskrcnn_resnet18_t2 --data lesions/train --val lesions/val --weights default --out run\n"
+        "  ctmasknet train ctmasknet_resnet18_t2 --data slices --weights run/best --out run2 --cache-rois\n"
+        "  ctmasknet train --config run/config.json --out again --set lr=1e-4",
+    )
+    train.add_argument("name", nargs="?", metavar="NAME", help="variant to train: see ctmasknet list")
+    train.add_argument("--data", nargs="+", metavar="DIR", help="training data, one root or several")
+    train.add_argument("--val", nargs="+", metavar="DIR", help="validation data")
+    train.add_argument("--weights", metavar="W", help="where to start: default, a folder, a .pth of the paper's author")
+    train.add_argument("--out", metavar="RUN", help="folder of the run")
+    train.add_argument("--config", type=Path, metavar="FILE", help="YAML or JSON with any field of TrainConfig")
+    train.add_argument("--recipe", choices=("fast", "paper"), help="fast (default) or the paper's")
+    train.add_argument("--classes", choices=("merge", "both", "ggo"), help="lesion classes of CNCB masks")
+    train.add_argument("--list", dest="list_file", metavar="FILE", help="use only the slices this file names")
+    train.add_argument("--val-list", dest="val_list_file", metavar="FILE", help="likewise for --val")
+    train.add_argument("--epochs", type=int, help="passes over the data")
+    train.add_argument("--batch-size", type=int, help="slices per process and step")
+    train.add_argument("--lr", type=float, help="highest learning rate")
+    train.add_argument("--seed", type=int, help="fixes order, augmentation and sampling (default: 0)")
+    train.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+    train.add_argument("--cache-rois", action="store_true", default=None, help="classifiers: train module S alone")
+    train.add_argument("--resume", metavar="R", help="auto (default), no, or a checkpoint to continue from")
+    train.add_argument(
+        "--set",
+        dest="fields",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="any other field of TrainConfig, for example --set patience=5",
+    )
+    _json_flag(train)
+
+    data = commands.add_parser("data", help="look at a data set before training on it")
+    data_commands = data.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
+    check = _command(
+        data_commands,
+        "check",
+        training.data_check_command,
+        "report what a data set holds and what is wrong with it",
+        "Reads every file; the exit code is 2 if anything should be put right.\n\n"
+        "Example: ctmasknet data check lesions/train --against lesions/val",
+    )
+    check.add_argument("data", nargs="+", metavar="DIR", help="one root or several")
+    check.add_argument("--against", nargs="+", metavar="DIR", help="the other split: report patients in both")
+    check.add_argument("--task", choices=("segmentation", "classification"), help="default: tell by looking")
+    check.add_argument("--classes", choices=("merge", "both", "ggo"), default="merge", help="default: merge")
+    check.add_argument("--min-area", type=int, default=100, metavar="PX", help="default: 100")
+    check.add_argument("--list", dest="list_file", metavar="FILE", help="use only the slices this file names")
+    _json_flag(check)
+
+    download = _command(
+        commands,
+        "download",
+        variants.download_command,
+        "fetch weights for use without a network",
+        "Default weights by the variant's name, or a Hub repository, better pinned: owner/name@commit. They go to\n"
+        "the cache of huggingface_hub (HF_HOME), where create_model, from_pretrained and predict find them.\n\n"
+        "Example: ctmasknet download maskrcnn_resnet18_t2",
+    )
+    download.add_argument("names", nargs="+", metavar="NAME", help="a variant, owner/name or owner/name@revision")
+    _json_flag(download)
+
+    push = _command(
+        commands,
+        "push",
+        variants.push_command,
+        "publish a folder of weights on the Hugging Face Hub",
+        "Checks the folder, then writes model.safetensors, config.json, README.md and golden.safetensors to the\n"
+        "repository in one commit; nothing else in the folder travels. Needs HF_TOKEN or: hf auth login.\n\n"
+        "Example: ctmasknet push runs/one/best owner/maskrcnn_resnet18_t2",
+    )
+    push.add_argument("folder", type=Path, metavar="DIR", help="a folder of weights, such as a run's best/")
+    push.add_argument("repository", metavar="REPO", help="owner/name, made if missing")
+    push.add_argument("--private", action="store_true", help="make a new repository private")
+    _json_flag(push)
+
+    evaluate = _command(
+        commands,
+        "evaluate",
+        evaluating.evaluate_command,
+        "measure a model, or other people's predictions, on labelled slices",
+        "MODEL is a variant's name (its default weights), a folder of weights, an author's .pth, or a .json of\n"
+        "predictions: COCO results, or [{image_id, probabilities}] for classifiers. Segmenters: AP by the released\n"
+        "protocol, COCO AP, Dice, lesions found; classifiers: sensitivity, specificity, AUC by slice and patient; 95%\n"
+        "intervals over patients. Several processes: accelerate launch -m ctmasknet evaluate ...\n\n"
+        "Examples:\n"
+        "  ctmasknet evaluate maskrcnn_resnet18_t2 --data lesions/val --json result.json\n"
+        "  ctmasknet evaluate ctmasknet_resnet18_t1 --data classes/val --rows work\n"
+        "  ctmasknet evaluate theirs.json --data lesions/val --threshold 0.5",
+    )
+    evaluate.add_argument("model", metavar="MODEL", help="what to measure")
+    evaluate.add_argument("--data", nargs="+", required=True, metavar="DIR", help="labelled slices")
+    evaluate.add_argument("--list", metavar="FILE", help="only the slices that this text file names")
+    evaluate.add_argument("--min-area", type=int, default=100, metavar="PX", help="smaller lesions do not count")
+    evaluate.add_argument("--per-class", type=int, metavar="N", help="classifiers: N slices of each class")
+    evaluate.add_argument(
+        "--threshold", type=float, default=0.5, metavar="T", help="predictions: lesions scored above T (default: 0.5)"
+    )
+    evaluate.add_argument("--samples", type=int, default=1000, metavar="N", help="bootstrap resamples (default: 1000)")
+    evaluate.add_argument("--no-coco", action="store_true", help="leave COCO AP out (it needs the extra train)")
+    evaluate.add_argument("--batch-size", type=int, metavar="N", help="slices per forward")
+    evaluate.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read slices")
+    evaluate.add_argument(
+        "--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="of the backbone (default: auto)"
+    )
+    _evaluation_flags(evaluate)
+    evaluate.add_argument(
+        "--json", nargs="?", const="-", metavar="OUT", help="print the figures as JSON, or write them to the file OUT"
+    )
+
+    paper = _command(
+        commands,
+        "paper",
+        evaluating.paper_command,
+        "make a table or figure of the paper",
+        "Prints the table (of a figure: the numbers behind it) and writes ITEM.md, ITEM.csv, ITEM.png, and for\n"
+        "figures ITEM.pdf and ITEM.svg. Table 1 and Figure 1 need no data; Figure 2 and contributions take phantoms\n"
+        "if they get none.\n\n"
+        "Examples:\n"
+        "  ctmasknet paper table1 -o out\n"
+        "  ctmasknet paper table2 --weights runs/a/best runs/b/best --data cncb/val -o out\n"
+        "  ctmasknet paper figure4 --weights ctmasknet_resnet18_t1 --data classes/val -o out",
+    )
+    paper.add_argument(
+        "item",
+        metavar="ITEM",
+        help="table1 to table5, figure1 to figure4, or contributions (of every RoI of a slice to the class logits)",
+    )
+    paper.add_argument("--weights", nargs="+", default=(), metavar="MODEL", help="as MODEL of ctmasknet evaluate")
+    paper.add_argument("--data", nargs="+", default=(), metavar="DIR", help="labelled slices; contributions: an image")
+    paper.add_argument("-o", "--out", type=Path, default=Path("paper"), metavar="DIR", help="default: paper")
+    paper.add_argument("--name", metavar="NAME", help="name of the files (default: the item's)")
+    _evaluation_flags(paper)
+
+    export = _command(
+        commands,
+        "export",
+        variants.export_command,
+        "write a model as a file that runs without this library",
+        "onnx (extra export): the whole model, image in, boxes and masks or class probabilities out. pt2: backbone,\n"
+        "FPN and RPN head as a torch.export program. The file is written if its outputs are PyTorch's on phantoms.\n\n"
+        "Examples:\n"
+        "  ctmasknet export maskrcnn_resnet18_t1 -o model.onnx\n"
+        "  ctmasknet export maskrcnn_resnet18_t2 --weights run/best --format pt2 -o model.pt2",
+    )
+    export.add_argument("name", metavar="NAME", help="a variant: see ctmasknet list")
+    export.add_argument("--format", choices=("onnx", "pt2"), default="onnx", help="default: onnx")
+    export.add_argument("-o", "--out", required=True, type=Path, metavar="FILE", help="the file to write")
+    export.add_argument(
+        "--weights", default="default", metavar="W", help="default, a file, a folder or a Hub repository of weights"
+    )
+
+    doctor = _command(
+        commands,
+        "doctor",
+        variants.doctor_command,
+        "check the installation: torch against torchvision, devices, cache, bundled weights",
+        "Exit code 0 if everything needed works, 1 if not.",
+    )
+    _json_flag(doctor)
+    return parser
+
+
+_UNITS_HELP = (
+    "what the values are, where a file does not say: hu (Hounsfield units) or range (stretch the slice's own "
+    "range, no Hounsfield units claimed)"
+)
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], summary: str, more: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.\n\n{more}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _json_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the facts as JSON")
+
+
+def _model_flags(parser: argparse.ArgumentParser) -> None:
+    models = "a variant's name, a folder or Hub repository of weights, or none (default: the bundled weights)"
+    parser.add_argument("--segmenter", default="default", metavar="MODEL", help=models)
+    parser.add_argument("--classifier", default="default", metavar="MODEL", help=models)
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        metavar="T",
+        help="report lesions scored above T (default: the weights' own operating point)",
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="bfloat16 runs the backbone in it (default: auto)",
+    )
+
+
+def _evaluation_flags(parser: argparse.ArgumentParser) -> None:
+    limit_help = "at most N slices (Tables 4, 5, Figure 4: of each class)"
+    parser.add_argument("--limit", type=int, metavar="N", help=limit_help)
+    parser.add_argument("--seed", type=int, default=0, help="of every draw (default: 0)")
+    parser.add_argument("--classes", choices=("merge", "both", "ggo"), help="lesion classes (default: the model's)")
+    parser.add_argument("--rows", metavar="DIR", help="keep what was measured per slice here, to go on after a kill")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")

@@ -1,0 +1,86 @@
+"""Commands about training: train, data check."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from typing import Any
+
+from ctmasknet.cli.printing import print_json
+from ctmasknet.errors import ConfigError
+
+_TRAIN_FLAGS = (
+    "data",
+    "val",
+    "weights",
+    "out",
+    "recipe",
+    "classes",
+    "list_file",
+    "val_list_file",
+    "epochs",
+    "batch_size",
+    "lr",
+    "seed",
+    "device",
+    "cache_rois",
+)
+
+
+def train_command(options: argparse.Namespace) -> int:
+    """`ctmasknet train`; the exit code."""
+    from ctmasknet.engine import TrainConfig, train
+
+    given = {name: getattr(options, name) for name in _TRAIN_FLAGS if getattr(options, name) is not None}
+    if options.name is not None:
+        given["model"] = options.name
+    if options.resume is not None:
+        given["resume"] = False if options.resume == "no" else options.resume
+    given |= dict(_field(text) for text in options.fields)
+    if options.config is not None:
+        config = TrainConfig.from_file(options.config, **given)
+    else:
+        config = TrainConfig.from_dict(given, source="the command line")
+    logging.getLogger("ctmasknet").setLevel(logging.INFO)
+    result = train(config)
+    if options.json:
+        print_json(result.to_dict())
+        return 0
+    if not result.finished:
+        print(f"Stopped after {result.steps} steps. The same command continues. Run: {result.out}")
+        return 0
+    figures = ", ".join(f"{key} {value:.3f}" for key, value in result.metrics.items() if isinstance(value, float))
+    print(f"Trained {config.model} in {result.seconds / 60:.1f} min, {result.epochs} epochs. {figures}")
+    print(f"Weights: create_model({config.model!r}, weights={result.best!r})")
+    return 0
+
+
+def _field(text: str) -> tuple[str, Any]:
+    """``"lr=1e-4"`` as a field and its value; values are JSON, or text where they are none."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {text}: needs FIELD=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def data_check_command(options: argparse.Namespace) -> int:
+    """`ctmasknet data check`; the exit code."""
+    from ctmasknet.data.check import check_dataset
+
+    report = check_dataset(
+        options.data,
+        task=options.task,
+        against=options.against,
+        classes=options.classes,
+        min_area=options.min_area,
+        list_file=options.list_file,
+    )
+    if options.json:
+        print_json(report.to_dict())
+    else:
+        print(report.table())
+    return 0 if report.ok else 2
