@@ -21,8 +21,8 @@ from ctmasknet.errors import ConfigError, CTMaskNetError
 from ctmasknet.evaluation.roi_statistics import RoIContributions, RoICounts
 from ctmasknet.extras import import_extra
 from ctmasknet.models.config import model_config
-from ctmasknet.registry import get_variant
-from ctmasknet.results import Prediction, RoIBatch, class_title
+from ctmasknet.registry import class_title, get_variant
+from ctmasknet.results import Prediction, RoIBatch
 from ctmasknet.zoo import create_model
 
 ORANGE, SKY, GREEN, BLUE, VERMILLION = "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00"

@@ -24,8 +24,8 @@ from ctmasknet.evaluation.roi_statistics import PAPER_SAMPLE, RoICounts, roi_con
 from ctmasknet.evaluation.table import Table
 from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN
 from ctmasknet.predictor import Predictor, choose_device, class_names
-from ctmasknet.registry import DEFAULT_CLASSIFIER, DEFAULT_SEGMENTER, VARIANTS
-from ctmasknet.results import RoIBatch, class_title
+from ctmasknet.registry import DEFAULT_CLASSIFIER, DEFAULT_SEGMENTER, VARIANTS, class_title
+from ctmasknet.results import RoIBatch
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from ctmasknet.errors import ConfigError
-from ctmasknet.results import Prediction, class_title
+from ctmasknet.registry import class_title
+
+if TYPE_CHECKING:
+    from ctmasknet.results import Prediction
 
 RESEARCH_NOTE = "For research use only. Not a medical device, not for diagnosis."
 

@@ -24,6 +24,9 @@ LESION_CLASSES = {2: ("background", "lesion"), 3: ("background", "GGO", "consoli
 IMAGE_CLASSES = ("control", "pneumonia", "covid")
 """Names of the classifier's three classes in the order of its logits (COVIDx-CT and CNCB coding)."""
 
+CLASS_TITLES = {"covid": "COVID-19", "pneumonia": "common pneumonia"}
+"""How class names read in a sentence or a picture, where that differs from the name in the code."""
+
 DEFAULT_SEGMENTER = "maskrcnn_resnet18_t1"
 DEFAULT_CLASSIFIER = "ctmasknet_resnet18_t1"
 """What `Predictor` and the command line use when no variant is named; their weights are bundled."""
@@ -216,3 +219,8 @@ def get_variant(name: str) -> Variant:
         near = difflib.get_close_matches(str(name), VARIANTS, n=3, cutoff=0.4)
         hint = f"did you mean {', '.join(near)}?" if near else "see ctmasknet list"
         raise ConfigError(f"unknown variant {name!r}: {hint}") from None
+
+
+def class_title(name: str) -> str:
+    """`name` as a sentence or a picture shows it: "covid" reads "COVID-19"."""
+    return CLASS_TITLES.get(name, name)

@@ -15,12 +15,10 @@ import numpy.typing as npt
 
 from ctmasknet.errors import InputError
 from ctmasknet.output import cannot_write
+from ctmasknet.registry import class_title
 
 if TYPE_CHECKING:
     from PIL import Image
-
-CLASS_TITLES = {"covid": "COVID-19", "pneumonia": "common pneumonia"}
-"""How class names read in a sentence or a picture, where that differs from the name in the code."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,11 +221,6 @@ class Prediction:
                 with contextlib.suppress(OSError):  # renamed, or never made
                     path.unlink()
         return record, picture
-
-
-def class_title(name: str) -> str:
-    """`name` as a sentence or a picture shows it: "covid" reads "COVID-19"."""
-    return CLASS_TITLES.get(name, name)
 
 
 def run_length_encode(mask: npt.NDArray[np.bool_]) -> dict[str, list[int]]:

@@ -20,7 +20,8 @@ from ctmasknet.data.volumes import Volume
 from ctmasknet.errors import CTMaskNetError, InputError
 from ctmasknet.output import write_files
 from ctmasknet.plots import CLASS_COLOURS, RESEARCH_NOTE
-from ctmasknet.results import Prediction, class_title
+from ctmasknet.registry import class_title
+from ctmasknet.results import Prediction
 
 MONTAGE_TILES, MONTAGE_COLUMNS = 12, 4
 _TILE = 288  # pixels

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ctmasknet.errors import ConfigError, DataError
+from ctmasknet.evaluation.row_store import add_rows
 
 Array: TypeAlias = np.ndarray | torch.Tensor
 
@@ -52,11 +53,12 @@ class ClassificationMetrics:
         if image_ids is not None and len(image_ids) != len(probability):
             raise DataError(f"image_ids: expected {len(probability)} names, got {len(image_ids)}")
         names = [None] * len(probability) if image_ids is None else image_ids
-        self._extend(
+        add_rows(
+            self.rows,
             [
                 {"image_id": name, "label": int(true), "probabilities": row.tolist()}
                 for name, true, row in zip(names, label, probability, strict=True)
-            ]
+            ],
         )
 
     def compute(self) -> dict[str, Any]:
@@ -115,16 +117,7 @@ class ClassificationMetrics:
         """
         if tuple(state["class_names"]) != self.class_names:
             raise ConfigError(f"cannot merge metrics of classes {state['class_names']} and {list(self.class_names)}")
-        self._extend(state["rows"])
-
-    def _extend(self, rows: list[dict[str, Any]]) -> None:
-        seen = {row["image_id"] for row in self.rows} - {None}
-        for row in rows:
-            if row["image_id"] in seen:
-                raise DataError(f"{row['image_id']}: evaluated twice; give every image once, under a unique image_id")
-            if row["image_id"] is not None:
-                seen.add(row["image_id"])
-        self.rows.extend(rows)
+        add_rows(self.rows, state["rows"])
 
 
 def _auc(scores: np.ndarray, positive: np.ndarray) -> float | None:

@@ -15,6 +15,7 @@ import torch
 from torchvision.ops import batched_nms
 
 from ctmasknet.errors import ConfigError, DataError
+from ctmasknet.evaluation.row_store import add_rows
 from ctmasknet.extras import import_extra
 
 Array: TypeAlias = np.ndarray | torch.Tensor
@@ -127,7 +128,7 @@ class SegmentationMetrics:
             "predictions": len(image.pred_masks),
             "false_positives": int((~matched.any(axis=1)).sum()),
         }
-        self._extend([row])
+        add_rows(self.rows, [row])
 
     def compute(self) -> dict[str, float | None]:
         """Summary over all images.
@@ -174,16 +175,7 @@ class SegmentationMetrics:
         Raises:
             DataError: an image is in both.
         """
-        self._extend(state["rows"])
-
-    def _extend(self, rows: list[dict[str, Any]]) -> None:
-        seen = {row["image_id"] for row in self.rows} - {None}
-        for row in rows:
-            if row["image_id"] in seen:
-                raise DataError(f"{row['image_id']}: evaluated twice; give every image once, under a unique image_id")
-            if row["image_id"] is not None:
-                seen.add(row["image_id"])
-        self.rows.extend(rows)
+        add_rows(self.rows, state["rows"])
 
 
 class CocoMetrics:

@@ -1,4 +1,4 @@
-"""Rows of an evaluation on disk, one line of JSON per slice, so that a killed evaluation goes on where it was."""
+"""Rows of an evaluation, and on disk one line of JSON per slice, so that a killed evaluation goes on where it was."""
 
 from __future__ import annotations
 
@@ -9,11 +9,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ctmasknet.errors import ConfigError, CTMaskNetError
+from ctmasknet.errors import ConfigError, CTMaskNetError, DataError
 from ctmasknet.extras import import_extra
 
 Row = dict[str, Any]
 _SETTINGS = "settings.json"
+
+
+def add_rows(rows: list[Row], more: Sequence[Row]) -> None:
+    """Append rows of images that are not there yet; an `image_id` of None is never the same as another.
+
+    Raises:
+        DataError: an image is in both, or twice in `more`; `rows` stays as it was.
+    """
+    seen = {row["image_id"] for row in rows} - {None}
+    for row in more:
+        if row["image_id"] in seen:
+            raise DataError(f"{row['image_id']}: evaluated twice; give every image once, under a unique image_id")
+        if row["image_id"] is not None:
+            seen.add(row["image_id"])
+    rows.extend(more)
 
 
 class RowStore:

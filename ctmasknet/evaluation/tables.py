@@ -21,8 +21,7 @@ from ctmasknet.evaluation.roi_statistics import RoICounts
 from ctmasknet.evaluation.table import MISSING, Table
 from ctmasknet.models.protocols import EVERY_SCORE
 from ctmasknet.predictor import choose_device
-from ctmasknet.registry import VARIANTS, get_variant
-from ctmasknet.results import class_title
+from ctmasknet.registry import VARIANTS, class_title, get_variant
 from ctmasknet.zoo import Model, create_model
 
 PAPER, MEASURED = "paper", "measured"

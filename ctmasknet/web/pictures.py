@@ -17,7 +17,8 @@ from PIL import Image
 from ctmasknet.evaluation.roi_statistics import RoIContributions
 from ctmasknet.extras import import_extra
 from ctmasknet.figures import contribution_figure
-from ctmasknet.results import Prediction, class_title
+from ctmasknet.registry import class_title
+from ctmasknet.results import Prediction
 from ctmasknet.volume_prediction import VolumePrediction
 
 _drawing = threading.Lock()  # matplotlib's settings belong to the whole process
