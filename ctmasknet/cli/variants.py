@@ -36,10 +36,8 @@ def info_command(options: argparse.Namespace) -> int:
     variant = get_variant(options.name)
     entries = [entry for entry in manifest() if entry.variant == variant.name]
     if options.json:
-        weights = [
-            {"tag": e.tag, "bytes": e.bytes, "sha256": e.sha256, "license": e.license, "metrics": e.metrics}
-            for e in entries
-        ]
+        shown = ("tag", "place", "bytes", "sha256", "license", "metrics")
+        weights = [{name: getattr(entry, name) for name in shown} for entry in entries]
         print_json(variant.to_dict() | {"weights": weights})
         return 0
     print(f"{variant.name}: {variant.title}, {variant.task}")
@@ -49,7 +47,8 @@ def info_command(options: argparse.Namespace) -> int:
     print(f"  paper (its data, its hardware): {_paper_line(variant)}")
     for entry in entries:
         figures = ", ".join(f"{key} {value}" for key, value in entry.metrics.items())
-        print(f"  default weights: {entry.tag}, {entry.bytes / 1e6:.1f} MB, {entry.license}; measured: {figures}")
+        print(f"  default weights: {entry.tag}, {entry.place}, {entry.bytes / 1e6:.1f} MB, {entry.license}")
+        print(f"    measured: {figures}")
     if not entries:
         print("  default weights: none yet")
     return 0
