@@ -8,6 +8,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import torch
+from torch import nn
 
 from ctmasknet.engine.config import TrainConfig
 from ctmasknet.engine.validation import Gather
@@ -39,6 +40,13 @@ def gatherer(accelerator: Any) -> Gather:
         return lambda value: [value]
     operations = import_extra("accelerate.utils", "train", "training")
     return lambda value: operations.gather_object([value])
+
+
+def share_buffers(module: nn.Module) -> None:
+    """Give every process the first one's buffers: each has BatchNorm statistics of the slices that it saw itself."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for buffer in module.buffers():
+            torch.distributed.broadcast(buffer, 0)
 
 
 class StopRequest:

@@ -26,6 +26,7 @@ from ctmasknet.engine.checkpoint import (
 )
 from ctmasknet.engine.config import TrainConfig
 from ctmasknet.engine.optimization import build_average, build_optimizer, learning_rate
+from ctmasknet.engine.process import share_buffers
 from ctmasknet.engine.record import (
     TensorBoard,
     device_name,
@@ -260,6 +261,7 @@ class Run:
         row |= {"loss": sum(means.values()), **means}
         metrics: dict[str, float] = {}
         if validated and self.setup.validate is not None:
+            share_buffers(self.average.module)  # what is validated is what the first process saves
             metrics = self.setup.validate(self.average.module)
             row |= metrics
         row |= {
