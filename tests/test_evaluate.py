@@ -420,6 +420,20 @@ def test_two_thousand_slices_stay_under_two_gigabytes_and_survive_a_kill(tmp_pat
     assert int(done.stdout) * 1024 < 2e9
 
 
+def test_a_place_that_cannot_be_written_is_named_before_the_work(
+    lesions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ctmasknet.evaluation.evaluate", lambda *_, **__: pytest.fail("work was done"))
+    monkeypatch.setattr("ctmasknet.paper.make", lambda *_, **__: pytest.fail("work was done"))
+    (tmp_path / "file").write_text("in the way")
+    place = str(tmp_path / "file" / "result")
+    assert main(["evaluate", "maskrcnn_resnet18_t2", "--data", str(lesions), "--json", place]) == 2
+    assert main(["paper", "table1", "-o", place]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert all("cannot be written" in line for line in said)
+
+
 # --- other people's predictions -----------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from ctmasknet.cli.printing import print_json
-from ctmasknet.output import write_files
+from ctmasknet.output import require_writable, write_files
 
 
 def evaluate_command(options: argparse.Namespace) -> int:
@@ -16,6 +16,8 @@ def evaluate_command(options: argparse.Namespace) -> int:
 
     from ctmasknet.evaluation import evaluate
 
+    if options.json not in (None, "-"):
+        require_writable(Path(options.json))
     result = evaluate(
         options.model,
         options.data,
@@ -49,6 +51,7 @@ def paper_command(options: argparse.Namespace) -> int:
     """`ctmasknet paper`; the exit code."""
     from ctmasknet.paper import Request, make
 
+    require_writable(Path(options.out) / f"{options.name or options.item}.md")
     request = Request(
         weights=tuple(options.weights),
         data=tuple(options.data),
