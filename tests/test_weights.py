@@ -16,7 +16,7 @@ from ctmasknet import ConfigError, WeightsError, create_model, from_pretrained, 
 from ctmasknet.registry import DEFAULT_CLASSIFIER, DEFAULT_SEGMENTER
 from ctmasknet.weights import files, hub
 from ctmasknet.weights.card import model_card
-from ctmasknet.weights.files import read_weights, sha256_of, write_weights
+from ctmasknet.weights.files import is_finite, read_weights, sha256_of, write_weights
 from ctmasknet.weights.manifest import manifest
 
 NAME = "ctmasknet_resnet18_t2"
@@ -262,3 +262,18 @@ def test_a_card_claims_only_what_is_stated():
     stated = model_card(model.variant, model.config.to_dict(), {"metrics": {"accuracy": 0.5}, "license": "mit"})
     assert "| accuracy | 0.5 |" in stated
     assert "license: mit" in stated
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64])
+def test_is_finite_is_torchs_isfinite(dtype):
+    generator = torch.Generator().manual_seed(0)
+    values = (torch.rand(3, 50, generator=generator) * 200 - 100).to(dtype)
+    assert is_finite(values)
+    assert is_finite(values[:0])
+    assert is_finite(values[0, 0])
+    if dtype.is_floating_point:
+        for bad in (float("nan"), float("inf"), -float("inf")):
+            spoilt = values.clone()
+            spoilt[1, 20] = bad
+            assert not is_finite(spoilt)
+            assert not spoilt.isfinite().all()

@@ -14,6 +14,7 @@ from ctmasknet.engine.config import TrainConfig
 from ctmasknet.errors import WeightsError
 from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN
 from ctmasknet.registry import Variant, get_variant
+from ctmasknet.weights.files import is_finite
 from ctmasknet.weights.hub import load_stored
 from ctmasknet.zoo import create_model, load_released
 
@@ -92,7 +93,7 @@ def _copy(model: Model, tensors: Mapping[str, Tensor]) -> tuple[set[str], set[st
     expected = model.state_dict()
     fitting = {k: t for k, t in tensors.items() if k in expected and t.shape == expected[k].shape}
     for key, tensor in fitting.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if not is_finite(tensor):
             raise WeightsError(f"weights to start from: NaN or infinite values in {key}: the file is damaged")
     model.load_state_dict(fitting, strict=False)
     new = set(expected) - set(tensors)

@@ -14,7 +14,7 @@ from ctmasknet.models.classification import COVIDCTMaskNet
 from ctmasknet.models.config import model_config
 from ctmasknet.models.segmentation import LesionMaskRCNN
 from ctmasknet.registry import VARIANTS, Variant
-from ctmasknet.weights.files import StoredWeights, fingerprint
+from ctmasknet.weights.files import StoredWeights, fingerprint, is_finite
 
 Model = LesionMaskRCNN | COVIDCTMaskNet
 
@@ -85,7 +85,7 @@ def load(model: Model, tensors: Mapping[str, Tensor], path: Path) -> bool:
         raise WeightsError(
             f"{path}: not weights of {model.variant.name} as configured: tensors {', '.join(details)}.{hint}"
         )
-    damaged = [key for key, t in fitting.items() if t.is_floating_point() and not t.isfinite().all()]
+    damaged = [key for key, t in fitting.items() if not is_finite(t)]
     if damaged:
         raise WeightsError(f"{path}: NaN or infinite values in {damaged[0]}: the file is damaged")
     model.load_state_dict(fitting, strict=False)

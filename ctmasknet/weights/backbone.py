@@ -8,7 +8,7 @@ from typing import Any
 from ctmasknet.errors import WeightsError
 from ctmasknet.weights.assemble import Model
 from ctmasknet.weights.download import HubSource, discard, fetch, hub_source, is_commit
-from ctmasknet.weights.files import WEIGHTS_NAME, read_tensors
+from ctmasknet.weights.files import WEIGHTS_NAME, is_finite, read_tensors
 from ctmasknet.weights.manifest import backbone_entry
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def load_backbone(model: Model, revision: str | None = None) -> str:
         what = "lacks" if missing else "holds an unexpected" if extra else "holds a misshapen"
         raise WeightsError(f"{place}: not a {model.variant.backbone}: {what} {first}")
     fitting = {key: tensors[key] for key in expected if key in tensors}
-    if any(not t.isfinite().all() for t in fitting.values()):
+    if not all(map(is_finite, fitting.values())):
         raise WeightsError(f"{place}: holds NaN or infinite values")
     body.load_state_dict(fitting, strict=False)
     log.info("%s: the body starts from %s (ImageNet)", model.variant.name, place)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 import zlib
@@ -120,6 +121,11 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError, ValueError) as error:
         raise WeightsError(f"{file}: not a readable safetensors file ({error}). Download or copy it again.") from None
     return {key: t.float() if t.is_floating_point() else t for key, t in tensors.items()}
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite, told by the two extremes: one pass, where `isfinite().all()` takes many."""
+    return tensor.numel() == 0 or all(math.isfinite(float(extreme)) for extreme in torch.aminmax(tensor))
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> int:
