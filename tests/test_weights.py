@@ -264,7 +264,7 @@ def test_a_card_claims_only_what_is_stated():
     assert "license: mit" in stated
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint16, torch.bool])
 def test_is_finite_is_torchs_isfinite(dtype):
     generator = torch.Generator().manual_seed(0)
     values = (torch.rand(3, 50, generator=generator) * 200 - 100).to(dtype)

@@ -125,6 +125,8 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite, told by the two extremes: one pass, where `isfinite().all()` takes many."""
+    if not tensor.is_floating_point():
+        return True
     return tensor.numel() == 0 or all(math.isfinite(float(extreme)) for extreme in torch.aminmax(tensor))
 
 
