@@ -27,6 +27,8 @@ IMAGE_CLASSES = ("control", "pneumonia", "covid")
 CLASS_TITLES = {"covid": "COVID-19", "pneumonia": "common pneumonia"}
 """How class names read in a sentence or a picture, where that differs from the name in the code."""
 
+DISCLAIMER = "Research software, not a medical device."
+
 DEFAULT_SEGMENTER = "maskrcnn_resnet18_t1"
 DEFAULT_CLASSIFIER = "ctmasknet_resnet18_t1"
 """What `Predictor` and the command line use when no variant is named; their weights are bundled."""

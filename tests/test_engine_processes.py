@@ -19,7 +19,6 @@ from engine_data import class_folder, classifier_config, lesion_folder, segmente
 from ctmasknet import from_pretrained
 from ctmasknet.data.datasets import open_dataset
 from ctmasknet.engine import TrainConfig, train
-from ctmasknet.engine.setup import speed_up
 from ctmasknet.engine.validation import validate_segmenter
 from ctmasknet.weights.files import read_weights
 
@@ -112,7 +111,6 @@ def test_two_processes_have_equal_weights_after_every_step_and_count_every_slice
 
     row = losses(tmp_path / "run")[-1]
     model = from_pretrained(tmp_path / "run" / "last")
-    speed_up(model, config, torch.device("cpu"))  # the same arithmetic: a score may lie on the threshold
     slices = open_dataset("segmentation", val, min_area=5)
     alone = validate_segmenter(
         model,  # type: ignore[arg-type]

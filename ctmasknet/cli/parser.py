@@ -9,7 +9,7 @@ from typing import Any
 
 from ctmasknet import __version__
 from ctmasknet.cli import evaluating, predicting, training, variants
-from ctmasknet.cli.printing import DISCLAIMER
+from ctmasknet.registry import DISCLAIMER
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ctmasknet.cli.printing import DISCLAIMER, print_json
+from ctmasknet.cli.printing import print_json
 from ctmasknet.errors import ConfigError
+from ctmasknet.registry import DISCLAIMER
 
 _LINES_BESIDE_A_BAR = 100  # results; of more than that the bar alone is shown
 

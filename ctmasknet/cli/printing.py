@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-DISCLAIMER = "Research software, not a medical device."
-
 
 def print_json(facts: Any) -> None:
     """Print facts as JSON; NaN is refused, which JSON does not know."""

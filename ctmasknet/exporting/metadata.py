@@ -11,11 +11,9 @@ import torchvision
 from ctmasknet import __version__
 from ctmasknet.data.readers import LUNG_WINDOW
 from ctmasknet.predictor import class_names
-from ctmasknet.registry import LESION_CLASSES
+from ctmasknet.registry import DISCLAIMER, LESION_CLASSES
 from ctmasknet.weights.assemble import Model
 from ctmasknet.weights.files import state_digest
-
-NOTICE = "Research software, not a medical device."
 
 
 def describe(model: Model, format: str) -> dict[str, str]:
@@ -36,7 +34,7 @@ def describe(model: Model, format: str) -> dict[str, str]:
         },
         "weights_sha256": state_digest(model.state_dict()),
         "versions": {"ctmasknet": __version__, "torch": torch.__version__, "torchvision": torchvision.__version__},
-        "notice": NOTICE,
+        "notice": DISCLAIMER,
     }
     if model.variant.task == "segmentation":
         facts["mask_score"] = heads.mask_score

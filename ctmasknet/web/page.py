@@ -12,6 +12,7 @@ from ctmasknet.data.phantom import phantom
 from ctmasknet.data.readers import read_slice
 from ctmasknet.errors import CTMaskNetError, InputError
 from ctmasknet.extras import import_extra
+from ctmasknet.registry import DISCLAIMER
 from ctmasknet.web import pictures
 from ctmasknet.web.case import LOWEST_THRESHOLD, NONE, Case, Cases, Models, Result, predict_case
 from ctmasknet.web.uploads import Limits, read_upload
@@ -20,7 +21,6 @@ log = logging.getLogger(__name__)
 
 OVERLAY, SCORE_MAP, CONTRIBUTIONS, MONTAGE = "Overlay", "Score map", "RoI contributions", "Montage"
 UNITS = {"as the file says": None, "Hounsfield units": "hu", "stretch its own range": "range"}
-RESEARCH = "Research software, not a medical device."
 SESSION_SECONDS = 3600
 
 CSS = """
@@ -178,7 +178,7 @@ def build(
 
     point = models.operating_point(segmenter) or (0.5, 0.5)
     with gr.Blocks(title="ctmasknet", analytics_enabled=False) as page:
-        gr.Markdown(f"## ctmasknet: lesions in chest CT slices\n{RESEARCH}")
+        gr.Markdown(f"## ctmasknet: lesions in chest CT slices\n{DISCLAIMER}")
         token = gr.State(None, time_to_live=SESSION_SECONDS, delete_callback=kept.drop)
         with gr.Row():
             with gr.Column(scale=1, min_width=320):

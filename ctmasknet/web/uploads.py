@@ -14,7 +14,7 @@ import tempfile
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -66,7 +66,6 @@ def read_upload(
     limits: Limits,
     *,
     units: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Case:
     """Read what was uploaded, and delete it, whatever happens.
 
@@ -75,7 +74,6 @@ def read_upload(
         root: the folder uploads arrive in; a path elsewhere is refused.
         limits: how much is accepted.
         units: as for `read_slice` and `open_volume`.
-        progress: called with the numbers of slices read and in all.
 
     Raises:
         InputError: not one slice or scan; the text names the file, without its folder, and the fix.
@@ -90,7 +88,7 @@ def read_upload(
             if sum(path.stat().st_size for path in files) > limits.upload_bytes:
                 raise InputError(f"{name}: more than {limits.upload_mb} MB. Send less, or use ctmasknet predict.")
             _unpack(files, folder, limits)
-            return _read(sorted(folder.iterdir()), folder, name, units, progress)
+            return _read(sorted(folder.iterdir()), folder, name, units)
         except CTMaskNetError as error:
             raise type(error)(_without(folder, str(error), name)) from None
 
@@ -205,7 +203,6 @@ def _read(
     folder: Path,
     name: str,
     units: str | None,
-    progress: Callable[[int, int], None] | None,
 ) -> Case:
     if len(files) > MAX_FILES:
         raise InputError(f"{name}: more than {MAX_FILES} files. Send one series.")
@@ -219,30 +216,26 @@ def _read(
     if len(files) == 1 or len(headers) == len(files) == 2:
         if headers:
             _require_bounded(headers[0])
-        return _read_scan(files[0], folder, name, units, progress)
+        return _read_scan(files[0], folder, name, units)
     if not any(is_dicom(path) for path in files):
         raise InputError(
             f"{name}: {len(files)} files, none of them DICOM. Send one picture, one scan, or the DICOM files of a "
             "series; for many pictures use ctmasknet predict."
         )
-    return _read_scan(folder, folder, name, units, progress)
+    return _read_scan(folder, folder, name, units)
 
 
-def _read_scan(
-    path: Path, folder: Path, name: str, units: str | None, progress: Callable[[int, int], None] | None
-) -> Case:
+def _read_scan(path: Path, folder: Path, name: str, units: str | None) -> Case:
     volume = open_volume(path, units=units)
     if len(volume.names) > MAX_SLICES or int(np.prod(volume.shape)) > MAX_VOXELS:
         raise InputError(f"{name}: {len(volume.names)} slices of {volume.shape} are too many here: ctmasknet predict")
     slices: dict[int, tuple[Packed, str, str]] = {}
     failed: dict[int, str] = {}
-    for done, (index, one) in enumerate(volume.slices(), start=1):
+    for index, one in volume.slices():
         if isinstance(one, InputError):
             failed[index] = _without(folder, str(one), name)
         else:
             slices[index] = Packed.of(one.pixels), _without(folder, one.source, name), one.kind
-        if progress is not None:
-            progress(done, len(volume.names))
     if not slices:
         raise InputError(f"{name}: no slice of it can be used; the first: {next(iter(failed.values()), 'it has none')}")
     notes = tuple(_without(folder, problem, name) for problem in volume.problems)
