@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from ctmasknet.exporting import Exported, export
     from ctmasknet.predictor import Predictor, predict
     from ctmasknet.registry import Variant, get_variant, list_models
-    from ctmasknet.results import Prediction
-    from ctmasknet.volume_prediction import VolumePrediction
+    from ctmasknet.results import Prediction, VolumePrediction
     from ctmasknet.zoo import create_model, from_pretrained, load_released
 
 try:
@@ -47,8 +46,7 @@ _HOMES = {
     "ctmasknet.zoo": ("create_model", "from_pretrained", "load_released"),
     "ctmasknet.predictor": ("Predictor", "predict"),
     "ctmasknet.batch": ("predict_files",),
-    "ctmasknet.volume_prediction": ("VolumePrediction",),
-    "ctmasknet.results": ("Prediction",),
+    "ctmasknet.results": ("Prediction", "VolumePrediction"),
     "ctmasknet.evaluation": ("Evaluation", "evaluate"),
     "ctmasknet.exporting": ("Exported", "export"),
     "ctmasknet.engine": ("TrainConfig", "TrainResult", "train"),

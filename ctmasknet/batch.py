@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
+import glob
 import hashlib
 import itertools
 import json
@@ -21,28 +22,29 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torchvision
 
 from ctmasknet import __version__
-from ctmasknet.coco_results import COCO_IMAGES, COCO_RESULTS, compress_counts, write_coco_results
 from ctmasknet.data.prefetch import read_ahead
 from ctmasknet.data.readers import Slice, read_slice
-from ctmasknet.data.volumes import is_scan
-from ctmasknet.errors import ConfigError, CTMaskNetError, InputError
-from ctmasknet.inputs import LEFT_OUT, PathLike, Work, find_inputs, place_of
-from ctmasknet.ledger import Ledger, finished_files, join_ledgers
-from ctmasknet.output import OutputError, write_files
+from ctmasknet.data.volumes import NIFTI_SUFFIXES, is_dicom, is_scan
+from ctmasknet.errors import ConfigError, CTMaskNetError, DataError, InputError
+from ctmasknet.output import Ledger, OutputError, finished_files, join_ledgers, write_files
 from ctmasknet.predictor import Predictor
-from ctmasknet.results import Prediction
-from ctmasknet.volume_prediction import VolumePrediction
+from ctmasknet.results import Prediction, VolumePrediction
 
 Format = Literal["files", "jsonl", "coco"]
 
+PathLike = str | os.PathLike[str]
+
 PREDICTIONS, RUN = "predictions.jsonl", "run.json"
+COCO_RESULTS, COCO_IMAGES = "coco_results.json", "coco_images.json"
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
+LEFT_OUT = "left out"
 FAILURES_LISTED = 10_000
 WRITERS = 2
 READERS = 4
@@ -236,6 +238,123 @@ def process_device(environment: Mapping[str, str] | None = None) -> str | None:
     if "LOCAL_RANK" not in environment or not torch.cuda.is_available():
         return None
     return f"cuda:{int(environment['LOCAL_RANK']) % torch.cuda.device_count()}"
+
+
+# Inputs
+
+
+class Work(NamedTuple):
+    """One input: a slice or a scan, or a name that is neither."""
+
+    name: str
+    scan: bool = False
+    error: str = ""
+
+
+def find_inputs(inputs: Iterable[PathLike], *, slices: bool = False, out: PathLike | None = None) -> Iterator[Work]:
+    """The slices and scans that `inputs` name, each file once, in an order that depends on their names only.
+
+    A folder is searched with all below it: pictures (by suffix) are slices, NIfTI files are scans, and the DICOM
+    files that lie in one folder are one scan, or with `slices` a slice each. Linked folders are followed once.
+    Hidden files, and the folder `out`, are left out. A name with ``*``, ``?`` or ``[`` that is no file is a shell
+    pattern (``**`` goes into subfolders). Missing files and folders without a slice come out with an `error`.
+
+    Files of other kinds in the folders come out with the error ``"left out"``.
+    """
+    seen: set[str] = set()
+    folders: dict[str, str] = {}
+    avoid = None if out is None else os.path.realpath(out)
+    for given in inputs:
+        for one in _expand(os.fsdecode(given), slices, avoid):
+            identity = _identity(one.name, folders)
+            if identity not in seen:
+                seen.add(identity)
+                yield one
+
+
+def _expand(name: str, slices: bool, avoid: str | None) -> Iterator[Work]:
+    if os.path.isdir(name):  # noqa: PTH112  millions of times
+        yield from _search(name, slices, avoid)
+    elif glob.has_magic(name) and not os.path.lexists(name):
+        matches = sorted(glob.glob(name, recursive=True))  # noqa: PTH207  Path.glob takes no absolute pattern
+        if not matches:
+            yield Work(name, error=f"{name}: no file matches. Check the pattern, and quote it.")
+        for match in (match for match in matches if not _is_below(match, avoid)):
+            yield from _search(match, slices, avoid) if Path(match).is_dir() else [Work(match)]
+    else:
+        yield Work(name, scan=name.lower().endswith(NIFTI_SUFFIXES))
+
+
+def _identity(name: str, folders: dict[str, str]) -> str:
+    """The real path of a file; of a folder it is kept in `folders`, since millions of files may share one."""
+    folder, file = os.path.split(name)
+    if file in ("", ".", "..") or os.path.islink(name):  # noqa: PTH114
+        return os.path.realpath(name)
+    if folder not in folders:
+        folders[folder] = os.path.realpath(folder)
+    return os.path.join(folders[folder], file)  # noqa: PTH118  as realpath writes it
+
+
+def _is_below(name: str, folder: str | None) -> bool:
+    """Is this a result of an earlier run rather than an input?"""
+    return folder is not None and Path(os.path.realpath(name)).is_relative_to(folder)
+
+
+def _search(root: str, slices: bool, avoid: str | None) -> Iterator[Work]:
+    visited: set[str] = set()
+    problems: list[OSError] = []
+    found = False
+    for folder, below, files in os.walk(root, followlinks=True, onerror=problems.append):
+        identity = os.path.realpath(folder)
+        if identity in visited or identity == avoid:
+            below.clear()
+            continue
+        visited.add(identity)
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        other = []
+        for file in sorted(name for name in files if not name.startswith(".")):
+            path = os.path.join(folder, file)  # noqa: PTH118  keeps "./" and trailing parts as given
+            if file.lower().endswith(PICTURE_SUFFIXES):
+                found = True
+                yield Work(path)
+            elif file.lower().endswith(NIFTI_SUFFIXES):
+                if not file.lower().endswith(".img"):  # its header is the one to open
+                    found = True
+                    yield Work(path, scan=True)
+            elif slices and is_dicom(Path(path)):
+                found = True
+                yield Work(path)
+            else:
+                other.append(path)
+        if not slices and any(is_dicom(Path(path)) for path in other):
+            found = True
+            yield Work(folder, scan=True)
+        else:
+            yield from (Work(path, error=LEFT_OUT) for path in other)
+    for problem in problems:
+        yield Work(str(problem.filename), error=f"{problem.filename}: cannot be listed ({problem.strerror})")
+    if not found and not problems:
+        yield Work(root, error=f"{root}: no readable slices in this folder. Give one with pictures, DICOM or NIfTI.")
+
+
+def read_list(path: Path) -> Iterator[str]:
+    """The names in a text file (UTF-8), one per line; empty lines are skipped.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        with path.open(encoding="utf-8", errors="surrogateescape") as stream:
+            yield from (name for line in stream if (name := line.rstrip("\r\n")).strip())
+    except OSError as error:
+        raise InputError(f"{path}: the list cannot be read ({error.strerror}). Check the path.") from error
+
+
+def place_of(name: str) -> Path:
+    """Where results of a file go below the output folder: its path from here, or from the root if it lies elsewhere."""
+    absolute = Path(os.path.realpath(name))
+    here = Path.cwd().resolve()
+    return absolute.relative_to(here if absolute.is_relative_to(here) else absolute.anchor)
 
 
 # One file
@@ -447,3 +566,98 @@ def _join(out: Path, summary: RunSummary, world: int) -> None:
     whole["files_per_second"] = sum(part["files_per_second"] or 0 for part in parts) or None
     whole["environment"] = {**whole["environment"], "shard": None, "processes": world}
     write_files({out / RUN: (json.dumps(whole, indent=2, allow_nan=False) + "\n").encode()})
+
+
+# COCO results
+
+
+def write_coco_results(
+    predictions: PathLike, out: PathLike, *, annotations: PathLike | None = None
+) -> tuple[Path, Path]:
+    """Turn predictions.jsonl into COCO results, which pycocotools' ``loadRes`` reads; scans are left out.
+
+    Args:
+        predictions: the lines of a run.
+        out: folder for coco_results.json (image_id, category_id, bbox, score, segmentation) and
+            coco_images.json, which says what file an image_id stands for.
+        annotations: COCO annotation JSON: image ids are those of its images of the same path or file name, and
+            categories its own in the order of their ids. Without it ids count from 1 in the order of names, and a
+            category is the label.
+
+    Raises:
+        DataError: the annotations cannot be read, or do not list a file that was predicted.
+    """
+    source = Path(predictions)
+    names = sorted(line["file"] for line in _lines(source) if line["kind"] == "slice")
+    ids: dict[str, int] = {name: number for number, name in enumerate(names, start=1)}
+    categories: list[int] | None = None
+    if annotations is not None:
+        ids, categories = _ids_of(Path(annotations), names)
+    images, results = [], []
+    for line in _lines(source):
+        if line["kind"] != "slice":
+            continue
+        height, width = line["image_size"]
+        identifier = ids[line["file"]]
+        images.append({"id": identifier, "file_name": line["file"], "height": height, "width": width})
+        for lesion in line["lesions"]:
+            x1, y1, x2, y2 = lesion["box"]
+            results.append(
+                {
+                    "image_id": identifier,
+                    "category_id": categories[lesion["label"] - 1] if categories else lesion["label"],
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "score": lesion["score"],
+                    "segmentation": lesion["rle"],
+                }
+            )
+    paths = Path(out) / COCO_RESULTS, Path(out) / COCO_IMAGES
+    write_files({paths[0]: json.dumps(results).encode(), paths[1]: json.dumps({"images": images}).encode()})
+    return paths
+
+
+def compress_counts(counts: list[int]) -> str:
+    """Run lengths of COCO's uncompressed RLE -> its string form, which pycocotools decodes.
+
+    From the third count on the difference to the count before last is stored; a number goes in groups of five
+    bits, lowest first, a sixth bit says that more follow, and 48 makes each a printable character.
+    """
+    text = bytearray()
+    for place, count in enumerate(counts):
+        value = count - counts[place - 2] if place > 2 else count
+        more = True
+        while more:
+            bits = value & 31
+            value >>= 5
+            more = value != (-1 if bits & 16 else 0)
+            text.append(48 + bits + 32 * more)
+    return text.decode("ascii")
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open("rb") as stream:
+        for line in stream:
+            yield json.loads(line)
+
+
+def _ids_of(annotations: Path, names: list[str]) -> tuple[dict[str, int], list[int]]:
+    """Image id of each predicted file, and the categories in the order of labels."""
+    try:
+        content = json.loads(annotations.read_text(encoding="utf-8"))
+        listed = {str(image["file_name"]): image["id"] for image in content["images"]}
+        categories = sorted(category["id"] for category in content["categories"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{annotations}: not readable COCO annotations ({error!r})") from None
+    by_name: dict[str, list[int]] = {}
+    for file, identifier in listed.items():
+        by_name.setdefault(Path(file).name, []).append(identifier)
+    ids = {}
+    for name in names:
+        exact = [identifier for file, identifier in listed.items() if Path(name).as_posix().endswith("/" + file)]
+        candidates = [listed[name]] if name in listed else by_name.get(Path(name).name, [])
+        if len(candidates) != 1:
+            candidates = exact
+        if len(candidates) != 1:
+            raise DataError(f"{annotations}: lists {len(candidates)} images named {Path(name).name}, of {name}")
+        ids[name] = candidates[0]
+    return ids, categories

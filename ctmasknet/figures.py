@@ -17,9 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ctmasknet.errors import ConfigError, CTMaskNetError
+from ctmasknet.errors import ConfigError, CTMaskNetError, import_extra
 from ctmasknet.evaluation.roi_statistics import RoIContributions, RoICounts
-from ctmasknet.extras import import_extra
 from ctmasknet.models.config import model_config
 from ctmasknet.registry import class_title, get_variant
 from ctmasknet.results import Prediction, RoIBatch

@@ -31,8 +31,7 @@ from ctmasknet.registry import (
     Task,
     get_variant,
 )
-from ctmasknet.results import Prediction, RoIBatch
-from ctmasknet.volume_prediction import VolumePrediction, gather
+from ctmasknet.results import Prediction, RoIBatch, VolumePrediction, gather
 from ctmasknet.weights.download import hub_source
 from ctmasknet.zoo import Model, create_model, from_pretrained
 

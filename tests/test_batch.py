@@ -18,13 +18,11 @@ from PIL import Image
 from scans import BlockPredictor
 
 from ctmasknet import ConfigError, DataError, InputError, create_model
-from ctmasknet.batch import predict_files, process_shard
+from ctmasknet.batch import compress_counts, find_inputs, place_of, predict_files, process_shard, write_coco_results
 from ctmasknet.cli import main
-from ctmasknet.coco_results import compress_counts, write_coco_results
 from ctmasknet.data import phantom
 from ctmasknet.data.prefetch import read_ahead
-from ctmasknet.inputs import find_inputs, place_of
-from ctmasknet.ledger import Ledger
+from ctmasknet.output import Ledger
 from ctmasknet.results import run_length_encode
 from ctmasknet.weights.files import write_weights
 

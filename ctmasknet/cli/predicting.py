@@ -18,8 +18,7 @@ def predict_command(options: argparse.Namespace) -> int:
     """`ctmasknet predict`; the exit code."""
     from itertools import islice
 
-    from ctmasknet.batch import process_device, process_shard
-    from ctmasknet.inputs import find_inputs
+    from ctmasknet.batch import find_inputs, process_device, process_shard
 
     shard = _shard(options.shard) if options.shard else process_shard()
     options.device = options.device or process_device()
@@ -63,8 +62,8 @@ def _predict_one(predictor: Any, file: str, options: argparse.Namespace) -> int:
     """One slice or one scan: its own files, no record of a run."""
     from tqdm import tqdm
 
+    from ctmasknet.batch import place_of
     from ctmasknet.data.volumes import is_scan
-    from ctmasknet.inputs import place_of
 
     place = options.out / place_of(file).parent
     if not Path(file).is_dir() and not is_scan(Path(file)):
@@ -98,8 +97,7 @@ def _predict_many(predictor: Any, shard: tuple[int, int], options: argparse.Name
 
     from tqdm import tqdm
 
-    from ctmasknet.batch import FileResult, RunSummary, predict_files
-    from ctmasknet.inputs import read_list
+    from ctmasknet.batch import FileResult, RunSummary, predict_files, read_list
 
     facts: list[dict[str, Any]] = []
     # Drawn on a terminal only, and by one process: logs and pipes get the lines alone.

@@ -11,8 +11,7 @@ import numpy.typing as npt
 
 from ctmasknet.data.grid import Floats, Volume, report_shape
 from ctmasknet.data.readers import open_file, pixels_of_frame, reading, require_dicom_slice, starts_as_dicom
-from ctmasknet.errors import InputError
-from ctmasknet.extras import import_extra
+from ctmasknet.errors import InputError, import_extra
 
 SAME_POSITION = 0.01  # mm; two slices closer than this lie at one place
 SAME_DIRECTION = 0.01  # largest difference of direction cosines within a series

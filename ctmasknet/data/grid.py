@@ -13,8 +13,7 @@ import numpy.typing as npt
 
 from ctmasknet.data.prefetch import read_ahead
 from ctmasknet.data.readers import Slice, require_size
-from ctmasknet.errors import InputError
-from ctmasknet.extras import import_extra
+from ctmasknet.errors import InputError, import_extra
 
 Floats = npt.NDArray[np.float64]
 

@@ -10,8 +10,7 @@ import numpy.typing as npt
 
 from ctmasknet.data.grid import Floats, Volume, report_shape
 from ctmasknet.data.readers import not_hu, reading, require_chest_hu, require_finite, require_size, window
-from ctmasknet.errors import InputError
-from ctmasknet.extras import import_extra
+from ctmasknet.errors import InputError, import_extra
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz", ".hdr", ".img")
 _TO_MM = {"meter": 1000.0, "micron": 0.001}

@@ -26,8 +26,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from ctmasknet.errors import ConfigError, CTMaskNetError, InputError
-from ctmasknet.extras import import_extra
+from ctmasknet.errors import ConfigError, CTMaskNetError, InputError, import_extra
 
 LUNG_WINDOW = (-1350.0, 150.0)  # HU
 MIN_SIDE = 32  # pixels; two cells of the models' stride 16, less cannot be a chest

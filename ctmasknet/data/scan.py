@@ -30,8 +30,7 @@ from ctmasknet.data.targets import (
     instances,
     lesion_class_names,
 )
-from ctmasknet.errors import ConfigError, DataError
-from ctmasknet.extras import import_extra
+from ctmasknet.errors import ConfigError, DataError, import_extra
 from ctmasknet.registry import IMAGE_CLASSES, Task
 
 PathLike = str | Path

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ctmasknet.errors import ConfigError, DataError
-from ctmasknet.extras import import_extra
+from ctmasknet.errors import ConfigError, DataError, import_extra
 from ctmasknet.registry import LESION_CLASSES
 
 BACKGROUND, LUNG, GGO, CONSOLIDATION = 0, 1, 2, 3

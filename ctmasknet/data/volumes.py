@@ -15,8 +15,7 @@ from ctmasknet.data.dicom_series import is_dicom, is_dicom_head, open_dicom_file
 from ctmasknet.data.grid import Volume
 from ctmasknet.data.nifti import NIFTI_SUFFIXES, open_nifti
 from ctmasknet.data.readers import open_file, reading
-from ctmasknet.errors import ConfigError, InputError
-from ctmasknet.extras import import_extra
+from ctmasknet.errors import ConfigError, InputError, import_extra
 
 __all__ = ["NIFTI_SUFFIXES", "Volume", "is_dicom", "is_scan", "open_volume"]
 

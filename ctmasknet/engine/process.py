@@ -12,8 +12,7 @@ from torch import nn
 
 from ctmasknet.engine.config import TrainConfig
 from ctmasknet.engine.validation import Gather
-from ctmasknet.errors import ConfigError
-from ctmasknet.extras import import_extra
+from ctmasknet.errors import ConfigError, import_extra
 
 
 def start_accelerator(config: TrainConfig) -> Any:

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 
 import ctmasknet
-from ctmasknet.errors import CTMaskNetError
-from ctmasknet.extras import import_extra
+from ctmasknet.errors import CTMaskNetError, import_extra
 
 _PACKAGES = ("torch", "torchvision", "timm", "accelerate", "numpy")
 

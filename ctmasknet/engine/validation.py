@@ -16,7 +16,7 @@ from ctmasknet.data.datasets import ClassificationSample, SegmentationSample
 from ctmasknet.engine.samples import as_target, model_input
 from ctmasknet.evaluation import ClassificationMetrics, CocoMetrics, OperatingPointSearch, SegmentationMetrics
 from ctmasknet.models import LesionMaskRCNN
-from ctmasknet.plots import overlay
+from ctmasknet.overlay import overlay
 from ctmasknet.results import Prediction
 
 Gather = Callable[[Any], list[Any]]

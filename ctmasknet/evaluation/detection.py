@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from torchvision.ops import batched_nms
 
-from ctmasknet.errors import ConfigError, DataError
+from ctmasknet.errors import ConfigError, DataError, import_extra
 from ctmasknet.evaluation.row_store import add_rows
-from ctmasknet.extras import import_extra
 
 Array: TypeAlias = np.ndarray | torch.Tensor
 

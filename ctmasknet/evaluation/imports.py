@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ctmasknet.coco_results import COCO_IMAGES, COCO_RESULTS
+from ctmasknet.batch import COCO_IMAGES, COCO_RESULTS
 from ctmasknet.data.datasets import ClassificationSample, SegmentationSample, SliceDataset
 from ctmasknet.data.scan import CocoRecord, decode_segmentation
 from ctmasknet.data.targets import half_open_boxes

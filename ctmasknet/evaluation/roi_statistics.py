@@ -11,10 +11,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ctmasknet.errors import ConfigError, DataError
+from ctmasknet.errors import ConfigError, DataError, import_extra
 from ctmasknet.evaluation.bootstrap import patient_intervals
 from ctmasknet.evaluation.subjects import ROI_THRESHOLDS, Row
-from ctmasknet.extras import import_extra
 from ctmasknet.models import COVIDCTMaskNet
 from ctmasknet.models.roi_batch import fill_batch
 

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ctmasknet.errors import ConfigError, CTMaskNetError, DataError
-from ctmasknet.extras import import_extra
+from ctmasknet.errors import ConfigError, CTMaskNetError, DataError, import_extra
 
 Row = dict[str, Any]
 _SETTINGS = "settings.json"

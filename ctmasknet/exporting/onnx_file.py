@@ -10,9 +10,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ctmasknet.errors import import_extra
 from ctmasknet.exporting.check import TOLERANCES, check_images, compare, require_close
 from ctmasknet.exporting.traceable import traceable
-from ctmasknet.extras import import_extra
 from ctmasknet.weights.assemble import Model
 
 OPSET = 17

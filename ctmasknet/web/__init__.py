@@ -10,8 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ctmasknet.errors import ConfigError
-from ctmasknet.extras import import_extra
+from ctmasknet.errors import ConfigError, import_extra
 from ctmasknet.predictor import DEFAULT, Precision
 from ctmasknet.registry import DEFAULT_CLASSIFIER, DEFAULT_SEGMENTER, get_variant
 from ctmasknet.web.case import LOWEST_THRESHOLD, NONE, Models

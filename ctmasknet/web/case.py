@@ -23,8 +23,7 @@ from ctmasknet.models.protocols import score_maps
 from ctmasknet.models.segmentation import LesionMaskRCNN
 from ctmasknet.predictor import Precision, Predictor, class_names, operating_point
 from ctmasknet.registry import Task
-from ctmasknet.results import Prediction
-from ctmasknet.volume_prediction import VolumePrediction, gather
+from ctmasknet.results import Prediction, VolumePrediction, gather
 from ctmasknet.zoo import Model
 
 LOWEST_THRESHOLD = 0.05

@@ -10,8 +10,7 @@ from typing import Any
 
 from ctmasknet.data.phantom import phantom
 from ctmasknet.data.readers import read_slice
-from ctmasknet.errors import CTMaskNetError, InputError
-from ctmasknet.extras import import_extra
+from ctmasknet.errors import CTMaskNetError, InputError, import_extra
 from ctmasknet.registry import DISCLAIMER
 from ctmasknet.web import pictures
 from ctmasknet.web.case import LOWEST_THRESHOLD, NONE, Case, Cases, Models, Result, predict_case

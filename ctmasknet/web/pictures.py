@@ -14,12 +14,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from ctmasknet.errors import import_extra
 from ctmasknet.evaluation.roi_statistics import RoIContributions
-from ctmasknet.extras import import_extra
 from ctmasknet.figures import contribution_figure
 from ctmasknet.registry import class_title
-from ctmasknet.results import Prediction
-from ctmasknet.volume_prediction import VolumePrediction
+from ctmasknet.results import Prediction, VolumePrediction
 
 _drawing = threading.Lock()  # matplotlib's settings belong to the whole process
 _DPI = 160

@@ -27,8 +27,7 @@ import numpy.typing as npt
 from ctmasknet.data.grid import Volume
 from ctmasknet.data.readers import read_slice, reading
 from ctmasknet.data.volumes import NIFTI_SUFFIXES, is_dicom, is_scan, open_volume
-from ctmasknet.errors import CTMaskNetError, InputError
-from ctmasknet.extras import import_extra
+from ctmasknet.errors import CTMaskNetError, InputError, import_extra
 from ctmasknet.web.case import Case, Packed
 
 MAX_FILES = 2000

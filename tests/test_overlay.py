@@ -11,9 +11,8 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from ctmasknet import plots
 from ctmasknet.errors import ConfigError
-from ctmasknet.plots import overlay
+from ctmasknet.overlay import _enlarge, _place_labels, _style, overlay
 from ctmasknet.results import Prediction
 
 
@@ -146,7 +145,7 @@ def test_lesion_classes_differ_in_colour() -> None:
 def test_a_mask_at_the_border_has_no_contour_along_it() -> None:
     mask = np.zeros((100, 100), bool)
     mask[20:60, :30] = True
-    shape, contour = plots._enlarge(mask, 3, 2)
+    shape, contour = _enlarge(mask, 3, 2)
     differs = shape != mask.repeat(3, axis=0).repeat(3, axis=1)
     assert differs.sum() <= 2  # the two corners are rounded by a pixel
     assert not contour[70:170, :80].any()
@@ -158,7 +157,7 @@ def test_a_mask_at_the_border_has_no_contour_along_it() -> None:
 def test_a_lesion_of_one_pixel_stays_visible(scale: int) -> None:
     mask = np.zeros((5, 5), bool)
     mask[2, 2] = True
-    shape, contour = plots._enlarge(mask, scale, 1)
+    shape, contour = _enlarge(mask, scale, 1)
     assert shape[2 * scale : 3 * scale, 2 * scale : 3 * scale].mean() > 0.5
     assert contour.any()
 
@@ -179,7 +178,7 @@ def crowd(count: int, size: int = 512) -> Prediction:
 
 def test_labels_overlap_nothing_stay_inside_and_go_to_the_best_scores_first() -> None:
     prediction = crowd(128)
-    labels = plots._place_labels(prediction, 2, plots._style((1024, 1024)))
+    labels = _place_labels(prediction, 2, _style((1024, 1024)))
     assert len(labels) > 30
     covered = np.zeros((1024, 1024), int)
     for rect, _, _ in labels:
@@ -192,12 +191,12 @@ def test_labels_overlap_nothing_stay_inside_and_go_to_the_best_scores_first() ->
 
 def test_two_lesions_in_the_same_place_are_both_labelled() -> None:
     prediction = discs(512, 512, [(200, 200, 30), (200, 200, 30)])
-    assert len(plots._place_labels(prediction, 2, plots._style((1024, 1024)))) == 2
+    assert len(_place_labels(prediction, 2, _style((1024, 1024)))) == 2
 
 
 def test_labels_avoid_the_lesions_where_there_is_room() -> None:
     prediction = discs(512, 512, [(200, 200, 40)])
-    (label,) = plots._place_labels(prediction, 2, plots._style((1024, 1024)))
+    (label,) = _place_labels(prediction, 2, _style((1024, 1024)))
     lesion = prediction.masks[0].repeat(2, axis=0).repeat(2, axis=1)
     assert not lesion[label.rect.y1 : label.rect.y2, label.rect.x1 : label.rect.x2].any()
 
