@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         MissingExtraError,
         WeightsError,
     )
-    from ctmasknet.evaluation import Evaluation, evaluate
+    from ctmasknet.evaluation.evaluate import Evaluation, evaluate
     from ctmasknet.exporting import Exported, export
     from ctmasknet.predictor import Predictor, predict
     from ctmasknet.registry import Variant, get_variant, list_models
@@ -47,7 +47,7 @@ _HOMES = {
     "ctmasknet.predictor": ("Predictor", "predict"),
     "ctmasknet.batch": ("predict_files",),
     "ctmasknet.results": ("Prediction", "VolumePrediction"),
-    "ctmasknet.evaluation": ("Evaluation", "evaluate"),
+    "ctmasknet.evaluation.evaluate": ("Evaluation", "evaluate"),
     "ctmasknet.exporting": ("Exported", "export"),
     "ctmasknet.engine": ("TrainConfig", "TrainResult", "train"),
 }

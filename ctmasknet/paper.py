@@ -19,9 +19,8 @@ from ctmasknet.data.scan import LesionRecord, read_class_mask
 from ctmasknet.data.targets import LesionClasses
 from ctmasknet.errors import ConfigError, MissingExtraError
 from ctmasknet.evaluation import tables
-from ctmasknet.evaluation.measure import Evaluation, evaluate, open_model
+from ctmasknet.evaluation.evaluate import Evaluation, Table, evaluate, open_model
 from ctmasknet.evaluation.roi_statistics import PAPER_SAMPLE, RoICounts, roi_contributions
-from ctmasknet.evaluation.table import Table
 from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN
 from ctmasknet.predictor import Predictor, choose_device, class_names
 from ctmasknet.registry import DEFAULT_CLASSIFIER, DEFAULT_SEGMENTER, VARIANTS, class_title

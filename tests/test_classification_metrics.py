@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ctmasknet.errors import ConfigError, DataError
-from ctmasknet.evaluation import ClassificationMetrics
+from ctmasknet.evaluation.metrics import ClassificationMetrics
 
 CLASSES = ("control", "pneumonia", "covid")
 

@@ -13,7 +13,7 @@ import torch
 from torchvision.ops import batched_nms, masks_to_boxes
 
 from ctmasknet.errors import ConfigError, DataError
-from ctmasknet.evaluation import (
+from ctmasknet.evaluation.metrics import (
     CocoMetrics,
     OperatingPointSearch,
     SegmentationMetrics,

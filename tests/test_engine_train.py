@@ -96,7 +96,7 @@ def test_best_and_last_are_loadable_with_config_card_and_operating_point(segment
 
 def test_best_carries_the_metrics_of_its_operating_point(segmented: TrainResult, lesions: Path) -> None:
     from ctmasknet.data.datasets import open_dataset
-    from ctmasknet.evaluation import SegmentationMetrics
+    from ctmasknet.evaluation.metrics import SegmentationMetrics
 
     assert segmented.best is not None
     stored = read_weights(segmented.best).metadata

@@ -28,12 +28,15 @@ from ctmasknet.data.datasets import (
     open_dataset,
 )
 from ctmasknet.data.phantom import phantom
-from ctmasknet.evaluation import ClassificationMetrics, CocoMetrics, SegmentationMetrics, patient_intervals
-from ctmasknet.evaluation.measure import save_rows
-from ctmasknet.evaluation.statistics import (
+from ctmasknet.evaluation.evaluate import save_rows
+from ctmasknet.evaluation.metrics import (
+    ClassificationMetrics,
+    CocoMetrics,
+    SegmentationMetrics,
     classification_statistic,
     coco_matches,
     coco_statistic,
+    patient_intervals,
     segmentation_statistic,
 )
 from ctmasknet.models.protocols import PAPER, Protocol, detect_at, score_maps
@@ -423,7 +426,7 @@ def test_two_thousand_slices_stay_under_two_gigabytes_and_survive_a_kill(tmp_pat
 def test_a_place_that_cannot_be_written_is_named_before_the_work(
     lesions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("ctmasknet.evaluation.evaluate", lambda *_, **__: pytest.fail("work was done"))
+    monkeypatch.setattr("ctmasknet.evaluation.evaluate.evaluate", lambda *_, **__: pytest.fail("work was done"))
     monkeypatch.setattr("ctmasknet.paper.make", lambda *_, **__: pytest.fail("work was done"))
     (tmp_path / "file").write_text("in the way")
     place = str(tmp_path / "file" / "result")
@@ -687,7 +690,6 @@ def test_cli_names_the_mistake(lesions: Path, capsys: Any) -> None:
 
 def test_evaluate_is_a_public_name() -> None:
     assert ctmasknet.evaluate is evaluate
-    assert callable(ctmasknet.evaluation.evaluate)
 
 
 def test_cli_predicts_score_maps_and_its_coco_results_can_be_evaluated(

@@ -14,7 +14,8 @@ pytest.importorskip("matplotlib")
 
 from ctmasknet import ConfigError
 from ctmasknet.data.phantom import phantom
-from ctmasknet.evaluation import RoIContributions, RoICounts, Table
+from ctmasknet.evaluation.evaluate import Table
+from ctmasknet.evaluation.roi_statistics import RoIContributions, RoICounts
 from ctmasknet.figures import (
     CLASS_STYLE,
     SliceFigureRow,

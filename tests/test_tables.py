@@ -18,7 +18,9 @@ from ctmasknet import ConfigError, DataError, create_model, evaluate
 from ctmasknet.cli import main
 from ctmasknet.data.datasets import open_dataset
 from ctmasknet.data.phantom import phantom
-from ctmasknet.evaluation import RoICounts, Table, roi_contributions, table1, table2, table3, table4, table5
+from ctmasknet.evaluation.evaluate import Table
+from ctmasknet.evaluation.roi_statistics import RoICounts, roi_contributions
+from ctmasknet.evaluation.tables import table1, table2, table3, table4, table5
 from ctmasknet.models import COVIDCTMaskNet
 from ctmasknet.paper import ITEMS, Request, make
 from ctmasknet.results import run_length_encode

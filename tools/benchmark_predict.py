@@ -22,8 +22,8 @@ from torchvision.ops import box_iou
 from ctmasknet import Predictor, create_model
 from ctmasknet.data import phantom
 from ctmasknet.data.datasets import open_dataset
-from ctmasknet.evaluation import SegmentationMetrics
-from ctmasknet.evaluation.table import Table
+from ctmasknet.evaluation.evaluate import Table
+from ctmasknet.evaluation.metrics import SegmentationMetrics
 from ctmasknet.models.fast import FastInference
 from ctmasknet.registry import get_variant
 from ctmasknet.weights.manifest import manifest

@@ -15,7 +15,7 @@ from benchmark_predict import alternate
 
 from ctmasknet import Predictor, create_model
 from ctmasknet.data import phantom
-from ctmasknet.evaluation.table import Table
+from ctmasknet.evaluation.evaluate import Table
 
 BATCHES = (1, 2, 4, 8)
 SIDES = (256, 384, 512, 768, 1024)

@@ -14,7 +14,7 @@ def evaluate_command(options: argparse.Namespace) -> int:
     """`ctmasknet evaluate`; the exit code."""
     import os
 
-    from ctmasknet.evaluation import evaluate
+    from ctmasknet.evaluation.evaluate import evaluate
 
     if options.json not in (None, "-"):
         require_writable(Path(options.json))

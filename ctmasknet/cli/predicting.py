@@ -175,7 +175,7 @@ def demo_command(options: argparse.Namespace) -> int:
         if getattr(options, flag) is not None:
             raise ConfigError(f"--{flag.replace('_', '-')} goes with --web")
     from ctmasknet.data import phantom
-    from ctmasknet.evaluation.detection import mask_iou
+    from ctmasknet.evaluation.metrics import mask_iou
 
     made = phantom(options.seed, lesions=options.lesions)
     prediction = _predictor(options)(made.image)

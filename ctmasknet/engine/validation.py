@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ctmasknet.data.datasets import ClassificationSample, SegmentationSample
 from ctmasknet.engine.samples import as_target, model_input
-from ctmasknet.evaluation import ClassificationMetrics, CocoMetrics, OperatingPointSearch, SegmentationMetrics
+from ctmasknet.evaluation.metrics import ClassificationMetrics, CocoMetrics, OperatingPointSearch, SegmentationMetrics
 from ctmasknet.models import LesionMaskRCNN
 from ctmasknet.overlay import overlay
 from ctmasknet.results import Prediction

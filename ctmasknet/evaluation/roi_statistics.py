@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ctmasknet.errors import ConfigError, DataError, import_extra
-from ctmasknet.evaluation.bootstrap import patient_intervals
-from ctmasknet.evaluation.subjects import ROI_THRESHOLDS, Row
+from ctmasknet.evaluation.metrics import patient_intervals
+from ctmasknet.evaluation.rows import ROI_THRESHOLDS, Row
 from ctmasknet.models import COVIDCTMaskNet
 from ctmasknet.models.roi_batch import fill_batch
 

@@ -16,9 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ctmasknet.data.phantom import phantom
 from ctmasknet.errors import ConfigError
-from ctmasknet.evaluation.measure import Evaluation
+from ctmasknet.evaluation.evaluate import MISSING, Evaluation, Table
 from ctmasknet.evaluation.roi_statistics import RoICounts
-from ctmasknet.evaluation.table import MISSING, Table
 from ctmasknet.models.protocols import EVERY_SCORE
 from ctmasknet.predictor import choose_device
 from ctmasknet.registry import VARIANTS, class_title, get_variant

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
@@ -22,15 +22,28 @@ from tqdm import tqdm
 
 from ctmasknet.data.datasets import PathLike, SliceDataset, open_dataset
 from ctmasknet.data.targets import LesionClasses
-from ctmasknet.errors import ConfigError, DataError
-from ctmasknet.evaluation.bootstrap import MIN_PATIENTS, Interval, patient_intervals
-from ctmasknet.evaluation.classification import ClassificationMetrics
-from ctmasknet.evaluation.detection import CocoMetrics, SegmentationMetrics
-from ctmasknet.evaluation.imports import ImportedDetections, ImportedProbabilities, task_of_predictions
-from ctmasknet.evaluation.row_store import Processes, RowStore, processes
-from ctmasknet.evaluation.statistics import classification_statistic, coco_statistic, segmentation_statistic
-from ctmasknet.evaluation.subjects import ClassifierSubject, Row, SegmenterSubject, Subject, coco_state
-from ctmasknet.evaluation.table import Table
+from ctmasknet.errors import ConfigError, CTMaskNetError, DataError, import_extra
+from ctmasknet.evaluation.metrics import (
+    MIN_PATIENTS,
+    ClassificationMetrics,
+    CocoMetrics,
+    Interval,
+    SegmentationMetrics,
+    classification_statistic,
+    coco_statistic,
+    patient_intervals,
+    segmentation_statistic,
+)
+from ctmasknet.evaluation.rows import (
+    ClassifierSubject,
+    ImportedDetections,
+    ImportedProbabilities,
+    Row,
+    SegmenterSubject,
+    Subject,
+    coco_state,
+    task_of_predictions,
+)
 from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN
 from ctmasknet.predictor import Precision, choose_device
 from ctmasknet.registry import VARIANTS, get_variant
@@ -153,7 +166,7 @@ def evaluate(
 
     Args:
         model: a variant's name (its default weights), a folder of weights, an author's ``.pth``, a model; or a
-            ``.json`` of predictions (see `ctmasknet.evaluation.imports`).
+            ``.json`` of predictions (see `ctmasknet.evaluation.rows`).
         data: labelled slices: paths as `open_dataset` takes them, or a data set.
         classes: ``"merge"``, ``"both"`` or ``"ggo"``; None: what the model tells apart.
         min_area: lesions of so many pixels or fewer join the background.
@@ -471,3 +484,195 @@ def _cell(value: Any) -> Any:
 
 def _digest(names: list[str]) -> str:
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+
+
+MISSING = "N/A"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under named columns.
+
+    Attributes:
+        title: one line.
+        columns: name and format specification of each, for example ``("AP@0.5", ".4f")``; ``"s"`` for text.
+        rows: values, None where there is none (printed "N/A"); text in a column of numbers stays as it is.
+        notes: sentences below the table.
+    """
+
+    title: str
+    columns: tuple[tuple[str, str], ...]
+    rows: tuple[tuple[Any, ...], ...]
+    notes: tuple[str, ...] = ()
+
+    def cells(self) -> list[list[str]]:
+        """Formatted values, without the header."""
+        return [
+            [_formatted(value, spec) for value, (_, spec) in zip(row, self.columns, strict=True)] for row in self.rows
+        ]
+
+    def markdown(self) -> str:
+        """GitHub's table syntax under the title, notes below."""
+        lines = [f"**{self.title}**", "", "| " + " | ".join(name for name, _ in self.columns) + " |"]
+        lines.append("| " + " | ".join("---" if spec == "s" else "---:" for _, spec in self.columns) + " |")
+        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in self.cells()]
+        for note in self.notes:
+            lines += ["", note]
+        return "\n".join(lines) + "\n"
+
+    def csv(self) -> str:
+        """Unrounded values; empty where there is none."""
+        stream = StringIO()
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow([name for name, _ in self.columns])
+        writer.writerows([["" if value is None else value for value in row] for row in self.rows])
+        return stream.getvalue()
+
+    def save(self, folder: str | Path, name: str) -> tuple[Path, Path]:
+        """Write ``name.md`` and ``name.csv`` into `folder`, which is made if missing.
+
+        Raises:
+            CTMaskNetError: they cannot be written.
+        """
+        markdown, values = Path(folder) / f"{name}.md", Path(folder) / f"{name}.csv"
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            markdown.write_text(self.markdown(), encoding="utf-8")
+            values.write_text(self.csv(), encoding="utf-8")
+        except OSError as error:
+            raise CTMaskNetError(f"{folder}: cannot be written ({error}); choose another folder") from None
+        return markdown, values
+
+    def __str__(self) -> str:
+        header = [name for name, _ in self.columns]
+        cells = self.cells()
+        widths = [max(len(row[index]) for row in [header, *cells]) for index in range(len(header))]
+
+        def line(row: list[str]) -> str:
+            aligned = [
+                cell.ljust(width) if spec == "s" else cell.rjust(width)
+                for cell, width, (_, spec) in zip(row, widths, self.columns, strict=True)
+            ]
+            return "  ".join(aligned).rstrip()
+
+        rule = "  ".join("-" * width for width in widths)
+        return "\n".join(
+            [self.title, "", line(header), rule, *map(line, cells), *([""] if self.notes else []), *self.notes]
+        )
+
+
+def _formatted(value: Any, spec: str) -> str:
+    if value is None:
+        return MISSING
+    return str(value) if isinstance(value, str) else format(value, spec)
+
+
+_SETTINGS = "settings.json"
+
+
+class RowStore:
+    """A folder with `settings.json` and one `rows-RANK.jsonl` per process.
+
+    Every line is written at once and a line that a kill cut short is dropped, so whatever is read is whole.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], rank: int) -> None:
+        """Open or make the folder.
+
+        Raises:
+            ConfigError: it holds rows of an evaluation with other settings.
+            CTMaskNetError: it cannot be written.
+        """
+        self.folder, self._path = folder, folder / f"rows-{rank}.jsonl"
+        wanted = json.loads(json.dumps(settings))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            before = _read_settings(folder / _SETTINGS)
+            if before is None and rank == 0:
+                unfinished = folder / f".{_SETTINGS}.tmp"
+                unfinished.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+                unfinished.replace(folder / _SETTINGS)
+        except OSError as error:
+            raise CTMaskNetError(f"{folder}: cannot be written ({error}); choose another folder") from None
+        if before is not None and before != wanted:
+            differ = sorted(key for key in {*before, *wanted} if before.get(key) != wanted.get(key))
+            raise ConfigError(
+                f"{folder}: holds an evaluation with another {', '.join(differ)}; choose another folder or delete it"
+            )
+
+    def read(self) -> dict[str, Row]:
+        """Whole rows of all processes by image."""
+        rows: dict[str, Row] = {}
+        for path in sorted(self.folder.glob("rows-*.jsonl")):
+            whole, _, _ = path.read_bytes().rpartition(b"\n")
+            for line in whole.splitlines():
+                row = json.loads(line)
+                rows[row["image_id"]] = row
+        return rows
+
+    def start(self) -> None:
+        """Cut off what a kill left unfinished; after every process has read."""
+        if self._path.exists():
+            whole, newline, _ = self._path.read_bytes().rpartition(b"\n")
+            os.truncate(self._path, len(whole) + len(newline))
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """Write rows behind the others.
+
+        Raises:
+            CTMaskNetError: the disk is full or gone.
+        """
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise CTMaskNetError(f"{self._path}: cannot be written ({error}); free space and run again") from None
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that share an evaluation, by accelerate; alone, one.
+
+    Attributes:
+        rank, world: which of how many this is.
+        gather: value -> list of the values of all processes.
+        wait: returns when all processes have called it.
+    """
+
+    rank: int
+    world: int
+    gather: Callable[[Any], list[Any]]
+    wait: Callable[[], None]
+
+
+def processes(*, cpu: bool) -> Processes:
+    """Join the processes that ``accelerate launch`` or ``torchrun`` started.
+
+    Args:
+        cpu: compute on the CPU even where there is a GPU.
+
+    Raises:
+        MissingExtraError: several processes, but accelerate is not installed.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return Processes(0, 1, lambda value: [value], lambda: None)
+    accelerate = import_extra("accelerate", "train", "evaluation in several processes")
+    operations = import_extra("accelerate.utils", "train", "evaluation in several processes")
+    state = accelerate.PartialState(cpu=cpu)
+    return Processes(
+        state.process_index,
+        state.num_processes,
+        lambda value: operations.gather_object([value]),
+        state.wait_for_everyone,
+    )
+
+
+def _read_settings(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: not readable JSON ({error}); delete the folder or choose another") from None
+    return found if isinstance(found, dict) else {}

@@ -1,4 +1,4 @@
-"""Metrics of lesion segmentation: released-protocol AP, Dice, sensitivity, COCO AP; the operating point.
+"""Every metric: lesion segmentation, the choice of an operating point, slice classification, and 95% intervals.
 
 Masks are (N, H, W) bool, labels (N,) integers (0 is background and never occurs), scores (N,) in 0..1, boxes
 (N, 4) xyxy in pixels; all as numpy arrays or torch tensors on any device.
@@ -7,15 +7,15 @@ Masks are (N, H, W) bool, labels (N,) integers (0 is background and never occurs
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from torchvision.ops import batched_nms
+from torch import Tensor
+from torchvision.ops import batched_nms, box_iou
 
 from ctmasknet.errors import ConfigError, DataError, import_extra
-from ctmasknet.evaluation.row_store import add_rows
 
 Array: TypeAlias = np.ndarray | torch.Tensor
 
@@ -82,6 +82,21 @@ def mask_iou(a: Array, b: Array) -> np.ndarray:
     return np.divide(intersection, union, out=np.zeros_like(intersection), where=union > 0)
 
 
+def _add_rows(rows: list[dict[str, Any]], more: Sequence[dict[str, Any]]) -> None:
+    """Append rows of images that are not there yet; an `image_id` of None is never the same as another.
+
+    Raises:
+        DataError: an image is in both, or twice in `more`; `rows` stays as it was.
+    """
+    seen = {row["image_id"] for row in rows} - {None}
+    for row in more:
+        if row["image_id"] in seen:
+            raise DataError(f"{row['image_id']}: evaluated twice; give every image once, under a unique image_id")
+        if row["image_id"] is not None:
+            seen.add(row["image_id"])
+    rows.extend(more)
+
+
 class SegmentationMetrics:
     """Per-image rows of segmentation quality, and their summary.
 
@@ -127,7 +142,7 @@ class SegmentationMetrics:
             "predictions": len(image.pred_masks),
             "false_positives": int((~matched.any(axis=1)).sum()),
         }
-        add_rows(self.rows, [row])
+        _add_rows(self.rows, [row])
 
     def compute(self) -> dict[str, float | None]:
         """Summary over all images.
@@ -174,7 +189,7 @@ class SegmentationMetrics:
         Raises:
             DataError: an image is in both.
         """
-        add_rows(self.rows, state["rows"])
+        _add_rows(self.rows, state["rows"])
 
 
 class CocoMetrics:
@@ -534,3 +549,344 @@ def _boxes(value: Array, count: int, name: str) -> np.ndarray:
     if boxes.shape != (count, 4):
         raise DataError(f"{name}: expected boxes of shape ({count}, 4), one per mask, got {boxes.shape}")
     return boxes
+
+
+class ClassificationMetrics:
+    """Per-image rows of class probabilities, and their summary."""
+
+    def __init__(self, class_names: Sequence[str]) -> None:
+        """Names of the K classes, in the order of the model's outputs.
+
+        Raises:
+            ConfigError: fewer than two names, or a name twice.
+        """
+        if len(class_names) < 2 or len(set(class_names)) != len(class_names):
+            raise ConfigError(f"class_names={list(class_names)!r}: give two or more different names")
+        self.class_names = tuple(class_names)
+        self.rows: list[dict[str, Any]] = []
+
+    def update(self, probabilities: Array, labels: Array, image_ids: Sequence[str] | None = None) -> None:
+        """Add N images.
+
+        Args:
+            probabilities: (N, K) in 0..1, each row adding up to 1.
+            labels: (N,) integers, the true class of each.
+            image_ids: N unique names; the same name twice raises, so that no image counts twice.
+
+        Raises:
+            DataError: shapes or values that do not fit, or an image seen before.
+        """
+        probability, label = _numpy(probabilities).astype(np.float64), _numpy(labels)
+        classes = len(self.class_names)
+        if probability.ndim != 2 or probability.shape[1] != classes:
+            raise DataError(f"probabilities: expected shape (N, {classes}), got {probability.shape}")
+        # 1e-2 leaves room for half precision; logits fail.
+        if not ((probability >= 0) & (probability <= 1)).all() or (abs(probability.sum(axis=1) - 1) > 1e-2).any():
+            raise DataError("probabilities: each row must lie in 0..1 and add up to 1; apply softmax to logits first")
+        if label.shape != (len(probability),) or (len(label) and label.dtype.kind not in "ui"):
+            raise DataError(f"labels: expected {len(probability)} integers, got shape {label.shape} {label.dtype}")
+        if ((label < 0) | (label >= classes)).any():
+            raise DataError(f"labels: expected 0..{classes - 1} ({', '.join(self.class_names)}), got {label.tolist()}")
+        if image_ids is not None and len(image_ids) != len(probability):
+            raise DataError(f"image_ids: expected {len(probability)} names, got {len(image_ids)}")
+        names = [None] * len(probability) if image_ids is None else image_ids
+        _add_rows(
+            self.rows,
+            [
+                {"image_id": name, "label": int(true), "probabilities": row.tolist()}
+                for name, true, row in zip(names, label, probability, strict=True)
+            ],
+        )
+
+    def compute(self) -> dict[str, Any]:
+        """Summary over all images; the class called is the one of highest probability (the first of equals).
+
+        Returns:
+            - ``n``: number of images; ``accuracy``: fraction called right.
+            - ``confusion``: K lists of K counts, rows the true class, columns the class called.
+            - ``sensitivity``, ``specificity``, ``precision``, ``f1``, ``auc`` (ROC): dict from class name to
+              a number in 0..1, that class against the rest, or None where undefined: sensitivity, F1 and AUC
+              of a class without images, specificity and AUC without images of other classes, precision of a
+              class never called.
+
+        Raises:
+            DataError: no image was added.
+        """
+        if not self.rows:
+            raise DataError("no image was evaluated: the data set is empty")
+        labels = np.array([row["label"] for row in self.rows])
+        probabilities = np.array([row["probabilities"] for row in self.rows])
+        classes = len(self.class_names)
+        confusion = np.zeros((classes, classes), np.int64)
+        np.add.at(confusion, (labels, probabilities.argmax(axis=1)), 1)
+        result: dict[str, Any] = {
+            "n": len(labels),
+            "accuracy": int(confusion.trace()) / len(labels),
+            "confusion": confusion.tolist(),
+            "sensitivity": {},
+            "specificity": {},
+            "precision": {},
+            "f1": {},
+            "auc": {},
+        }
+        for index, name in enumerate(self.class_names):
+            true_positives = int(confusion[index, index])
+            positives, called = int(confusion[index].sum()), int(confusion[:, index].sum())
+            negatives = len(labels) - positives
+            true_negatives = negatives - (called - true_positives)
+            result["sensitivity"][name] = true_positives / positives if positives else None
+            result["specificity"][name] = true_negatives / negatives if negatives else None
+            result["precision"][name] = true_positives / called if called else None
+            result["f1"][name] = 2 * true_positives / (positives + called) if positives else None
+            result["auc"][name] = _auc(probabilities[:, index], labels == index)
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything collected, as plain Python values (JSON-ready)."""
+        return {"class_names": list(self.class_names), "rows": [dict(row) for row in self.rows]}
+
+    def merge(self, state: dict[str, Any]) -> None:
+        """Add the images of another collector's `state_dict`; the summary does not depend on the order.
+
+        Raises:
+            ConfigError: the other collector has other classes.
+            DataError: an image is in both.
+        """
+        if tuple(state["class_names"]) != self.class_names:
+            raise ConfigError(f"cannot merge metrics of classes {state['class_names']} and {list(self.class_names)}")
+        _add_rows(self.rows, state["rows"])
+
+
+def _auc(scores: np.ndarray, positive: np.ndarray) -> float | None:
+    """Area under the ROC curve as the Mann-Whitney statistic, ties counting half; None if one side is empty.
+
+    Args:
+        scores: (N,) float.
+        positive: (N,) bool.
+    """
+    positives, negatives = int(positive.sum()), int((~positive).sum())
+    if positives == 0 or negatives == 0:
+        return None
+    _, group, size = np.unique(scores, return_inverse=True, return_counts=True)
+    rank = (size.cumsum() - (size - 1) / 2)[group]  # from 1; the mean rank among equals
+    return float((rank[positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+_MAX_DETECTIONS = 100  # per image and class, as in COCO
+_RECALL = np.linspace(0, 1, 101)
+
+
+def segmentation_statistic(rows: Sequence[dict[str, Any]]) -> Statistic:
+    """Figures of `SegmentationMetrics.compute` from its rows."""
+    ap = np.array([row["ap"] for row in rows], np.float64).reshape(len(rows), -1)
+    column = {
+        key: np.array([row[key] for row in rows], np.float64)
+        for key in ("intersection", "pred_pixels", "gt_pixels", "lesions", "lesions_found", "false_positives")
+    }
+    both, pixels = column["intersection"], column["pred_pixels"] + column["gt_pixels"]
+    dice = np.divide(2 * both, pixels, out=np.ones(len(rows)), where=pixels > 0)
+
+    def statistic(weights: np.ndarray) -> dict[str, float | None]:
+        total = weights.sum()
+        average = weights @ ap / total
+        shared, area, lesions = weights @ both, weights @ pixels, weights @ column["lesions"]
+        return {
+            "ap50": float(average[0]),
+            "ap75": float(average[5]),
+            "ap": float(average.mean()),
+            "dice_pooled": float(2 * shared / area) if area else 1.0,
+            "dice_mean": float(weights @ dice / total),
+            "iou_pooled": float(shared / (area - shared)) if area else 1.0,
+            "lesion_sensitivity": float(weights @ column["lesions_found"] / lesions) if lesions else None,
+            "false_positives_per_slice": float(weights @ column["false_positives"] / total),
+        }
+
+    return statistic
+
+
+def coco_matches(target: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, Any]:
+    """Which detections of an image COCO counts as right, as plain values.
+
+    Args:
+        target, found: boxes (N, 4), masks (N, H, W) bool, labels (N,); `found` with scores (N,), above the
+            score threshold of the evaluation.
+
+    Returns:
+        Per class and kind (box, mask): for each of the best 100 detections, score and a bit per IoU threshold
+        (bit 0 is 0.5) that says whether it is right; and the number of lesions per class.
+    """
+    overlap = {
+        "box": box_iou(found["boxes"].double(), target["boxes"].double()).numpy(),
+        "mask": mask_iou(found["masks"], target["masks"]),
+    }
+    scores = found["scores"].numpy()
+    labels, true_labels = found["labels"].numpy(), target["labels"].numpy()
+    classes = {}
+    for label in np.union1d(labels, true_labels).tolist():
+        mine, true = np.flatnonzero(labels == label), np.flatnonzero(true_labels == label)
+        mine = mine[np.argsort(-scores[mine], kind="stable")][:_MAX_DETECTIONS]
+        classes[str(label)] = {
+            "lesions": len(true),
+            "scores": [float(score) for score in scores[mine]],
+            **{kind: _right(iou[np.ix_(mine, true)]) for kind, iou in overlap.items()},
+        }
+    return classes
+
+
+def _right(iou: np.ndarray) -> list[int]:
+    """COCO's greedy matching: in order of score, each detection takes the free lesion of highest IoU."""
+    bits = [0] * len(iou)
+    for step, threshold in enumerate(IOU_THRESHOLDS):
+        free = np.ones(iou.shape[1], bool)
+        for rank, row in enumerate(iou):
+            candidates = np.where(free, row, -1.0)
+            if len(candidates) and candidates.max() >= threshold:
+                free[candidates.argmax()] = False
+                bits[rank] |= 1 << step
+    return bits
+
+
+def coco_statistic(matches: Sequence[dict[str, Any]]) -> Statistic:
+    """Figures of `CocoMetrics.compute` from the `coco_matches` of every image."""
+    tables = [_class_table(matches, label) for label in sorted({key for image in matches for key in image})]
+
+    def statistic(weights: np.ndarray) -> dict[str, float | None]:
+        figures: dict[str, float | None] = {}
+        for kind in ("box", "mask"):
+            per_class = [_coco_ap(table, kind, weights) for table in tables]
+            present = np.array([ap for ap in per_class if ap is not None]).reshape(-1, len(IOU_THRESHOLDS))
+            average = present.mean(axis=0) if len(present) else None
+            figures[f"{kind}_ap"] = None if average is None else float(average.mean())
+            figures[f"{kind}_ap50"] = None if average is None else float(average[0])
+            figures[f"{kind}_ap75"] = None if average is None else float(average[5])
+        return figures
+
+    return statistic
+
+
+def _class_table(matches: Sequence[dict[str, Any]], label: str) -> dict[str, np.ndarray]:
+    """One class over all images, detections in falling order of score: image, and right per IoU threshold."""
+    own = [(index, image[label]) for index, image in enumerate(matches) if label in image]
+    scores = np.array([score for _, found in own for score in found["scores"]])
+    order = np.argsort(-scores, kind="stable")
+    lesions = np.zeros(len(matches))
+    lesions[[index for index, _ in own]] = [found["lesions"] for _, found in own]
+    image = np.array([index for index, found in own for _ in found["scores"]], np.int64)[order]
+    table = {"lesions": lesions, "image": image}
+    for kind in ("box", "mask"):
+        bits = np.array([value for _, found in own for value in found[kind]], np.int64)[order]
+        table[kind] = (bits[:, None] >> np.arange(len(IOU_THRESHOLDS))) & 1
+    return table
+
+
+def _coco_ap(table: dict[str, np.ndarray], kind: str, weights: np.ndarray) -> np.ndarray | None:
+    """(T,) AP of a class at every IoU threshold; None without lesions."""
+    lesions = float(weights @ table["lesions"])
+    if lesions == 0:
+        return None
+    weight = weights[table["image"]]
+    right = np.cumsum(table[kind] * weight[:, None], axis=0)
+    seen = np.cumsum(weight)[:, None]
+    precision = np.divide(right, seen, out=np.zeros_like(right), where=seen > 0)
+    envelope = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
+    ap = np.zeros(right.shape[1])
+    for step in range(right.shape[1]):
+        # A hair's breadth, so that a recall of exactly 0.3 is not missed for rounding.
+        index = np.searchsorted(right[:, step] / lesions, _RECALL - 1e-12)
+        ap[step] = np.append(envelope[:, step], 0.0)[index].mean()
+    return ap
+
+
+def classification_statistic(labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str]) -> Statistic:
+    """Figures of `ClassificationMetrics.compute`, named ``"accuracy"`` and ``"sensitivity.covid"``.
+
+    Args:
+        labels: (N,) true classes.
+        probabilities: (N, K).
+    """
+    called = probabilities.argmax(axis=1)
+    order = [np.argsort(probabilities[:, index], kind="stable") for index in range(len(class_names))]
+    edges = [
+        np.flatnonzero(np.diff(probabilities[order[index], index], prepend=-1.0)) for index in range(len(class_names))
+    ]
+
+    def statistic(weights: np.ndarray) -> dict[str, float | None]:
+        total = float(weights.sum())
+        figures: dict[str, float | None] = {"accuracy": float(weights[called == labels].sum()) / total}
+        for index, name in enumerate(class_names):
+            true = labels == index
+            positives, calls = float(weights[true].sum()), float(weights[called == index].sum())
+            right = float(weights[true & (called == index)].sum())
+            negatives = total - positives
+            figures[f"sensitivity.{name}"] = right / positives if positives else None
+            figures[f"specificity.{name}"] = (negatives - calls + right) / negatives if negatives else None
+            figures[f"precision.{name}"] = right / calls if calls else None
+            figures[f"f1.{name}"] = 2 * right / (positives + calls) if positives else None
+            figures[f"auc.{name}"] = _weighted_auc(weights[order[index]], true[order[index]], edges[index])
+        return figures
+
+    return statistic
+
+
+def _weighted_auc(weights: np.ndarray, positive: np.ndarray, edges: np.ndarray) -> float | None:
+    """Weighted Mann-Whitney statistic of rising scores; `edges` are where a new score begins."""
+    above = np.add.reduceat(weights * positive, edges)
+    below = np.add.reduceat(weights * ~positive, edges)
+    positives, negatives = above.sum(), below.sum()
+    if positives == 0 or negatives == 0:
+        return None
+    before = np.cumsum(below) - below
+    return float((above * (before + below / 2)).sum() / (positives * negatives))
+
+
+MIN_PATIENTS = 5
+"""Fewer patients give no interval: their resamples hardly differ."""
+
+Interval: TypeAlias = tuple[float, float]
+Statistic: TypeAlias = Callable[[np.ndarray], dict[str, float | None]]
+
+_DEFINED = 0.9  # share of the resamples in which a figure must be defined to get an interval
+
+
+def patient_intervals(
+    patients: Sequence[str | None],
+    statistic: Statistic,
+    *,
+    samples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> dict[str, Interval | None]:
+    """Percentile bootstrap intervals, patients drawn with replacement.
+
+    Args:
+        patients: of each of N slices; None where unknown.
+        statistic: takes N weights (float64, how often each slice's patient was drawn) and gives figures by
+            name, None where undefined.
+        samples: resamples.
+        seed: fixes them.
+        level: coverage, in 0..1.
+
+    Returns:
+        Lower and upper bound per figure; None with fewer than `MIN_PATIENTS` patients, an unknown patient, or
+        a figure that is undefined in more than a tenth of the resamples.
+    """
+    names = statistic(np.ones(len(patients))) if len(patients) else {}
+    if any(patient is None for patient in patients) or len(set(patients)) < MIN_PATIENTS or samples < 1:
+        return dict.fromkeys(names)
+    _, index = np.unique(np.array([str(patient) for patient in patients]), return_inverse=True)
+    count = int(index.max()) + 1
+    generator = np.random.default_rng(seed)
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(samples):
+        drawn = np.bincount(generator.integers(count, size=count), minlength=count)
+        for name, value in statistic(drawn[index].astype(np.float64)).items():
+            if value is not None:
+                found[name].append(value)
+    tail = 100 * (1 - level) / 2
+    intervals: dict[str, Interval | None] = {}
+    for name, values in found.items():
+        enough = names[name] is not None and len(values) >= _DEFINED * samples
+        intervals[name] = (
+            (float(np.percentile(values, tail)), float(np.percentile(values, 100 - tail))) if enough else None
+        )
+    return intervals
