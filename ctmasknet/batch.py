@@ -29,9 +29,8 @@ import torch
 import torchvision
 
 from ctmasknet import __version__
-from ctmasknet.data.prefetch import read_ahead
-from ctmasknet.data.readers import Slice, read_slice
-from ctmasknet.data.volumes import NIFTI_SUFFIXES, is_dicom, is_scan
+from ctmasknet.data.scans import NIFTI_SUFFIXES, is_dicom, is_scan, read_ahead
+from ctmasknet.data.slices import Slice, read_slice
 from ctmasknet.errors import ConfigError, CTMaskNetError, DataError, InputError
 from ctmasknet.output import Ledger, OutputError, finished_files, join_ledgers, write_files
 from ctmasknet.predictor import Predictor

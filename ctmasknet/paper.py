@@ -13,10 +13,9 @@ import torch
 
 from ctmasknet import figures
 from ctmasknet.data.datasets import PathLike, open_dataset
+from ctmasknet.data.layouts import LesionClasses, LesionRecord, read_class_mask
 from ctmasknet.data.phantom import phantom
-from ctmasknet.data.readers import read_slice
-from ctmasknet.data.scan import LesionRecord, read_class_mask
-from ctmasknet.data.targets import LesionClasses
+from ctmasknet.data.slices import read_slice
 from ctmasknet.errors import ConfigError, MissingExtraError
 from ctmasknet.evaluation import tables
 from ctmasknet.evaluation.evaluate import Evaluation, Table, evaluate, open_model

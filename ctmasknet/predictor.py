@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ctmasknet.data.readers import Slice, read_slice
-from ctmasknet.data.volumes import open_volume
+from ctmasknet.data.scans import open_volume
+from ctmasknet.data.slices import Slice, read_slice
 from ctmasknet.errors import ConfigError, CTMaskNetError, InputError
 from ctmasknet.models.classification import COVIDCTMaskNet
 from ctmasknet.models.config import model_config
@@ -166,7 +166,7 @@ class Predictor:
 
         Args:
             path: a folder with a DICOM series, a DICOM file of one or many frames, or a NIfTI file.
-            units, series, spacing: see `ctmasknet.data.volumes.open_volume`.
+            units, series, spacing: see `ctmasknet.data.scans.open_volume`.
             progress: called with the numbers of slices done and in all.
 
         Raises:

@@ -24,7 +24,7 @@ from ctmasknet.overlay import CLASS_COLOURS, RESEARCH_NOTE, overlay
 from ctmasknet.registry import class_title
 
 if TYPE_CHECKING:
-    from ctmasknet.data.volumes import Volume
+    from ctmasknet.data.scans import Volume
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ctmasknet import Prediction, Predictor, create_model
-from ctmasknet.data.readers import Slice
+from ctmasknet.data.slices import Slice
 
 MARK = 400  # HU of the block; everything else is softer than the lung window's upper end
 SHAPE = (40, 48, 6)  # to the right, to the front, to the head

@@ -21,7 +21,7 @@ from ctmasknet import ConfigError, DataError, InputError, create_model
 from ctmasknet.batch import compress_counts, find_inputs, place_of, predict_files, process_shard, write_coco_results
 from ctmasknet.cli import main
 from ctmasknet.data import phantom
-from ctmasknet.data.prefetch import read_ahead
+from ctmasknet.data.scans import read_ahead
 from ctmasknet.output import Ledger
 from ctmasknet.results import run_length_encode
 from ctmasknet.weights.files import write_weights

@@ -15,17 +15,16 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.ops import masks_to_boxes
 
-from ctmasknet.data.cache import cached
 from ctmasknet.data.datasets import (
     ClassificationImages,
     CocoInstances,
     LesionFolder,
+    cached,
     open_dataset,
     require_trainable,
 )
+from ctmasknet.data.layouts import class_folder_names, instances, patient_of, read_class_mask
 from ctmasknet.data.phantom import phantom
-from ctmasknet.data.scan import class_folder_names, patient_of, read_class_mask
-from ctmasknet.data.targets import instances
 from ctmasknet.errors import ConfigError, CTMaskNetError, DataError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

@@ -278,7 +278,7 @@ def test_bundled_weights_match_at_full_size_on_real_slices(tmp_path, name):
     files = sorted(SHARED.glob("data/lesions/val/imgs/*.jpg"))[::20] + sorted(SHARED.glob("data/classes/val/*"))[::30]
     if not files:
         pytest.skip("no real slices here")
-    from ctmasknet.data.readers import read_slice
+    from ctmasknet.data.slices import read_slice
 
     model = ctmasknet.create_model(name, weights="default")
     ctmasknet.export(model, tmp_path / "model.onnx")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torchvision.ops import masks_to_boxes
 
+from ctmasknet.data.layouts import half_open_boxes, instances, lesion_class_names
 from ctmasknet.data.phantom import phantom
-from ctmasknet.data.targets import half_open_boxes, instances, lesion_class_names
 from ctmasknet.errors import ConfigError, DataError, MissingExtraError
 
 MIXED = np.array(

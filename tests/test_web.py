@@ -165,7 +165,7 @@ def test_filtering_equals_predicting_at_that_threshold():
 
 
 def _slice():
-    from ctmasknet.data.readers import read_slice
+    from ctmasknet.data.slices import read_slice
 
     return read_slice(phantom(0, size=256).image)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ctmasknet import TrainConfig, create_model, train
-from ctmasknet.data.targets import instances
+from ctmasknet.data.layouts import instances
 from ctmasknet.engine.setup import speed_up
 
 RATE, DECAY = 1e-4, 1e-3

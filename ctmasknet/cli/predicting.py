@@ -63,7 +63,7 @@ def _predict_one(predictor: Any, file: str, options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ctmasknet.batch import place_of
-    from ctmasknet.data.volumes import is_scan
+    from ctmasknet.data.scans import is_scan
 
     place = options.out / place_of(file).parent
     if not Path(file).is_dir() and not is_scan(Path(file)):

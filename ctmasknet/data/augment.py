@@ -17,7 +17,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
-from ctmasknet.data.targets import half_open_boxes
+from ctmasknet.data.layouts import half_open_boxes
 from ctmasknet.errors import ConfigError
 
 
@@ -88,7 +88,7 @@ def augment(
 
     Args:
         image: (C, H, W), uint8 or floating point in 0..1, on any device.
-        target: ``boxes`` (N, 4), ``labels`` (N,), ``masks`` (N, H, W) as `targets.instances` gives them, on
+        target: ``boxes`` (N, 4), ``labels`` (N,), ``masks`` (N, H, W) as `layouts.instances` gives them, on
             the device of the image; other entries are passed on. None, or no ``masks``: the image alone
             changes.
         generator: the only source of randomness, on the CPU (`sample_generator` makes one per sample). It

@@ -12,18 +12,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from ctmasknet.data.scan import (
+from ctmasknet.data.layouts import (
     ImageRecord,
+    LesionClasses,
     LesionRecord,
+    Listing,
     PathLike,
-    Scan,
     check_sizes,
     guess_task,
+    instances,
+    list_slices,
     read_class_mask,
     read_image,
-    scan,
 )
-from ctmasknet.data.targets import LesionClasses, instances
 from ctmasknet.errors import CTMaskNetError, DataError, MissingExtraError
 from ctmasknet.registry import Task
 
@@ -137,7 +138,7 @@ def check_dataset(
         MissingExtraError: scipy or the COCO decoder (extra ``train``) is needed and not installed.
     """
     task = task or guess_task(data)
-    found = scan(task, data, classes=classes, min_area=min_area, list_file=list_file)
+    found = list_slices(task, data, classes=classes, min_area=min_area, list_file=list_file)
     report = DataReport(task, found.layout, [str(source) for source in found.sources], min_area=min_area)
     report.slices = len(found.records)
     report.problems = [str(problem) for problem in found.problems]
@@ -148,11 +149,11 @@ def check_dataset(
     report.patients = len(patients)
     report.slices_without_patient = sum(record.patient is None for record in found.records)
     if against is not None:
-        _compare(found, scan(task, against, classes=classes, min_area=min_area), report)
+        _compare(found, list_slices(task, against, classes=classes, min_area=min_area), report)
     return report
 
 
-def _read_all(found: Scan, report: DataReport) -> None:
+def _read_all(found: Listing, report: DataReport) -> None:
     """Read images and targets, and fill in what they hold."""
     sizes: Counter[str] = Counter()
     values = np.zeros(4, dtype=np.int64)
@@ -204,7 +205,7 @@ def _read_all(found: Scan, report: DataReport) -> None:
     _judge_classes(found, report)
 
 
-def _judge_classes(found: Scan, report: DataReport) -> None:
+def _judge_classes(found: Listing, report: DataReport) -> None:
     """Add what stands against training on these classes."""
     where = ", ".join(report.sources)
     missing = [name for name, count in report.class_counts.items() if count == 0]
@@ -219,7 +220,7 @@ def _judge_classes(found: Scan, report: DataReport) -> None:
         report.problems.append(f"{where}: no sample of class {', '.join(missing)}; add some, or train without it")
 
 
-def _compare(found: Scan, other: Scan, report: DataReport) -> None:
+def _compare(found: Listing, other: Listing, report: DataReport) -> None:
     """Fill in what two splits share."""
     report.problems += [str(problem) for problem in other.problems]
     elsewhere = {record.patient for record in other.records}

@@ -5,45 +5,46 @@ know what they have. All give 8-bit grey images (deeper ones, DICOM included, ar
 leave the conversion to three floating-point channels to the consumer, which can do it on the device.
 
 Opening a data set lists files and compares names; that finds what is missing. Contents are read when a
-sample is asked for. `scan` is the first half alone and collects every problem instead of raising the first.
+sample is asked for. `list_slices` is the first half alone and collects every problem instead of raising the first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
+import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ctmasknet.data.scan import (
+from ctmasknet.data.layouts import (
     CocoRecord,
     ImageRecord,
+    LesionClasses,
     LesionRecord,
+    Listing,
     PathLike,
     Record,
-    Scan,
     as_paths,
     check_sizes,
     finish,
+    list_class_folders,
+    list_coco,
+    list_covidx,
+    list_file_names,
+    list_lesion_folders,
+    list_slices,
     read_image,
-    scan,
-    scan_class_folders,
-    scan_coco,
-    scan_covidx_list,
-    scan_file_names,
-    scan_lesion_folders,
-)
-from ctmasknet.data.targets import (
-    LesionClasses,
 )
 from ctmasknet.errors import DataError
 from ctmasknet.registry import Task
 
 
 class SegmentationSample(NamedTuple):
-    """A slice with its instances: image (1, H, W) uint8, target as `targets.instances` gives it, name."""
+    """A slice with its instances: image (1, H, W) uint8, target as `layouts.instances` gives it, name."""
 
     image: Tensor
     target: dict[str, Tensor]
@@ -92,7 +93,7 @@ class SliceDataset(Dataset[Sample], Generic[Sample]):
 
 
 class SegmentationSlices(SliceDataset[SegmentationSample]):
-    """Slices with lesion instances, from the records of a scan."""
+    """Slices with lesion instances, from the records of a listing."""
 
     task: Task = "segmentation"
 
@@ -121,7 +122,7 @@ class LesionFolder(SegmentationSlices):
 
     Args:
         roots: a folder or several.
-        classes, min_area: see `targets.instances`.
+        classes, min_area: see `layouts.instances`.
         names: a text file of names, one per line, with or without folder and ending; only these are used,
             in the order of the files. A name that several roots hold selects all of them.
 
@@ -139,7 +140,7 @@ class LesionFolder(SegmentationSlices):
         min_area: int = 100,
         names: PathLike | None = None,
     ) -> None:
-        found = scan_lesion_folders(as_paths(roots), classes, min_area)
+        found = list_lesion_folders(as_paths(roots), classes, min_area)
         finish(found, names).require_complete()
         super().__init__(found.records, found.class_names)
 
@@ -163,7 +164,7 @@ class CocoInstances(SegmentationSlices):
     """
 
     def __init__(self, json_path: PathLike, images_dir: PathLike | None = None, *, min_area: int = 100) -> None:
-        found = scan_coco(Path(json_path), images_dir, min_area)
+        found = list_coco(Path(json_path), images_dir, min_area)
         finish(found).require_complete()
         super().__init__(found.records, found.class_names)
 
@@ -189,22 +190,22 @@ class ClassificationImages(SliceDataset[ClassificationSample]):
         cls, roots: PathLike | Sequence[PathLike], *, names: PathLike | None = None
     ) -> ClassificationImages:
         """Folders of images named `[Class]_[PatientID]_[ScanNum]_[SliceNum]`, Class a number or a word."""
-        return cls._complete(scan_file_names(as_paths(roots)), names)
+        return cls._complete(list_file_names(as_paths(roots)), names)
 
     @classmethod
     def from_list(cls, list_file: PathLike, images_dir: PathLike | Sequence[PathLike]) -> ClassificationImages:
         """A COVIDx-CT list: `FILENAME CLASS XMIN YMIN XMAX YMAX` per line; the box is not used."""
-        return cls._complete(scan_covidx_list(Path(list_file), as_paths(images_dir)))
+        return cls._complete(list_covidx(Path(list_file), as_paths(images_dir)))
 
     @classmethod
     def from_class_folders(
         cls, roots: PathLike | Sequence[PathLike], *, names: PathLike | None = None
     ) -> ClassificationImages:
         """One subfolder per class, images at any depth below; see `class_folder_names` for the numbering."""
-        return cls._complete(scan_class_folders(as_paths(roots)), names)
+        return cls._complete(list_class_folders(as_paths(roots)), names)
 
     @classmethod
-    def _complete(cls, found: Scan, names: PathLike | None = None) -> ClassificationImages:
+    def _complete(cls, found: Listing, names: PathLike | None = None) -> ClassificationImages:
         finish(found, names).require_complete()
         return cls(found.records, found.class_names)
 
@@ -231,7 +232,7 @@ def open_dataset(
         data: paths. Segmentation: CNCB folders, COCO JSON files or folders with one. Classification:
             folders of CNCB-named images, folders of class folders, COVIDx-CT lists (`.txt`, images beside
             it or in `images/`).
-        classes: see `targets.instances`; COCO files bring their own.
+        classes: see `layouts.instances`; COCO files bring their own.
         min_area: smaller or equal instances join the background, pixels.
         list_file: restricts to the names it lists. For classification a COVIDx-CT list also brings the
             classes; `data` are then the folders of its images.
@@ -240,7 +241,7 @@ def open_dataset(
         DataError: nothing usable there, or incomplete; the text names the file and the fix.
         ConfigError: unknown `task` or `classes`, a negative `min_area`.
     """
-    found = scan(task, data, classes=classes, min_area=min_area, list_file=list_file)
+    found = list_slices(task, data, classes=classes, min_area=min_area, list_file=list_file)
     found.require_complete()
     if task == "segmentation":
         return SegmentationSlices(found.records, found.class_names)
@@ -273,3 +274,101 @@ def require_trainable(
             else "add some, or give class folders names of your own, which are numbered as they come"
         )
         raise DataError(f"{source}: no sample of class {names}; {fix}")
+
+
+class CachedDataset(SliceDataset[Sample]):
+    """Keeps decoded samples in memory; a hit equals the first reading, tensor for tensor.
+
+    Masks are kept as bits within their boxes: about 1% of their size. Samples beyond the limit are read anew
+    every time. Fill it before worker processes fork, or each of them fills its own.
+
+    Attributes:
+        source: the data set that it reads.
+        limit: bytes it may hold, None for any number.
+        nbytes: bytes it holds now.
+    """
+
+    def __init__(self, source: SliceDataset[Sample], limit: int | None = None) -> None:
+        self.source: SliceDataset[Sample] = source
+        self.task = source.task
+        self.class_names = source.class_names
+        self.names = source.names
+        self.patients = source.patients
+        self.limit = limit
+        self.nbytes = 0
+        self._kept: dict[int, _Packed] = {}
+
+    def __getitem__(self, index: int) -> Sample:
+        kept = self._kept.get(index)
+        if kept is not None:
+            return cast(Sample, kept.sample())
+        sample = self.source[index]
+        packed = _Packed.of(sample)
+        if self.limit is None or self.nbytes + packed.nbytes <= self.limit:
+            self._kept[index] = packed
+            self.nbytes += packed.nbytes
+        return sample
+
+    def labels_of(self, index: int) -> list[int]:
+        return self.source.labels_of(index)
+
+    @property
+    def labels(self) -> list[int]:
+        """Labels of a classification data set, one per sample."""
+        return cast(Any, self.source).labels
+
+    def estimate(self) -> int:
+        """Bytes that the whole data set would take, from at most eight samples spread over it."""
+        indices = np.unique(np.linspace(0, len(self) - 1, num=min(8, len(self))).astype(int))
+        return int(np.mean([_Packed.of(self.source[int(i)]).nbytes for i in indices]) * len(self))
+
+    def fill(self) -> CachedDataset[Sample]:
+        """Read all samples that fit, in order, and return itself."""
+        for index in range(len(self)):
+            if index not in self._kept:
+                held = self.nbytes
+                self[index]
+                if self.nbytes == held:
+                    break
+        return self
+
+
+def cached(dataset: SliceDataset[Sample], limit: int | None = None) -> CachedDataset[Sample]:
+    """`dataset` with its decoded samples kept in memory, up to `limit` bytes."""
+    return CachedDataset(dataset, limit)
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A sample in few bytes."""
+
+    image: Tensor
+    name: str
+    label: int | None
+    boxes: Tensor | None
+    labels: Tensor | None
+    masks: tuple[np.ndarray, ...]
+    nbytes: int
+
+    @classmethod
+    def of(cls, sample: SegmentationSample | ClassificationSample) -> _Packed:
+        if isinstance(sample, ClassificationSample):
+            return cls(sample.image.clone(), sample.name, sample.label, None, None, (), sample.image.nbytes)
+        boxes, labels = sample.target["boxes"].clone(), sample.target["labels"].clone()
+        bits = tuple(
+            np.packbits(mask[y1:y2, x1:x2].numpy())
+            for mask, (x1, y1, x2, y2) in zip(sample.target["masks"], boxes.int().tolist(), strict=True)
+        )
+        nbytes = sample.image.nbytes + boxes.nbytes + labels.nbytes + sum(part.nbytes for part in bits)
+        return cls(sample.image.clone(), sample.name, None, boxes, labels, bits, nbytes)
+
+    def sample(self) -> SegmentationSample | ClassificationSample:
+        image = self.image.clone()  # whoever changes what he was given must not change the cache
+        if self.boxes is None or self.labels is None:
+            return ClassificationSample(image, cast(int, self.label), self.name)
+        masks = torch.zeros((len(self.masks), *image.shape[1:]), dtype=torch.uint8)
+        for mask, bits, (x1, y1, x2, y2) in zip(masks, self.masks, self.boxes.int().tolist(), strict=True):
+            area = (y2 - y1) * (x2 - x1)
+            mask[y1:y2, x1:x2] = torch.from_numpy(np.unpackbits(bits, count=area).reshape(y2 - y1, x2 - x1))
+        target = {"boxes": self.boxes.clone(), "labels": self.labels.clone(), "masks": masks}
+        return SegmentationSample(image, target, self.name)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ctmasknet.data.readers import window
+from ctmasknet.data.slices import window
 from ctmasknet.errors import ConfigError
 
 Floats = NDArray[np.float32]

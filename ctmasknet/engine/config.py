@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ctmasknet.data.augment import Augmentation
-from ctmasknet.data.targets import LesionClasses
+from ctmasknet.data.layouts import LesionClasses
 from ctmasknet.errors import ConfigError, import_extra
 from ctmasknet.models.config import model_config
 from ctmasknet.registry import Task, get_variant

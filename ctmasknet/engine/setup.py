@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ctmasknet.data.cache import cached
-from ctmasknet.data.datasets import SliceDataset, open_dataset, require_trainable
+from ctmasknet.data.datasets import SliceDataset, cached, open_dataset, require_trainable
 from ctmasknet.engine.config import TrainConfig
 from ctmasknet.engine.initial import Model, initial_model
 from ctmasknet.engine.rois import ModuleSOnRoIs, RoIViews

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from ctmasknet.data.datasets import PathLike, SliceDataset, open_dataset
-from ctmasknet.data.targets import LesionClasses
+from ctmasknet.data.layouts import LesionClasses
 from ctmasknet.errors import ConfigError, CTMaskNetError, DataError, import_extra
 from ctmasknet.evaluation.metrics import (
     MIN_PATIENTS,

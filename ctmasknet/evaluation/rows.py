@@ -28,8 +28,7 @@ from torch import Tensor
 
 from ctmasknet.batch import COCO_IMAGES, COCO_RESULTS
 from ctmasknet.data.datasets import ClassificationSample, SegmentationSample, SliceDataset
-from ctmasknet.data.scan import CocoRecord, decode_segmentation
-from ctmasknet.data.targets import half_open_boxes
+from ctmasknet.data.layouts import CocoRecord, decode_segmentation, half_open_boxes
 from ctmasknet.errors import DataError
 from ctmasknet.evaluation.metrics import CocoMetrics, SegmentationMetrics, coco_matches
 from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN

@@ -9,7 +9,7 @@ import torch
 import torchvision
 
 from ctmasknet import __version__
-from ctmasknet.data.readers import LUNG_WINDOW
+from ctmasknet.data.slices import LUNG_WINDOW
 from ctmasknet.predictor import class_names
 from ctmasknet.registry import DISCLAIMER, LESION_CLASSES
 from ctmasknet.weights.assemble import Model

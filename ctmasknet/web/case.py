@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ctmasknet.data.grid import Volume
-from ctmasknet.data.readers import Slice
+from ctmasknet.data.scans import Volume
+from ctmasknet.data.slices import Slice
 from ctmasknet.errors import ConfigError, CTMaskNetError, InputError
 from ctmasknet.evaluation.roi_statistics import RoIContributions, roi_contributions
 from ctmasknet.models.classification import COVIDCTMaskNet

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ctmasknet.data.phantom import phantom
-from ctmasknet.data.readers import read_slice
+from ctmasknet.data.slices import read_slice
 from ctmasknet.errors import CTMaskNetError, InputError, import_extra
 from ctmasknet.registry import DISCLAIMER
 from ctmasknet.web import pictures

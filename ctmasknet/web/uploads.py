@@ -24,9 +24,8 @@ from typing import IO, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from ctmasknet.data.grid import Volume
-from ctmasknet.data.readers import read_slice, reading
-from ctmasknet.data.volumes import NIFTI_SUFFIXES, is_dicom, is_scan, open_volume
+from ctmasknet.data.scans import NIFTI_SUFFIXES, Volume, is_dicom, is_scan, open_volume
+from ctmasknet.data.slices import read_slice, reading
 from ctmasknet.errors import CTMaskNetError, InputError, import_extra
 from ctmasknet.web.case import Case, Packed
 

@@ -1,7 +1,12 @@
 """What lies in the folders of a data set: layouts recognised, files matched, every problem collected.
 
 Listing files and comparing names finds what is missing; contents are read when a record's sample is asked for.
-`scan` never raises for a data set's faults: it gathers them, for `Scan.require_complete` to raise or a report to list.
+`list_slices` never raises for a data set's faults: it gathers them, for `Listing.require_complete` to raise or a
+report to list.
+
+The instances of a mask of class codes follow the rules of the released code: connected components (8-connected) of
+a class, small ones left to the background. The label is the one of the pixel value, so a slice that holds
+consolidation only is labelled consolidation.
 """
 
 from __future__ import annotations
@@ -14,24 +19,132 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ctmasknet.data.readers import read_slice
-from ctmasknet.data.targets import (
-    LesionClasses,
-    check_class_mask,
-    check_target_options,
-    half_open_boxes,
-    instances,
-    lesion_class_names,
-)
+from ctmasknet.data.slices import read_slice
 from ctmasknet.errors import ConfigError, DataError, import_extra
-from ctmasknet.registry import IMAGE_CLASSES, Task
+from ctmasknet.registry import IMAGE_CLASSES, LESION_CLASSES, Task
+
+BACKGROUND, LUNG, GGO, CONSOLIDATION = 0, 1, 2, 3
+"""CNCB coding of the mask pixels."""
+
+LesionClasses = Literal["merge", "both", "ggo"]
+"""``"merge"``: GGO and consolidation are one class, lesion; ``"both"``: two classes; ``"ggo"``: GGO only."""
+
+_MASK_VALUES: dict[str, tuple[tuple[int, ...], ...]] = {
+    "merge": ((GGO, CONSOLIDATION),),
+    "both": ((GGO,), (CONSOLIDATION,)),
+    "ggo": ((GGO,),),
+}
+"""Mask values of each detector class, label 1 first."""
+
+
+def instances(
+    class_mask: np.ndarray,
+    *,
+    classes: LesionClasses = "merge",
+    min_area: int = 100,
+    source: str = "class mask",
+) -> dict[str, Tensor]:
+    """Split a mask of class codes into instances (paper, section 3; released code).
+
+    Args:
+        class_mask: (H, W) integers in the CNCB coding: 0 background, 1 lung, 2 GGO, 3 consolidation.
+        classes: ``"merge"`` joins GGO and consolidation before components are taken and labels them 1;
+            ``"both"`` labels GGO 1 and consolidation 2; ``"ggo"`` labels GGO 1 and ignores consolidation.
+        min_area: components of this many pixels or fewer join the background; 0 keeps all.
+        source: what the mask was read from, for the error messages.
+
+    Returns:
+        ``boxes`` (N, 4) float32, xyxy in pixels, half-open (x2 and y2 are one past the last pixel);
+        ``labels`` (N,) int64; ``masks`` (N, H, W) uint8 in {0, 1}. Ordered by label, then in raster order.
+        A slice without lesions has N = 0.
+
+    Raises:
+        DataError: the mask is not two-dimensional or holds other values than 0 to 3.
+        ConfigError: unknown `classes` or a negative `min_area`.
+        MissingExtraError: scipy (extra ``train``) is not installed.
+    """
+    check_target_options(classes, min_area)
+    check_class_mask(class_mask, source)
+    ndimage = import_extra("scipy.ndimage", "train", "splitting masks into instances")
+
+    height, width = class_mask.shape
+    masks: list[np.ndarray] = [np.zeros((0, height, width), dtype=bool)]
+    labels: list[int] = []
+    for label, values in enumerate(_MASK_VALUES[classes], start=1):
+        wanted = np.isin(class_mask, values)
+        if not wanted.any():
+            continue
+        components, _ = ndimage.label(wanted, structure=np.ones((3, 3), dtype=bool))
+        areas = np.bincount(components.ravel())
+        areas[0] = 0  # the background is no component
+        kept = np.flatnonzero(areas > min_area)
+        masks.append(components[None] == kept[:, None, None])
+        labels += [label] * len(kept)
+
+    stacked = torch.from_numpy(np.concatenate(masks).astype(np.uint8))
+    return {
+        "boxes": half_open_boxes(stacked),
+        "labels": torch.tensor(labels, dtype=torch.int64),
+        "masks": stacked,
+    }
+
+
+def half_open_boxes(masks: Tensor) -> Tensor:
+    """The tightest half-open boxes round `masks`, (N, H, W) of any dtype, none of them empty: (N, 4) float32.
+
+    `torchvision.ops.masks_to_boxes` gives the last pixel itself, so a lesion one pixel wide has no width.
+    """
+    set_pixels = masks != 0
+    columns, rows = set_pixels.any(dim=1).to(torch.uint8), set_pixels.any(dim=2).to(torch.uint8)
+    if masks.shape[0] == 0:
+        return torch.zeros((0, 4), dtype=torch.float32, device=masks.device)
+    height, width = masks.shape[1:]
+    return torch.stack(
+        (
+            columns.argmax(dim=1),
+            rows.argmax(dim=1),
+            width - columns.flip(1).argmax(dim=1),
+            height - rows.flip(1).argmax(dim=1),
+        ),
+        dim=1,
+    ).to(torch.float32)
+
+
+def lesion_class_names(classes: LesionClasses) -> tuple[str, ...]:
+    """Names of the detector's classes, background first, as the registry spells them."""
+    check_target_options(classes, 0)
+    if classes == "ggo":
+        return LESION_CLASSES[3][:2]
+    return LESION_CLASSES[2] if classes == "merge" else LESION_CLASSES[3]
+
+
+def check_class_mask(class_mask: np.ndarray, source: str) -> None:
+    """Raise a DataError that names `source` unless the mask is (H, W) with values 0 to 3 only."""
+    if class_mask.ndim != 2:
+        raise DataError(f"{source}: a mask needs the shape (H, W), got {class_mask.shape}")
+    unknown = np.setdiff1d(np.unique(class_mask), (BACKGROUND, LUNG, GGO, CONSOLIDATION))
+    if unknown.size:
+        shown = ", ".join(str(value) for value in unknown[:5]) + (", …" if unknown.size > 5 else "")
+        raise DataError(
+            f"{source}: unknown mask values {shown}; recode it to 0 background, 1 lung, "
+            "2 ground glass opacity (or any lesion), 3 consolidation"
+        )
+
+
+def check_target_options(classes: str, min_area: int) -> None:
+    """Raise a ConfigError for an unknown `classes` or a negative `min_area`."""
+    if classes not in get_args(LesionClasses):
+        raise ConfigError(f"unknown classes {classes!r}: use one of {', '.join(get_args(LesionClasses))}")
+    if min_area < 0:
+        raise ConfigError(f"min_area is {min_area}: it is an area in pixels, use 0 to keep every component")
+
 
 PathLike = str | Path
 
@@ -125,7 +238,7 @@ Record = LesionRecord | CocoRecord | ImageRecord
 
 
 @dataclass
-class Scan:
+class Listing:
     """What is there, by names alone: usable `records`, `class_names`, and every problem on the way."""
 
     task: Task
@@ -207,14 +320,14 @@ def image_class_of(word: str) -> int | None:
     return IMAGE_CLASS_WORDS.get(plain)
 
 
-def scan(
+def list_slices(
     task: Task,
     data: PathLike | Sequence[PathLike],
     *,
     classes: LesionClasses = "merge",
     min_area: int = 100,
     list_file: PathLike | None = None,
-) -> Scan:
+) -> Listing:
     """As `open_dataset`, but names what is wrong in `problems` instead of raising the first.
 
     Raises:
@@ -225,10 +338,10 @@ def scan(
     check_target_options(classes, min_area)
     paths = as_paths(data)
     if task == "segmentation":
-        return finish(_scan_segmentation(paths, classes, min_area), list_file)
+        return finish(_list_segmentation(paths, classes, min_area), list_file)
     if list_file is not None and _tells_classes(Path(list_file)):
-        return finish(scan_covidx_list(Path(list_file), paths))
-    return finish(_scan_classification(paths), list_file)
+        return finish(list_covidx(Path(list_file), paths))
+    return finish(_list_classification(paths), list_file)
 
 
 def guess_task(data: PathLike | Sequence[PathLike]) -> Task:
@@ -238,10 +351,10 @@ def guess_task(data: PathLike | Sequence[PathLike]) -> Task:
     return "segmentation" if masks or _coco_file(first) else "classification"
 
 
-def scan_lesion_folders(roots: Sequence[Path], classes: LesionClasses = "merge", min_area: int = 100) -> Scan:
+def list_lesion_folders(roots: Sequence[Path], classes: LesionClasses = "merge", min_area: int = 100) -> Listing:
     """Pair the images and masks of CNCB folders by name; see `LesionFolder`."""
     check_target_options(classes, min_area)
-    found = Scan("segmentation", "CNCB folders", list(roots), lesion_class_names(classes))
+    found = Listing("segmentation", "CNCB folders", list(roots), lesion_class_names(classes))
     for root in roots:
         if not ((root / "imgs").is_dir() and (root / "masks").is_dir()):
             found.problems.append(_wrong_layout(root, "segmentation"))
@@ -264,10 +377,10 @@ def scan_lesion_folders(roots: Sequence[Path], classes: LesionClasses = "merge",
     return found
 
 
-def scan_coco(json_path: Path, images_dir: PathLike | None = None, min_area: int = 100) -> Scan:
+def list_coco(json_path: Path, images_dir: PathLike | None = None, min_area: int = 100) -> Listing:
     """Match the images and annotations of a COCO file; see `CocoInstances`."""
     check_target_options("merge", min_area)
-    found = Scan("segmentation", "COCO instances", [json_path], ("background",))
+    found = Listing("segmentation", "COCO instances", [json_path], ("background",))
     try:
         content = json.loads(json_path.read_text(encoding="utf-8"))
         images, annotations = content["images"], content["annotations"]
@@ -310,9 +423,9 @@ def scan_coco(json_path: Path, images_dir: PathLike | None = None, min_area: int
     return found
 
 
-def scan_file_names(roots: Sequence[Path]) -> Scan:
+def list_file_names(roots: Sequence[Path]) -> Listing:
     """Take classes from CNCB file names; see `ClassificationImages.from_file_names`."""
-    found = Scan("classification", "CNCB file names", list(roots), IMAGE_CLASSES)
+    found = Listing("classification", "CNCB file names", list(roots), IMAGE_CLASSES)
     for root in roots:
         files = _by_stem(_image_files(root), found)
         if not files:
@@ -331,9 +444,9 @@ def scan_file_names(roots: Sequence[Path]) -> Scan:
     return found
 
 
-def scan_covidx_list(list_file: Path, roots: Sequence[Path]) -> Scan:
+def list_covidx(list_file: Path, roots: Sequence[Path]) -> Listing:
     """Take names and classes from a COVIDx-CT list; see `ClassificationImages.from_list`."""
-    found = Scan("classification", "COVIDx-CT list", list(roots), IMAGE_CLASSES)
+    found = Listing("classification", "COVIDx-CT list", list(roots), IMAGE_CLASSES)
     by_stem: dict[str, list[Path]] = defaultdict(list)
     for root in roots:
         if not root.is_dir():
@@ -364,12 +477,12 @@ def scan_covidx_list(list_file: Path, roots: Sequence[Path]) -> Scan:
     return found
 
 
-def scan_class_folders(roots: Sequence[Path]) -> Scan:
+def list_class_folders(roots: Sequence[Path]) -> Listing:
     """Take classes from folder names; see `ClassificationImages.from_class_folders`."""
     folders = {root: _class_folders(root) for root in roots}
     names = {folder.name for found_here in folders.values() for folder in found_here}
     numbering, class_names = class_folder_names(names)
-    found = Scan("classification", "class folders", list(roots), class_names)
+    found = Listing("classification", "class folders", list(roots), class_names)
     for root in roots:
         if not folders[root]:
             found.problems.append(_wrong_layout(root, "classification"))
@@ -400,32 +513,32 @@ def class_folder_names(folders: Iterable[str]) -> tuple[dict[str, int], tuple[st
     return {name: label for label, name in enumerate(names)}, tuple(names)
 
 
-def _scan_segmentation(paths: list[Path], classes: LesionClasses, min_area: int) -> Scan:
+def _list_segmentation(paths: list[Path], classes: LesionClasses, min_area: int) -> Listing:
     coco = {path: json_path for path in paths if (json_path := _coco_file(path)) is not None}
     folders = [path for path in paths if path not in coco]
-    scans = [scan_coco(json_path, min_area=min_area) for json_path in coco.values()]
+    parts = [list_coco(json_path, min_area=min_area) for json_path in coco.values()]
     if folders:
-        scans.append(scan_lesion_folders(folders, classes, min_area))
-    return _join(scans)
+        parts.append(list_lesion_folders(folders, classes, min_area))
+    return _join(parts)
 
 
-def _scan_classification(paths: list[Path]) -> Scan:
+def _list_classification(paths: list[Path]) -> Listing:
     lists = [path for path in paths if path.suffix == ".txt" and path.is_file()]
     by_folder = [path for path in paths if path not in lists and not _image_files(path) and _class_folders(path)]
     by_name = [path for path in paths if path not in lists and path not in by_folder]
-    scans = [scan_covidx_list(path, _list_image_folders(path)) for path in lists]
+    parts = [list_covidx(path, _list_image_folders(path)) for path in lists]
     if by_name:
-        scans.append(scan_file_names(by_name))
+        parts.append(list_file_names(by_name))
     if by_folder:
-        scans.append(scan_class_folders(by_folder))
-    return _join(scans)
+        parts.append(list_class_folders(by_folder))
+    return _join(parts)
 
 
-def _join(scans: Sequence[Scan]) -> Scan:
-    """Several scans as one; their classes must be the same."""
-    first = scans[0]
-    found = Scan(first.task, " + ".join(dict.fromkeys(part.layout for part in scans)), [], first.class_names)
-    for part in scans:
+def _join(parts: Sequence[Listing]) -> Listing:
+    """Several parts as one; their classes must be the same."""
+    first = parts[0]
+    found = Listing(first.task, " + ".join(dict.fromkeys(part.layout for part in parts)), [], first.class_names)
+    for part in parts:
         found.sources += part.sources
         found.records += part.records
         found.problems += part.problems
@@ -438,7 +551,7 @@ def _join(scans: Sequence[Scan]) -> Scan:
     return found
 
 
-def finish(found: Scan, list_file: PathLike | None = None) -> Scan:
+def finish(found: Listing, list_file: PathLike | None = None) -> Listing:
     """Keep what `list_file` names, make names unique, and see that something is left."""
     if list_file is not None:
         wanted = {_stem(name) for name, _ in _list_entries(Path(list_file), found)}
@@ -486,7 +599,7 @@ def _image_files(folder: Path, *, deep: bool = False) -> list[Path]:
     return sorted(path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."))
 
 
-def _by_stem(files: Iterable[Path], found: Scan) -> dict[str, Path]:
+def _by_stem(files: Iterable[Path], found: Listing) -> dict[str, Path]:
     """Files by their stem; two of one stem in a folder are a problem."""
     by_stem: dict[str, Path] = {}
     for path in files:
@@ -506,7 +619,7 @@ def _class_folders(root: Path) -> list[Path]:
     return [] if splits else [path for path in folders if _image_files(path, deep=True)]
 
 
-def _list_entries(list_file: Path, found: Scan) -> list[tuple[str, int | None]]:
+def _list_entries(list_file: Path, found: Listing) -> list[tuple[str, int | None]]:
     """File names of a list and, where it says them, classes. Empty lines and comments (#) are skipped."""
     try:
         lines = list_file.read_text(encoding="utf-8").splitlines()
@@ -525,7 +638,7 @@ def _list_entries(list_file: Path, found: Scan) -> list[tuple[str, int | None]]:
 
 def _tells_classes(list_file: Path) -> bool:
     """Whether a list has classes beside the names."""
-    entries = _list_entries(list_file, Scan("classification", "", [], ()))
+    entries = _list_entries(list_file, Listing("classification", "", [], ()))
     return any(label is not None for _, label in entries)
 
 

@@ -1,4 +1,4 @@
-"""ctmasknet.data.readers: every way in gives the same grey slice, all else one line that helps."""
+"""ctmasknet.data.slices: every way in gives the same grey slice, all else one line that helps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image, ImageFile
 from scans import dicom_dataset
 
-from ctmasknet.data.readers import LUNG_WINDOW, MAX_SIDE, MIN_SIDE, Slice, read_slice, window
+from ctmasknet.data.slices import LUNG_WINDOW, MAX_SIDE, MIN_SIDE, Slice, read_slice, window
 from ctmasknet.errors import ConfigError, CTMaskNetError, InputError, MissingExtraError
 
 DICOM = Path(__file__).parents[2] / "shared" / "data" / "dicom"

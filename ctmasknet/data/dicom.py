@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from ctmasknet.data.grid import Floats, Volume, report_shape
-from ctmasknet.data.readers import open_file, pixels_of_frame, reading, require_dicom_slice, starts_as_dicom
+from ctmasknet.data.slices import open_file, pixels_of_frame, reading, require_dicom_slice, starts_as_dicom
 from ctmasknet.errors import InputError, import_extra
+
+Floats = npt.NDArray[np.float64]
 
 SAME_POSITION = 0.01  # mm; two slices closer than this lie at one place
 SAME_DIRECTION = 0.01  # largest difference of direction cosines within a series
@@ -32,6 +34,17 @@ def is_dicom(path: Path) -> bool:
 
 def is_dicom_head(head: bytes, name: str) -> bool:
     return (head[128:132] == b"DICM" or name.lower().endswith(".dcm")) and starts_as_dicom(head)
+
+
+class DicomStack(NamedTuple):
+    """Axial frames on an even grid: what a `ctmasknet.data.scans.Volume` of DICOM files is made from."""
+
+    kind: str
+    shape: tuple[int, int, int]  # columns, rows, slices by rising position along their normal
+    affine: Floats  # (4, 4), indices -> mm, RAS+
+    names: dict[int, str]
+    problems: list[str]
+    plane: Callable[[int], npt.NDArray[np.float32]]  # place on the grid -> (columns, rows) in 0..1
 
 
 class _Plane(NamedTuple):
@@ -64,7 +77,9 @@ class _Group(NamedTuple):
         return f"series {self.series or 'without a UID'} ({len(self.planes)} slices)"
 
 
-def open_series(name: str, units: str | None, series: str | None, spacing: tuple[float, float, float] | None) -> Volume:
+def open_series(
+    name: str, units: str | None, series: str | None, spacing: tuple[float, float, float] | None
+) -> DicomStack:
     pydicom = import_extra("pydicom", "io", "reading DICOM files")
     try:
         files = sorted(entry.path for entry in os.scandir(name))
@@ -88,7 +103,7 @@ def open_series(name: str, units: str | None, series: str | None, spacing: tuple
     return _stack(group, found.problems, name, "dicom series", units, spacing, None)
 
 
-def open_dicom_file(name: str, units: str | None, spacing: tuple[float, float, float] | None) -> Volume:
+def open_dicom_file(name: str, units: str | None, spacing: tuple[float, float, float] | None) -> DicomStack:
     pydicom = import_extra("pydicom", "io", "reading DICOM files")
     found = _Found([], [])
     with reading(name, "DICOM"):
@@ -242,7 +257,7 @@ def _stack(
     units: str | None,
     spacing: tuple[float, float, float] | None,
     dataset: Any,
-) -> Volume:
+) -> DicomStack:
     """Put the planes of a group on an even grid."""
     between_rows_columns = group.pixel_spacing
     if between_rows_columns is None:
@@ -286,18 +301,8 @@ def _stack(
             return pixels_of_frame(pydicom.dcmread(stream, force=True), plane.name, units, plane.frame).T
 
     rows, columns = group.size
-    report_shape(affine, 2, problems, name)
-    return Volume(
-        source=name,
-        kind=kind,
-        shape=(columns, rows, places[-1] + 1),
-        affine=affine,
-        names={index: plane.name for index, plane in at.items()},
-        problems=tuple(problems),
-        header=None,
-        threads=2,
-        plane=plane_of,
-    )
+    names = {index: plane.name for index, plane in at.items()}
+    return DicomStack(kind, (columns, rows, places[-1] + 1), affine, names, problems, plane_of)
 
 
 def _even_grid(

@@ -19,8 +19,8 @@ from PIL import Image
 
 from ctmasknet import ConfigError, InputError, MissingExtraError, Predictor
 from ctmasknet.data import phantom
-from ctmasknet.data.readers import read_slice, window
-from ctmasknet.data.volumes import Volume, open_volume
+from ctmasknet.data.scans import Volume, open_volume
+from ctmasknet.data.slices import read_slice, window
 
 nibabel = pytest.importorskip("nibabel")
 pydicom = pytest.importorskip("pydicom")

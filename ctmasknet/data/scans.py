@@ -1,0 +1,410 @@
+"""Whole scans -> axial slices in the lung window, and back onto the voxel grid of the scan.
+
+A scan is a folder with a DICOM series, a DICOM file (of one or many frames), or a NIfTI file. Its voxel grid is
+never resampled: a slice is a plane of the grid, shown as the models know it, patient's left on the right of the
+picture and the back below, and a mask drawn on it returns to the very voxels it was drawn on.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ctmasknet.data.dicom import DicomStack, Floats, is_dicom, is_dicom_head, open_dicom_file, open_series
+from ctmasknet.data.slices import (
+    Slice,
+    not_hu,
+    open_file,
+    reading,
+    require_chest_hu,
+    require_finite,
+    require_size,
+    window,
+)
+from ctmasknet.errors import ConfigError, InputError, import_extra
+
+READ_AHEAD = 8  # slices
+NOT_SQUARE = 1.2  # ratio of the sides of a pixel; less, the models take in their stride
+TILTED = 15.0  # degrees; a gantry is seldom tilted further
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """A scan as a stack of axial slices over its voxel grid.
+
+    Attributes:
+        source: the path as given.
+        kind: ``"dicom series"``, ``"dicom"`` or ``"nifti"``.
+        shape: voxels along the three axes of the grid. DICOM: columns, rows, slices by rising position along
+            the normal of the slices; NIfTI: as stored.
+        affine: (4, 4) float64, voxel indices -> mm, rising left-to-right, back-to-front
+            and foot-to-head (RAS+, as in NIfTI).
+        names: index of a slice along `axial_axis` -> what it was read from. Positions of the grid that have no
+            slice (gaps of a DICOM series) are absent.
+        problems: what is wrong with the scan, one line each: gaps, duplicates, files left out.
+        header: the header of the NIfTI file it was read from; None for DICOM.
+        threads: how many threads may usefully call `read` at once.
+    """
+
+    source: str
+    kind: str
+    shape: tuple[int, int, int]
+    affine: Floats
+    names: dict[int, str]
+    problems: tuple[str, ...]
+    header: Any = field(repr=False)
+    threads: int
+    plane: Callable[[int], npt.NDArray[np.float32]] = field(repr=False)
+
+    @cached_property
+    def orientation(self) -> npt.NDArray[np.intp]:
+        """(3, 2): for each axis of the grid the axis of the patient (0 right, 1 front, 2 head) and its sign."""
+        nibabel = import_extra("nibabel", "io", "reading whole scans")
+        return np.asarray(nibabel.orientations.io_orientation(self.affine)).astype(np.intp)
+
+    @property
+    def axial_axis(self) -> int:
+        """The axis of the grid that runs along the body: slices lie across it."""
+        return int(np.flatnonzero(self.orientation[:, 0] == 2)[0])
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Distance of neighbouring voxels along each axis of the grid, mm."""
+        x, y, z = np.linalg.norm(self.affine[:3, :3], axis=0)
+        return float(x), float(y), float(z)
+
+    @property
+    def voxel_ml(self) -> float:
+        """Volume of a voxel in ml; a sheared grid (tilted gantry) included."""
+        return float(abs(np.linalg.det(self.affine[:3, :3]))) / 1000
+
+    @property
+    def pixel_mm2(self) -> float:
+        """Area of a pixel of a slice, mm²."""
+        first, second = (self.affine[:3, axis] for axis in range(3) if axis != self.axial_axis)
+        return float(np.linalg.norm(np.cross(first, second)))
+
+    def height_mm(self, index: int) -> float:
+        """How far towards the head the middle of a slice lies, in mm of the scan's coordinates."""
+        voxel = [(length - 1) / 2 for length in self.shape]
+        voxel[self.axial_axis] = index
+        return float((self.affine @ [*voxel, 1.0])[2])
+
+    def read(self, index: int) -> Slice:
+        """The slice at `index` along `axial_axis`: (H, W) in 0..1, patient's left at the right, back below.
+
+        Safe to call from several threads.
+
+        Raises:
+            InputError: the slice is damaged, or does not hold HU of a chest; the text names the file.
+        """
+        name = self.names[index]
+        pixels = self._view(self.plane(index))
+        require_size(pixels.shape[0], pixels.shape[1], name)
+        return Slice(np.ascontiguousarray(pixels, np.float32), name, self.kind)
+
+    def slices(self) -> Iterator[tuple[int, Slice | InputError]]:
+        """Every slice with its index, in the order of the grid, or why it cannot be read; read a little ahead."""
+        yield from read_ahead(self._read_or_reason, sorted(self.names), threads=self.threads, depth=READ_AHEAD)
+
+    def _read_or_reason(self, index: int) -> Slice | InputError:
+        try:
+            return self.read(index)
+        except InputError as error:
+            return error
+
+    def to_grid(self, image: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """A (H, W) picture of a slice -> its plane of the grid, the inverse of how `read` turns it."""
+        for axis in self._flipped:
+            image = np.flip(image, axis)
+        return image.T if self._transposed else image
+
+    def _view(self, plane: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        if self._transposed:
+            plane = plane.T
+        for axis in self._flipped:
+            plane = np.flip(plane, axis)
+        return plane
+
+    @cached_property
+    def _transposed(self) -> bool:
+        """Does the first axis of a plane run from side to side, so that it must become the columns?"""
+        in_plane = [int(self.orientation[axis, 0]) for axis in range(3) if axis != self.axial_axis]
+        return in_plane == [0, 1]
+
+    @cached_property
+    def _flipped(self) -> tuple[int, ...]:
+        """Picture axes to reverse, once transposed: rows run to the back, columns to the patient's left."""
+        sign = {int(body): int(direction) for body, direction in self.orientation}
+        return tuple(picture for picture, body in ((0, 1), (1, 0)) if sign[body] > 0)
+
+    def mask_image(self, mask: npt.NDArray[np.uint8]) -> Any:
+        """A mask over the grid, of `shape`, as a nibabel image with this scan's geometry, bit for bit for NIfTI."""
+        nibabel = import_extra("nibabel", "io", "writing NIfTI files")
+        if self.header is None:
+            image = nibabel.Nifti1Image(mask, self.affine)
+            image.set_sform(self.affine, code="scanner")
+            # A quaternion cannot hold the shear of a tilted gantry; without the form readers take the other.
+            directions = self.affine[:3, :3] / np.linalg.norm(self.affine[:3, :3], axis=0)
+            straight = np.allclose(directions.T @ directions, np.eye(3), atol=1e-4)
+            image.set_qform(self.affine if straight else None, code="scanner" if straight else 0)
+            image.header.set_xyzt_units("mm")
+            return image
+        header = self.header.copy()
+        header.set_data_dtype(np.uint8)
+        header.set_slope_inter(1, 0)
+        header["cal_min"], header["cal_max"] = 0, 0
+        header["descrip"] = b"lesion mask"
+        header.extensions.clear()  # they may hold what identifies a patient
+        two = isinstance(header, nibabel.Nifti2Header)
+        # affine=None leaves the header's own forms alone, to the last bit.
+        return (nibabel.Nifti2Image if two else nibabel.Nifti1Image)(mask, None, header)
+
+
+def report_shape(affine: Floats, axis: int, problems: list[str], name: str) -> None:
+    """Say what the models were not trained on: pixels that are not square, slices that are not axial."""
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    first, second = (float(lengths[index]) for index in range(3) if index != axis)
+    if max(first, second) > NOT_SQUARE * min(first, second):
+        problems.append(f"{name}: pixels of an axial slice are {first:.3g} x {second:.3g} mm, not square")
+    others = [affine[:3, index] for index in range(3) if index != axis]
+    normal = np.cross(others[0], others[1])
+    tilt = math.degrees(math.acos(min(1.0, abs(float(normal[2])) / float(np.linalg.norm(normal)))))
+    if tilt > TILTED:
+        problems.append(f"{name}: its slices are tilted by {tilt:.0f} degrees from axial; they are not resampled")
+
+
+def open_volume(
+    path: str | os.PathLike[str],
+    *,
+    units: str | None = None,
+    series: str | None = None,
+    spacing: tuple[float, float, float] | None = None,
+) -> Volume:
+    """Find out what a scan consists of; its pixels are read later, slice by slice.
+
+    Args:
+        path: a folder with DICOM files (any names; its subfolders are not searched), a DICOM file, or a NIfTI
+            file (.nii, .nii.gz, or a .hdr/.img pair).
+        units: as for single slices: ``"hu"`` where a scan does not say that its values are Hounsfield units,
+            ``"range"`` to stretch them (DICOM: each slice's own range; NIfTI: the range of the whole scan).
+        series: SeriesInstanceUID of the series to take from a folder. None takes the one of most slices.
+        spacing: mm between the columns, rows and slices, used only where the file lacks it.
+
+    Raises:
+        InputError: not a scan, or one that cannot be put on an even grid; names the file and the fix.
+        ConfigError: unknown `units`, or a spacing that is not three positive numbers.
+        MissingExtraError: the extra ``io`` is not installed.
+    """
+    if units not in (None, "hu", "range"):
+        raise ConfigError(f'units={units!r} is unknown. Use None, "hu" or "range".')
+    if spacing is not None and (len(spacing) != 3 or not all(math.isfinite(mm) and mm > 0 for mm in spacing)):
+        raise ConfigError(f"spacing={spacing}: three positive numbers, mm between columns, rows and slices")
+    import_extra("nibabel", "io", "reading whole scans")
+    name = os.fsdecode(path)
+    if Path(name).is_dir():
+        return _over_grid(name, open_series(name, units, series, spacing))
+    with open_file(name) as stream:
+        head = stream.read(348)
+    if is_dicom_head(head, name):
+        return _over_grid(name, open_dicom_file(name, units, spacing))
+    if name.lower().endswith(NIFTI_SUFFIXES) or head[:4] in (b"\x5c\x01\0\0", b"\0\0\x01\x5c"):
+        return open_nifti(name, units, spacing)
+    raise InputError(f"{name}: not a scan. Give a folder with a DICOM series, a DICOM file, or a NIfTI file.")
+
+
+def _over_grid(name: str, stack: DicomStack) -> Volume:
+    report_shape(stack.affine, 2, stack.problems, name)
+    return Volume(
+        source=name,
+        kind=stack.kind,
+        shape=stack.shape,
+        affine=stack.affine,
+        names=stack.names,
+        problems=tuple(stack.problems),
+        header=None,
+        threads=2,
+        plane=stack.plane,
+    )
+
+
+def is_scan(path: Path) -> bool:
+    """Is this file a scan rather than a slice: NIfTI by its name, or a DICOM file of several frames?"""
+    if path.name.lower().endswith(NIFTI_SUFFIXES):
+        return True
+    if not is_dicom(path):
+        return False
+    pydicom = import_extra("pydicom", "io", "reading DICOM files")
+    with reading(str(path), "DICOM"):
+        header = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=["NumberOfFrames"])
+        return int(header.get("NumberOfFrames") or 1) > 1
+
+
+NIFTI_SUFFIXES = (".nii", ".nii.gz", ".hdr", ".img")
+_TO_MM = {"meter": 1000.0, "micron": 0.001}
+
+
+def open_nifti(name: str, units: str | None, spacing: tuple[float, float, float] | None) -> Volume:
+    nibabel = import_extra("nibabel", "io", "reading NIfTI files")
+    with reading(name, "NIfTI"):
+        # Kept open, a gzip stream read in order is decompressed once.
+        image = nibabel.load(name, keep_file_open=True)
+        if not isinstance(image, nibabel.Nifti1Pair):
+            raise InputError(f"{name}: {type(image).__name__}, not NIfTI. Convert it to .nii.gz.")
+        shape = image.shape
+        if len(shape) < 2 or any(length > 1 for length in shape[3:]):
+            raise InputError(f"{name}: shape {shape}, one volume (X, Y, Z) is expected. Split it and give one.")
+        if min(shape) < 1:
+            raise InputError(f"{name}: shape {shape} holds no voxel. Export it again.")
+        if image.get_data_dtype().kind not in "iuf":
+            raise InputError(f"{name}: dtype {image.get_data_dtype()} is not a CT scan. Export it again.")
+        problems: list[str] = []
+        affine = _nifti_affine(image, spacing, problems, name)
+        header = image.header.copy()
+        grid = (int(shape[0]), int(shape[1]), int(shape[2]) if len(shape) > 2 else 1)
+        header.set_data_shape(grid)
+    axis = int(np.flatnonzero(nibabel.orientations.io_orientation(affine)[:, 0] == 2)[0])
+    first, second = (length for index, length in enumerate(grid) if index != axis)
+    require_size(first, second, name)
+    values_of = _nifti_planes(image, grid, axis, name)
+    low, high = (0.0, 0.0)
+    if units == "range":
+        low, high = _range(values_of, grid[axis], name)
+    elif units is None:
+        _require_hu(values_of, grid[axis], name)
+    report_shape(affine, axis, problems, name)
+
+    def plane_of(index: int) -> npt.NDArray[np.float32]:
+        values = values_of(index)
+        if units == "range":
+            return np.clip((values - low) / ((high - low) or 1), 0, 1).astype(np.float32)
+        return window(values)
+
+    return Volume(
+        source=name,
+        kind="nifti",
+        shape=grid,
+        affine=affine,
+        names={index: f"{name}[{index}]" for index in range(grid[axis])},
+        problems=tuple(problems),
+        header=header,
+        threads=1,  # one stream
+        plane=plane_of,
+    )
+
+
+def _nifti_affine(image: Any, spacing: tuple[float, float, float] | None, problems: list[str], name: str) -> Floats:
+    """The affine of an image, in mm; `spacing` goes into a header that has none."""
+    header = image.header
+    if int(header["sform_code"]) == 0 and int(header["qform_code"]) == 0:
+        problems.append(f"{name}: no orientation stored (sform and qform codes are 0); left and right may be swapped")
+    held = image.file_map.get("header", image.file_map["image"])  # a pair, or one file
+    with held.get_prepare_fileobj("rb") as stream:
+        stored = type(header).from_fileobj(stream, check=False)  # unchecked: nibabel mends a zero spacing to 1 mm
+    between = np.asarray(stored["pixdim"][1:4], np.float64)
+    lacking = int(stored["sform_code"]) == 0 and not (np.isfinite(between) & (between != 0)).all()
+    if lacking and spacing is not None:
+        header["pixdim"][1:4] = spacing
+        problems.append(f"{name}: voxel spacing is missing or zero, taken as given")
+        lacking = False
+    affine = np.asarray(header.get_best_affine(), np.float64)
+    if lacking or not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3]) < 3:
+        raise InputError(
+            f"{name}: voxel spacing is missing or zero in its header, so sizes and orientation are unknown. "
+            "Export it again, or, if it has no sform either, pass spacing=(x, y, z) in mm (--spacing)."
+        )
+    scale = _TO_MM.get(header.get_xyzt_units()[0], 1.0)
+    return np.diag([scale, scale, scale, 1.0]) @ affine
+
+
+def _nifti_planes(image: Any, grid: tuple[int, int, int], axis: int, name: str) -> Callable[[int], Floats]:
+    """Index along `axis` -> the plane there, float64, scaled as the header says."""
+    proxy = image.dataobj
+    whole: npt.NDArray[Any] | None = None
+    if axis != 2 and str(image.file_map["image"].filename).endswith((".gz", ".bz2", ".zst")):
+        # Planes lie scattered over the stream, which cannot be sought: hold it, in its stored dtype.
+        with reading(name, "NIfTI"):
+            whole = proxy.get_unscaled().reshape(grid)
+    where: list[Any] = [slice(None)] * len(proxy.shape)
+    for extra in range(3, len(proxy.shape)):
+        where[extra] = 0
+
+    def values_of(index: int) -> Floats:
+        with reading(f"{name}[{index}]", "NIfTI"):
+            if whole is not None:
+                values = np.take(whole, index, axis).astype(np.float64) * proxy.slope + proxy.inter
+            elif len(proxy.shape) == 2:
+                values = np.asarray(proxy[:, :], np.float64)
+                values = np.take(values[:, :, None], index, axis)
+            else:
+                here = list(where)
+                here[axis] = index
+                values = np.asarray(proxy[tuple(here)], np.float64)
+            require_finite(values, f"{name}[{index}]")
+            return values
+
+    return values_of
+
+
+def _require_hu(values_of: Callable[[int], Floats], count: int, name: str) -> None:
+    """Refuse a scan unless a slice near its middle can be HU of a chest; the ends may be blank."""
+    reasons = []
+    for index in sorted({count // 2, count // 4, 3 * count // 4}, key=lambda index: abs(index - count // 2)):
+        try:
+            values = values_of(index)
+            require_chest_hu(values.ravel(), values, name, False)
+            return
+        except InputError as error:
+            reasons.append(error)
+    raise reasons[0]
+
+
+def _range(values_of: Callable[[int], Floats], count: int, name: str) -> tuple[float, float]:
+    extremes = []
+    for index in range(count):
+        try:
+            values = values_of(index)
+        except InputError:  # reported when its turn comes
+            continue
+        extremes.append((float(values.min()), float(values.max())))
+    if not extremes:
+        raise InputError(not_hu(name, "no slice can be read"))
+    return min(low for low, _ in extremes), max(high for _, high in extremes)
+
+
+Item = TypeVar("Item")
+Value = TypeVar("Value")
+
+
+def read_ahead(
+    read: Callable[[Item], Value], items: Iterable[Item], *, threads: int, depth: int
+) -> Iterator[tuple[Item, Value]]:
+    """(item, read(item)) for every item, in their order, read by `threads` threads.
+
+    At most `depth` items are being read or wait to be taken, so a fast reader before a slow consumer takes no
+    more memory than that. Threads serve, since decoders release the interpreter's lock. An exception of `read`
+    comes out at its item's turn. Leaving early drops what was not begun.
+    """
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="ctmasknet-read")
+    waiting: deque[tuple[Item, Future[Value]]] = deque()
+    try:
+        for item in items:
+            waiting.append((item, pool.submit(read, item)))
+            if len(waiting) >= depth:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        while waiting:
+            first, future = waiting.popleft()
+            yield first, future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
