@@ -17,11 +17,19 @@ from torch import Tensor
 from ctmasknet.data.scans import open_volume
 from ctmasknet.data.slices import Slice, read_slice
 from ctmasknet.errors import ConfigError, CTMaskNetError, InputError
-from ctmasknet.models.classification import COVIDCTMaskNet
+from ctmasknet.models import Model
+from ctmasknet.models.classifier import COVIDCTMaskNet
 from ctmasknet.models.config import model_config
-from ctmasknet.models.fast import FastInference, Found, Reading, computes_bfloat16, same_detector
-from ctmasknet.models.protocols import heads_set_to, score_maps
-from ctmasknet.models.segmentation import LesionMaskRCNN
+from ctmasknet.models.detector import LesionMaskRCNN
+from ctmasknet.models.inference import (
+    FastInference,
+    Found,
+    Reading,
+    computes_bfloat16,
+    heads_set_to,
+    same_detector,
+    score_maps,
+)
 from ctmasknet.registry import (
     DEFAULT_CLASSIFIER,
     DEFAULT_SEGMENTER,
@@ -33,7 +41,7 @@ from ctmasknet.registry import (
 )
 from ctmasknet.results import Prediction, RoIBatch, VolumePrediction, gather
 from ctmasknet.weights.download import hub_source
-from ctmasknet.zoo import Model, create_model, from_pretrained
+from ctmasknet.zoo import create_model, from_pretrained
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor | Slice
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -65,8 +73,8 @@ class Predictor:
             ``"bfloat16"`` where the device has units for it, ``"float32"`` elsewhere.
         score_map: also give `Prediction.score_map`, at the price of another pass of the segmenter.
 
-    Slices go through `ctmasknet.models.fast`, which gives the models' own detections up to rounding; where classifier
-    and segmenter hold the same detector, it runs once for both.
+    Slices go through `ctmasknet.models.inference`, which gives the models' own detections up to rounding; where
+    classifier and segmenter hold the same detector, it runs once for both.
 
     Raises:
         ConfigError: unknown variant, device or precision; a model of the other task; a threshold outside 0..1.

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from ctmasknet.errors import ConfigError, WeightsError
+from ctmasknet.models import Model
 from ctmasknet.models.config import model_config
 from ctmasknet.registry import get_variant
-from ctmasknet.weights.assemble import Model, assemble, build, load
-from ctmasknet.weights.backbone import load_backbone
+from ctmasknet.weights.assemble import assemble, build, load, load_backbone
 from ctmasknet.weights.files import GOLDEN_NAME
 from ctmasknet.weights.golden import check_golden
 from ctmasknet.weights.hub import load_stored

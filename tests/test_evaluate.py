@@ -39,10 +39,10 @@ from ctmasknet.evaluation.metrics import (
     patient_intervals,
     segmentation_statistic,
 )
-from ctmasknet.models.protocols import PAPER, Protocol, detect_at, score_maps
+from ctmasknet.models import Model
+from ctmasknet.models.inference import PAPER, Protocol, detect_at, score_maps
 from ctmasknet.registry import DEFAULT_CLASSIFIER, DEFAULT_SEGMENTER
 from ctmasknet.results import run_length_encode
-from ctmasknet.zoo import Model
 
 QUICK: dict[str, Any] = {"min_size": 128, "rpn_pre_nms_top_n_test": 60, "rpn_post_nms_top_n_test": 30}
 

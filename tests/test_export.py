@@ -19,7 +19,7 @@ from ctmasknet.data import phantom
 from ctmasknet.errors import ConfigError, MissingExtraError
 from ctmasknet.exporting import ExportError, check, onnx_file
 from ctmasknet.exporting.traceable import batch_rows, resized_size
-from ctmasknet.models.roi_batch import replication_counts
+from ctmasknet.models.classifier import replication_counts
 from ctmasknet.output import OutputError
 from ctmasknet.registry import VARIANTS
 

@@ -12,7 +12,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import clip_boxes_to_image
 
 from ctmasknet import create_model
-from ctmasknet.models.fast import FastInference, choose_proposals, fold_batch_norm, paste_masks
+from ctmasknet.models.inference import FastInference, choose_proposals, fold_batch_norm, paste_masks
 from ctmasknet.registry import VARIANTS
 
 SMALL = {"min_size": 96, "max_size": 160, "rpn_post_nms_top_n_test": 100, "rpn_pre_nms_top_n_test": 300}

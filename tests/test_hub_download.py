@@ -59,16 +59,16 @@ def default_of(entry: ManifestEntry) -> int:
 
 
 def body_of(weights_backbone: bool | str, sha256: str | None = None) -> dict[str, torch.Tensor]:
-    from ctmasknet.weights import backbone
+    from ctmasknet.weights import assemble
 
-    known = backbone.backbone_entry
+    known = assemble.backbone_entry
     if sha256 is not None:
-        backbone.backbone_entry = lambda name: replace(known(name), sha256=sha256)
+        assemble.backbone_entry = lambda name: replace(known(name), sha256=sha256)
     try:
         body = create_model(NAME, weights_backbone=weights_backbone).backbone.body.state_dict()
         return {key: body[key].clone() for key in ("conv1.weight", "bn1.running_mean", "layer2.1.conv2.weight")}
     finally:
-        backbone.backbone_entry = known
+        assemble.backbone_entry = known
 
 
 def command(*arguments: str) -> tuple[int, str, str]:

@@ -9,7 +9,7 @@ from test_registry import RELEASED
 from torch import Tensor
 
 from ctmasknet import ConfigError, InputError, create_model, list_models
-from ctmasknet.models.backbone import ResNetFPN
+from ctmasknet.models.detector import ResNetFPN
 from ctmasknet.registry import VARIANTS
 
 SEGMENTERS, CLASSIFIERS = list_models(task="segmentation"), list_models(task="classification")

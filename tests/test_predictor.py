@@ -13,7 +13,7 @@ from PIL import Image
 import ctmasknet
 from ctmasknet import ConfigError, InputError, Prediction, Predictor, WeightsError, create_model, predict
 from ctmasknet.data import phantom
-from ctmasknet.models.fast import FastInference
+from ctmasknet.models.inference import FastInference
 from ctmasknet.predictor import class_names
 from ctmasknet.registry import DEFAULT_CLASSIFIER, DEFAULT_SEGMENTER
 from ctmasknet.weights.files import write_weights

@@ -10,8 +10,8 @@ from torch.testing import assert_close
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.poolers import LevelMapper
 
-from ctmasknet.models import roi_align as ours
-from ctmasknet.models.roi_align import CPURoIAlign, pool
+from ctmasknet.models import inference as ours
+from ctmasknet.models.inference import CPURoIAlign, pool
 from ctmasknet.registry import VARIANTS
 
 SCALES = [1 / 4, 1 / 8, 1 / 16, 1 / 32]

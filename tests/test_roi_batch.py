@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ctmasknet.models.classifier import fill_batch, replication_counts
 from ctmasknet.models.detector import Regions
-from ctmasknet.models.roi_batch import fill_batch, replication_counts
 
 
 def regions(scores: list[float]) -> Regions:

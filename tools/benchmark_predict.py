@@ -24,7 +24,7 @@ from ctmasknet.data import phantom
 from ctmasknet.data.datasets import open_dataset
 from ctmasknet.evaluation.evaluate import Table
 from ctmasknet.evaluation.metrics import SegmentationMetrics
-from ctmasknet.models.fast import FastInference
+from ctmasknet.models.inference import FastInference
 from ctmasknet.registry import get_variant
 from ctmasknet.weights.manifest import manifest
 from ctmasknet.zoo import Model, load_released

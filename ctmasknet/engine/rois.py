@@ -19,9 +19,8 @@ from ctmasknet.data.datasets import ClassificationSample
 from ctmasknet.engine.samples import model_input
 from ctmasknet.engine.validation import Gather
 from ctmasknet.models import COVIDCTMaskNet
-from ctmasknet.models.classification import image_loss
+from ctmasknet.models.classifier import fill_batch, image_loss
 from ctmasknet.models.detector import Regions
-from ctmasknet.models.roi_batch import fill_batch
 
 
 class ModuleSOnRoIs(nn.Module):

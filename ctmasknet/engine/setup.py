@@ -28,8 +28,7 @@ from ctmasknet.engine.validation import (
 )
 from ctmasknet.errors import ConfigError
 from ctmasknet.models import COVIDCTMaskNet
-from ctmasknet.models.fast import computes_bfloat16
-from ctmasknet.models.roi_align import CPURoIAlign, feature_scales
+from ctmasknet.models.inference import CPURoIAlign, computes_bfloat16, feature_scales
 
 log = logging.getLogger(__name__)
 

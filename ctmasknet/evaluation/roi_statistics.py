@@ -15,7 +15,7 @@ from ctmasknet.errors import ConfigError, DataError, import_extra
 from ctmasknet.evaluation.metrics import patient_intervals
 from ctmasknet.evaluation.rows import ROI_THRESHOLDS, Row
 from ctmasknet.models import COVIDCTMaskNet
-from ctmasknet.models.roi_batch import fill_batch
+from ctmasknet.models.classifier import fill_batch
 
 PAPER_SAMPLE = 475
 """Slices per class in the paper (section 3.2)."""

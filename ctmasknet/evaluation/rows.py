@@ -32,8 +32,8 @@ from ctmasknet.data.layouts import CocoRecord, decode_segmentation, half_open_bo
 from ctmasknet.errors import DataError
 from ctmasknet.evaluation.metrics import CocoMetrics, SegmentationMetrics, coco_matches
 from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN
-from ctmasknet.models.protocols import PAPER, detect_at
-from ctmasknet.models.protocols import Protocol as Detection
+from ctmasknet.models.inference import PAPER, detect_at
+from ctmasknet.models.inference import Protocol as Detection
 from ctmasknet.predictor import class_names, operating_point
 from ctmasknet.registry import Task
 from ctmasknet.weights.files import sha256_of, state_digest

@@ -18,7 +18,7 @@ from ctmasknet.data.phantom import phantom
 from ctmasknet.errors import ConfigError
 from ctmasknet.evaluation.evaluate import MISSING, Evaluation, Table
 from ctmasknet.evaluation.roi_statistics import RoICounts
-from ctmasknet.models.protocols import EVERY_SCORE
+from ctmasknet.models.inference import EVERY_SCORE
 from ctmasknet.predictor import choose_device
 from ctmasknet.registry import VARIANTS, class_title, get_variant
 from ctmasknet.zoo import Model, create_model

@@ -13,11 +13,11 @@ from ctmasknet.exporting.check import ExportError
 from ctmasknet.exporting.metadata import describe
 from ctmasknet.exporting.onnx_file import OPSET, check_onnx, import_onnx, to_onnx
 from ctmasknet.exporting.pt2_file import check_pt2, to_pt2
-from ctmasknet.models.classification import COVIDCTMaskNet
-from ctmasknet.models.segmentation import LesionMaskRCNN
+from ctmasknet.models import Model
+from ctmasknet.models.classifier import COVIDCTMaskNet
+from ctmasknet.models.detector import LesionMaskRCNN
 from ctmasknet.output import require_writable, write_files
 from ctmasknet.predictor import operating_point
-from ctmasknet.weights.assemble import Model
 
 __all__ = ["ExportError", "Exported", "export"]
 

@@ -10,9 +10,9 @@ import torchvision
 
 from ctmasknet import __version__
 from ctmasknet.data.slices import LUNG_WINDOW
+from ctmasknet.models import Model
 from ctmasknet.predictor import class_names
 from ctmasknet.registry import DISCLAIMER, LESION_CLASSES
-from ctmasknet.weights.assemble import Model
 from ctmasknet.weights.files import state_digest
 
 

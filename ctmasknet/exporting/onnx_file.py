@@ -13,7 +13,7 @@ from torch import Tensor
 from ctmasknet.errors import import_extra
 from ctmasknet.exporting.check import TOLERANCES, check_images, compare, require_close
 from ctmasknet.exporting.traceable import traceable
-from ctmasknet.weights.assemble import Model
+from ctmasknet.models import Model
 
 OPSET = 17
 OUTPUTS = {

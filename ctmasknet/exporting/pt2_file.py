@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from ctmasknet.exporting.check import require_close
-from ctmasknet.weights.assemble import Model
+from ctmasknet.models import Model
 
 METADATA_NAME = "metadata.json"
 _STEP = 32  # pixels: the sides of a batch are multiples of it, as GeneralizedRCNNTransform pads them

@@ -17,9 +17,8 @@ from torch.nn import functional as F
 from torch.onnx.operators import shape_as_tensor
 from torchvision.ops import MultiScaleRoIAlign, nms, roi_align
 
-from ctmasknet.models.classification import COVIDCTMaskNet
-from ctmasknet.models.detector import Regions
-from ctmasknet.models.segmentation import LesionMaskRCNN
+from ctmasknet.models.classifier import COVIDCTMaskNet
+from ctmasknet.models.detector import LesionMaskRCNN, Regions
 
 _PAD = 32  # pixels: a resized image is padded to a multiple, as in GeneralizedRCNNTransform
 _TOGETHER = 1000  # boxes: torchvision does the NMS of more than so many class by class (4000 numbers, on a CPU)

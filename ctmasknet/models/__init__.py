@@ -5,8 +5,10 @@ Nothing in here knows of weights or files. Uses of torchvision names that are no
 `GeneralizedRCNNTransform`) were read in torchvision 0.21 and 0.29.
 """
 
-from ctmasknet.models.classification import COVIDCTMaskNet
+from ctmasknet.models.classifier import COVIDCTMaskNet
 from ctmasknet.models.config import ModelConfig, model_config
-from ctmasknet.models.segmentation import LesionMaskRCNN
+from ctmasknet.models.detector import LesionMaskRCNN
 
-__all__ = ["COVIDCTMaskNet", "LesionMaskRCNN", "ModelConfig", "model_config"]
+Model = LesionMaskRCNN | COVIDCTMaskNet
+
+__all__ = ["COVIDCTMaskNet", "LesionMaskRCNN", "Model", "ModelConfig", "model_config"]

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import MultiScaleRoIAlign, batched_nms, clip_boxes_to_image
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, batched_nms, clip_boxes_to_image
 
-from ctmasknet.models.backbone import ResNetFPN
 from ctmasknet.models.config import ModelConfig
+from ctmasknet.models.sharing import Shareable
 from ctmasknet.registry import Variant
 
 BOX_HIDDEN = 128
@@ -162,3 +167,66 @@ def freeze(module: nn.Module) -> None:
     """Exclude every parameter of `module` from training."""
     for parameter in module.parameters():
         parameter.requires_grad_(False)
+
+
+class ResNetFPN(nn.Module):
+    """timm ResNet up to the variant's last stage, then FPN: one level, or four for ResNet50.
+
+    Attributes:
+        autocast_dtype: run body and FPN under autocast in this dtype, None for the input's own. Features
+            leave in float32 either way: box arithmetic in bfloat16 moves boxes by whole pixels.
+    """
+
+    out_channels = 256
+
+    def __init__(self, variant: Variant) -> None:
+        super().__init__()
+        levels = range(variant.stages - variant.levels + 1, variant.stages + 1)
+        # zero_init_last=False: the paper's bodies are torchvision's, which start with every residual branch open.
+        self.body = timm.create_model(
+            variant.backbone, features_only=True, out_indices=tuple(levels), zero_init_last=False
+        )
+        self.fpn = FeaturePyramidNetwork(self.body.feature_info.channels(), self.out_channels)
+        self.autocast_dtype: torch.dtype | None = None
+
+    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
+        """(B, 3, H, W) normalised images -> {"0": (B, 256, H / stride, W / stride), ...}, finest level first."""
+        enabled = self.autocast_dtype is not None
+        with torch.autocast(images.device.type, dtype=self.autocast_dtype, enabled=enabled):
+            maps = self.body(images)
+            features = self.fpn(OrderedDict((str(level), m) for level, m in enumerate(maps)))
+        return OrderedDict((level, feature.float()) for level, feature in features.items())
+
+
+_MASK_POOL, _MASK_SAMPLING = 14, 2
+
+
+class LesionMaskRCNN(Shareable, GeneralizedRCNN):
+    """Lesion detector and segmenter with torchvision's calling convention.
+
+    ``model(images, targets=None)``: `images` a list of (3, H, W) float tensors in 0..1, sizes may differ.
+
+    - Training mode: `targets` is a list of dicts with boxes (N, 4) float32 xyxy in pixels, labels (N,) int64 and masks
+      (N, H, W); slices without lesions have N = 0. Returns a dict of losses.
+    - Evaluation mode: returns per image a dict of boxes (N, 4), labels (N,), scores (N,) falling, and masks
+      (N, 1, H, W) float32: probabilities, or raw logits with ``mask_score="logit"``; foreground above 0.5.
+
+    Attributes:
+        variant: the registry's entry.
+        config: the settings it was built with.
+        metadata: what is known of its weights (operating point, metrics, ...); plain values.
+    """
+
+    def __init__(self, variant: Variant, config: ModelConfig) -> None:
+        backbone = ResNetFPN(variant)
+        roi_heads = LesionRoIHeads(config, variant.levels, backbone.out_channels)
+        # Table 1's lightweight models also shrink the mask branch: one 3x3 layer where ResNet50 has four.
+        layers, hidden = ((256,) * 4, 256) if variant.backbone == "resnet50" else ((128,), 128)
+        names = [str(level) for level in range(variant.levels)]
+        roi_heads.mask_roi_pool = MultiScaleRoIAlign(names, _MASK_POOL, _MASK_SAMPLING)
+        roi_heads.mask_head = MaskRCNNHeads(backbone.out_channels, layers, dilation=1)
+        roi_heads.mask_predictor = MaskRCNNPredictor(layers[-1], hidden, config.num_classes)
+        super().__init__(backbone, build_rpn(config, variant), roi_heads, build_transform(config))
+        self.variant = variant
+        self.config = config
+        self.metadata: dict[str, Any] = {}

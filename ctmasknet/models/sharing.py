@@ -11,7 +11,7 @@ from ctmasknet.models.config import ModelConfig
 from ctmasknet.registry import Variant
 
 if TYPE_CHECKING:
-    from ctmasknet.weights.assemble import Model
+    from ctmasknet.models import Model
     from ctmasknet.weights.publish import Published
 
 

@@ -18,9 +18,9 @@ from ctmasknet.data.scans import Volume
 from ctmasknet.data.slices import Slice
 from ctmasknet.errors import ConfigError, CTMaskNetError, InputError
 from ctmasknet.evaluation.roi_statistics import RoIContributions, roi_contributions
-from ctmasknet.models.classification import COVIDCTMaskNet
-from ctmasknet.models.protocols import score_maps
-from ctmasknet.models.segmentation import LesionMaskRCNN
+from ctmasknet.models.classifier import COVIDCTMaskNet
+from ctmasknet.models.detector import LesionMaskRCNN
+from ctmasknet.models.inference import score_maps
 from ctmasknet.predictor import Precision, Predictor, class_names, operating_point
 from ctmasknet.registry import Task
 from ctmasknet.results import Prediction, VolumePrediction, gather

@@ -1,4 +1,4 @@
-"""From stored weights to a model: strict, but for heads whose number of classes was changed on purpose."""
+"""From stored tensors to a model: strict, but for heads whose number of classes changed on purpose; ImageNet bodies."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from ctmasknet.errors import ConfigError, WeightsError
-from ctmasknet.models.classification import COVIDCTMaskNet
-from ctmasknet.models.config import model_config
-from ctmasknet.models.segmentation import LesionMaskRCNN
+from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN, Model, model_config
 from ctmasknet.registry import VARIANTS, Variant
-from ctmasknet.weights.files import StoredWeights, fingerprint, is_finite
-
-Model = LesionMaskRCNN | COVIDCTMaskNet
+from ctmasknet.weights.download import HubSource, discard, fetch, hub_source, is_commit
+from ctmasknet.weights.files import WEIGHTS_NAME, StoredWeights, fingerprint, is_finite, read_tensors
+from ctmasknet.weights.manifest import backbone_entry
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +25,7 @@ _DETECTOR_HEADS = (
     "roi_heads.mask_predictor.mask_fcn_logits.",
 )
 _IMAGE_HEADS = ("module_s.logits.",)
+_BEYOND_A_BODY = ("layer2.", "layer3.", "layer4.", "fc.")  # what a cut ResNet may lack
 
 
 def build(variant: Variant, options: Mapping[str, Any]) -> Model:
@@ -116,3 +115,46 @@ def _variant_of(tensors: Mapping[str, Tensor]) -> str | None:
     """Which variant a state dict belongs to, by its number of values; None if none fits."""
     values = sum(t.numel() for t in tensors.values())
     return next((variant.name for variant in VARIANTS.values() if variant.num_values == values), None)
+
+
+def load_backbone(model: Model, revision: str | None = None) -> str:
+    """Start a model's body from timm's ImageNet weights; FPN, RPN and heads keep their values.
+
+    Args:
+        revision: another commit of timm's repository than the manifest's, whose SHA-256 then is not checked.
+
+    Returns:
+        Repository and commit the weights came from.
+
+    Raises:
+        WeightsError: no network and not in the cache, damaged, or not a ResNet of this depth.
+    """
+    entry = backbone_entry(model.variant.backbone)
+    source: HubSource | None = HubSource(entry.repository, entry.revision)
+    sha256: dict[str, str] = {WEIGHTS_NAME: entry.sha256}
+    if revision is not None:
+        source, sha256 = hub_source(entry.repository, revision), {}
+    if source is None:
+        raise WeightsError(f"{entry.repository}: not a repository id: reinstall ctmasknet")
+    folder = fetch(source, (WEIGHTS_NAME,), sha256=sha256)
+    place = f"{source.repository}@{folder.name if is_commit(folder.name) else source.revision}"
+    try:
+        tensors = read_tensors(folder / WEIGHTS_NAME)
+    except WeightsError as error:
+        discard(folder, (WEIGHTS_NAME,))
+        raise WeightsError(f"{place}: {error} It was not kept in the cache.") from None
+    body: Any = model.backbone.body
+    expected = body.state_dict()
+    missing = [k for k in expected if k not in tensors and not k.endswith("num_batches_tracked")]
+    extra = [k for k in tensors if k not in expected and not k.startswith(_BEYOND_A_BODY)]
+    wrong = [k for k, t in tensors.items() if k in expected and t.shape != expected[k].shape]
+    if missing or extra or wrong:
+        first = (missing or extra or wrong)[0]
+        what = "lacks" if missing else "holds an unexpected" if extra else "holds a misshapen"
+        raise WeightsError(f"{place}: not a {model.variant.backbone}: {what} {first}")
+    fitting = {key: tensors[key] for key in expected if key in tensors}
+    if not all(map(is_finite, fitting.values())):
+        raise WeightsError(f"{place}: holds NaN or infinite values")
+    body.load_state_dict(fitting, strict=False)
+    log.info("%s: the body starts from %s (ImageNet)", model.variant.name, place)
+    return place

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ctmasknet.errors import WeightsError
-from ctmasknet.weights.assemble import Model
+from ctmasknet.models import Model
 from ctmasknet.weights.files import GOLDEN_NAME, replace_file
 
 RECORDED = 16

@@ -16,8 +16,9 @@ import torch
 from huggingface_hub import CommitOperationAdd, HfApi, constants
 
 from ctmasknet.errors import ConfigError, WeightsError
+from ctmasknet.models import Model
 from ctmasknet.registry import get_variant
-from ctmasknet.weights.assemble import Model, assemble
+from ctmasknet.weights.assemble import assemble
 from ctmasknet.weights.card import FOLDER, model_card
 from ctmasknet.weights.download import HubSource, explained, hub_source
 from ctmasknet.weights.files import (
