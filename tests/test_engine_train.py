@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ctmasknet import ConfigError, CTMaskNetError, DataError, WeightsError, create_model, from_pretrained
 from ctmasknet.engine import TrainConfig, TrainResult, loop, train
-from ctmasknet.engine.rois import ModuleSOnRoIs, find_rois
+from ctmasknet.engine.batches import ModuleSOnRoIs, find_rois
 from ctmasknet.weights.files import read_weights
 
 pytest.importorskip("accelerate")
@@ -202,7 +202,7 @@ def test_weights_of_another_variant_need_a_word(segmented: TrainResult, lesions:
 def test_partial_weights_copy_what_fits_and_say_what_is_new(
     segmented: TrainResult, lesions: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from ctmasknet.engine.initial import initial_model
+    from ctmasknet.engine.setup import initial_model
 
     config = segmenter_config(lesions, tmp_path / "run", weights=segmented.best, partial_weights=True).to_dict()
     config["model"] = "maskrcnn_resnet18_t1"
@@ -217,7 +217,7 @@ def test_partial_weights_copy_what_fits_and_say_what_is_new(
 
 
 def test_other_classes_keep_all_but_their_heads(segmented: TrainResult, lesions: Path, tmp_path: Path) -> None:
-    from ctmasknet.engine.initial import initial_model
+    from ctmasknet.engine.setup import initial_model
 
     config = segmenter_config(lesions, tmp_path / "run", weights=segmented.best, classes="both")
     model = initial_model(config, ("background", "GGO", "consolidation"))
@@ -230,7 +230,7 @@ def test_other_classes_keep_all_but_their_heads(segmented: TrainResult, lesions:
 
 def test_the_body_can_start_from_imagenet(monkeypatch: pytest.MonkeyPatch, lesions: Path, tmp_path: Path) -> None:
     from ctmasknet import zoo
-    from ctmasknet.engine.initial import initial_model
+    from ctmasknet.engine.setup import initial_model
 
     loaded = []
     monkeypatch.setattr(zoo, "load_backbone", lambda model, revision=None: loaded.append(model.variant.name))

@@ -6,13 +6,10 @@ from contextlib import closing
 
 import torch
 
+from ctmasknet.engine.batches import EpochBatches, make_loader, seed_step
 from ctmasknet.engine.config import TrainConfig
-from ctmasknet.engine.optimization import learning_rate
-from ctmasknet.engine.process import StopRequest, gatherer, start_accelerator
-from ctmasknet.engine.run import Run, TrainResult
-from ctmasknet.engine.samples import EpochBatches, make_loader, seed_step
-from ctmasknet.engine.setup import prepare
-from ctmasknet.engine.watch import Watch
+from ctmasknet.engine.run import Run, StopRequest, TrainResult, Watch
+from ctmasknet.engine.setup import gatherer, learning_rate, prepare, start_accelerator
 
 
 def train(config: TrainConfig) -> TrainResult:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import logging
+import math
+import platform
 import shutil
+import signal
+import sys
+import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -15,6 +25,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+import ctmasknet
+from ctmasknet.engine.batches import Batch, EpochBatches, Gather
 from ctmasknet.engine.checkpoint import (
     checkpoints_from,
     list_checkpoints,
@@ -25,20 +37,8 @@ from ctmasknet.engine.checkpoint import (
     write_checkpoint,
 )
 from ctmasknet.engine.config import TrainConfig
-from ctmasknet.engine.optimization import build_average, build_optimizer, learning_rate
-from ctmasknet.engine.process import share_buffers
-from ctmasknet.engine.record import (
-    TensorBoard,
-    device_name,
-    peak_memory,
-    plot_curves,
-    versions,
-    write_json,
-    write_metrics,
-)
-from ctmasknet.engine.samples import Batch, EpochBatches
-from ctmasknet.engine.setup import Setup
-from ctmasknet.errors import ConfigError, CTMaskNetError
+from ctmasknet.engine.setup import Setup, build_average, build_optimizer, learning_rate, share_buffers
+from ctmasknet.errors import ConfigError, CTMaskNetError, import_extra
 from ctmasknet.weights.card import model_card
 from ctmasknet.weights.files import read_weights, write_weights
 
@@ -457,3 +457,210 @@ def _line(row: dict[str, Any], epochs: int) -> str:
     shown = ("loss", "val_loss", "ap50", "ap75", "ap", "dice_pooled", "accuracy", "score", "lr", "images_per_s")
     figures = [f"{key} {row[key]:.4g}" for key in shown if key in row]
     return f"epoch {row['epoch']}/{epochs}: {', '.join(figures)}, {row['minutes']:.1f} min, {row['peak_gb']:.1f} GB"
+
+
+class Watch:
+    """Averages the losses of a step over its batches and processes; skips and counts the steps that are not finite."""
+
+    def __init__(self, run: Run, accelerator: Any, gather: Gather) -> None:
+        self._run, self._accelerator, self._gather = run, accelerator, gather
+        self._keys: list[str] = []
+        self._losses: list[Tensor] = []
+        self._names: list[str] = []
+        self._suspects: list[str] = []
+
+    def add(self, losses: dict[str, Tensor], names: list[str]) -> None:
+        """Take in the losses of one forward pass, and the slices they come from."""
+        values = torch.stack([value.detach() for value in losses.values()])
+        self._keys = list(losses)
+        self._losses.append(values)
+        self._names += names
+        if not bool(values.isfinite().all()):
+            self._suspects += names
+
+    def step_is_finite(self, norm: Tensor, stop: StopRequest) -> bool:
+        """Whether losses and gradients of the step are finite on every process; all get the same answer.
+
+        One small reduction also carries the wish to stop from any process to all.
+
+        Raises:
+            CTMaskNetError: too many steps in a row were not finite.
+        """
+        means = torch.stack(self._losses).mean(dim=0)
+        # The gradients are the same everywhere; the losses and the wish are not.
+        asked = torch.tensor(float(stop.received), device=norm.device)
+        *values, wish = self._accelerator.reduce(torch.stack([*means, asked]), "mean").tolist()
+        stop.agreed = wish > 0
+        if all(map(math.isfinite, [*values, float(norm)])):
+            self._run.count_step(dict(zip(self._keys, values, strict=True)))
+        else:
+            self._report()
+        finite = self._run.state.bad_in_row == 0
+        self._losses, self._names, self._suspects = [], [], []
+        return finite
+
+    def _report(self) -> None:
+        run = self._run
+        names = [name for share in self._gather(self._suspects) for name in share]
+        names = names or [name for share in self._gather(self._names) for name in share]
+        run.state.skipped += 1
+        run.state.bad_in_row += 1
+        text = f"step {run.state.step}: loss or gradient is NaN or infinite on {', '.join(names)}"
+        if run.state.bad_in_row >= run.config.max_bad_steps:
+            raise CTMaskNetError(
+                f"{text}; {run.state.bad_in_row} steps in a row, training stopped. Check these slices or lower lr; the "
+                f"last good checkpoint is in {run.out / 'checkpoints'}"
+            )
+        log.warning("%s; the step is skipped", text)
+
+
+class StopRequest:
+    """SIGTERM, or a first Ctrl-C, as a wish that the loop grants at its next step; a second Ctrl-C stops at once.
+
+    Attributes:
+        received: this process was asked to stop.
+        agreed: some process was; all know it.
+    """
+
+    def __init__(self) -> None:
+        self.received = self.agreed = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        # Python delivers signals to the main thread only, and lets only it install handlers.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received:
+            raise KeyboardInterrupt
+        self.received = True
+
+
+_PACKAGES = ("torch", "torchvision", "timm", "accelerate", "numpy")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all.
+
+    Raises:
+        CTMaskNetError: it cannot be written.
+    """
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8", newline=""
+        ) as file:
+            file.write(text)
+        temporary = Path(file.name)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        raise CTMaskNetError(f"{path}: cannot be written ({error}). Free space, or choose another folder") from None
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write plain values as JSON, whole or not at all."""
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def write_metrics(path: Path, history: list[dict[str, Any]]) -> None:
+    """One row per epoch, whole or not at all; a figure that an epoch lacks is left empty."""
+    columns = list(dict.fromkeys(key for row in history for key in row))
+
+    class Lines(list[str]):
+        write = list.append
+
+    lines = Lines()
+    writer = csv.DictWriter(lines, columns)
+    writer.writeheader()
+    writer.writerows(history)
+    write_text(path, "".join(lines))
+
+
+def plot_curves(path: Path, history: list[dict[str, Any]]) -> None:
+    """Losses, validation metrics and learning rate over epochs as a PNG (extra ``plots``)."""
+    matplotlib = import_extra("matplotlib.figure", "plots", "drawing curves.png")
+    losses = [key for key in history[-1] if "loss" in key]
+    scores = [
+        key
+        for key in dict.fromkeys(key for row in history for key in row)
+        if key in ("ap50", "ap75", "ap", "dice_pooled", "dice_mean", "accuracy") or key.startswith("sensitivity")
+    ]
+    groups = [("Loss", losses), ("Validation", scores), ("Learning rate", ["lr"])]
+    figure = matplotlib.Figure(figsize=(12, 3.5), layout="constrained")
+    for axis, (title, keys) in zip(figure.subplots(1, 3), groups, strict=True):
+        for key in keys:
+            points = [(row["epoch"], row[key]) for row in history if row.get(key) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=key, marker=".", markersize=3)
+        axis.set(title=title, xlabel="Epoch")
+        if axis.lines:
+            axis.legend(fontsize="x-small", loc="upper right")
+    figure.savefig(path, dpi=120)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run's result depends on."""
+    found = {"ctmasknet": ctmasknet.__version__, "python": sys.version.split()[0], "platform": platform.platform()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """What a run computed on, for people."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def peak_memory(device: torch.device) -> float:
+    """Largest memory used so far, GB: of the GPU, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return float("nan")
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+class TensorBoard:
+    """TensorBoard scalars and pictures in a folder, or nothing if switched off."""
+
+    def __init__(self, folder: Path, *, enabled: bool, purge_step: int) -> None:
+        self._writer = None
+        if enabled:
+            import_extra("tensorboard", "train", "TensorBoard logs")
+            from torch.utils.tensorboard import SummaryWriter
+
+            # Entries after purge_step come from before an interruption and will be written again.
+            self._writer = SummaryWriter(str(folder), purge_step=purge_step or None)
+
+    def scalars(self, values: dict[str, Any], step: int) -> None:
+        """Every number of `values` under its name."""
+        if self._writer is not None:
+            for key, value in values.items():
+                if isinstance(value, int | float):
+                    self._writer.add_scalar(key, value, step)
+
+    def pictures(self, name: str, make: Callable[[], Sequence[Any]], step: int) -> None:
+        """(H, W, 3) uint8 arrays, made only if they are wanted."""
+        if self._writer is not None:
+            for number, picture in enumerate(make()):
+                self._writer.add_image(f"{name}/{number}", picture, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Write what is buffered."""
+        if self._writer is not None:
+            self._writer.close()

@@ -1,34 +1,39 @@
-"""From a config to what the loop runs on: the model, its training slices, its validation."""
+"""From a config to what the loop runs on: processes, the model and where it starts, its data, its optimizer."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ctmasknet.data.datasets import SliceDataset, cached, open_dataset, require_trainable
+from ctmasknet.engine.batches import Gather, ModuleSOnRoIs, OnDevice, RoIViews, TrainingSlices
 from ctmasknet.engine.config import TrainConfig
-from ctmasknet.engine.initial import Model, initial_model
-from ctmasknet.engine.rois import ModuleSOnRoIs, RoIViews
-from ctmasknet.engine.samples import OnDevice, TrainingSlices
 from ctmasknet.engine.validation import (
-    Gather,
     draw_example,
     final_figures,
     validate_classifier,
     validate_segmenter,
     validation_losses,
 )
-from ctmasknet.errors import ConfigError
-from ctmasknet.models import COVIDCTMaskNet
+from ctmasknet.errors import ConfigError, WeightsError, import_extra
+from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN
 from ctmasknet.models.inference import CPURoIAlign, computes_bfloat16, feature_scales
+from ctmasknet.registry import Variant, get_variant
+from ctmasknet.weights.files import is_finite
+from ctmasknet.weights.hub import load_stored
+from ctmasknet.zoo import create_model, load_released
 
 log = logging.getLogger(__name__)
 
@@ -171,3 +176,144 @@ def speed_up(model: Model, config: TrainConfig, device: torch.device) -> None:
         heads.box_roi_pool = CPURoIAlign(heads.box_roi_pool, scales)
         if heads.mask_roi_pool is not None:
             heads.mask_roi_pool = CPURoIAlign(heads.mask_roi_pool, scales)
+
+
+Model = LesionMaskRCNN | COVIDCTMaskNet
+
+_MODULE_S = "module_s."
+_NOT_IN_CLASSIFIERS = ("roi_heads.mask_head.", "roi_heads.mask_predictor.")
+_SHARED = (
+    "num_classes", "anchor_sizes", "anchor_ratios", "image_mean", "image_std", "min_size", "max_size", "roi_score",
+    "bbox_reg_weights",
+)  # fmt: skip
+"""Options that a classifier takes over from its segmenter, or a variant from another."""
+
+
+def initial_model(config: TrainConfig, class_names: tuple[str, ...]) -> Model:
+    """The config's variant, with as many classes as the data has, from the weights it names.
+
+    Raises:
+        WeightsError: the weights are missing, damaged, or do not fit.
+    """
+    classes = "num_classes" if config.task == "segmentation" else "image_classes"
+    options = {**config.model_options, classes: len(class_names)}
+    if config.weights is None:
+        return create_model(config.model, weights_backbone=config.weights_backbone, **options)
+    variant = get_variant(config.model)
+    tensors, holder, stored = _donor(config.weights, variant)
+    if holder != variant.name:
+        # Another variant's thresholds and RoI counts are not this one's.
+        stored = {key: stored[key] for key in _SHARED if key in stored}
+    model = create_model(config.model, **{**stored, **options})
+    from_segmenter = config.task == "classification" and holder == variant.segmenter
+    new, changed = _copy(model, tensors)
+    heads = ("cls_score.", "bbox_pred.", "mask_fcn_logits.", f"{_MODULE_S}logits.")
+    unexpected = [
+        key
+        for key in sorted(new | changed)
+        if not (from_segmenter and key.startswith(_MODULE_S))
+        and not (key in changed and any(head in key for head in heads))
+    ]
+    left_over = set(tensors) - set(model.state_dict())
+    if from_segmenter:
+        left_over = {key for key in left_over if not key.startswith(_NOT_IN_CLASSIFIERS)}
+    if (unexpected or left_over) and not config.partial_weights:
+        what = f"{len(unexpected)} tensors of {config.model} are not in it" if unexpected else "it holds more"
+        first = (unexpected or sorted(left_over))[0]
+        raise WeightsError(
+            f"{config.weights}: weights of {holder or 'an unknown variant'}, not of {config.model}: {what} "
+            f"(first: {first}). partial_weights=True copies what fits"
+        )
+    if new | changed:
+        groups = Counter(".".join(key.split(".")[:3]) for key in new | changed)
+        log.warning(
+            "%s: %d of %d tensors come from %s; from random values start %s",
+            config.model,
+            len(model.state_dict()) - len(new | changed),
+            len(model.state_dict()),
+            config.weights,
+            ", ".join(f"{name} ({count})" for name, count in sorted(groups.items())),
+        )
+    return model
+
+
+def _donor(weights: str | Path, variant: Variant) -> tuple[Mapping[str, Tensor], str | None, dict[str, Any]]:
+    """Tensors, variant and options of what `weights` names."""
+    if Path(weights).suffix == ".pth":
+        model = load_released(weights)
+        return model.state_dict(), model.variant.name, model.config.to_dict()
+    stored = load_stored(weights, variant if weights == "default" else None)
+    return stored.tensors, stored.variant, dict(stored.config)
+
+
+def _copy(model: Model, tensors: Mapping[str, Tensor]) -> tuple[set[str], set[str]]:
+    """Copy what has the same name and shape; returns the names that are missing and those of another shape."""
+    expected = model.state_dict()
+    fitting = {k: t for k, t in tensors.items() if k in expected and t.shape == expected[k].shape}
+    for key, tensor in fitting.items():
+        if not is_finite(tensor):
+            raise WeightsError(f"weights to start from: NaN or infinite values in {key}: the file is damaged")
+    model.load_state_dict(fitting, strict=False)
+    new = set(expected) - set(tensors)
+    return new, set(expected) - set(fitting) - new
+
+
+def start_accelerator(config: TrainConfig) -> Any:
+    """accelerate's `Accelerator` for this process, on the config's device.
+
+    Raises:
+        ConfigError: device="cuda" without a GPU.
+        MissingExtraError: accelerate is not installed.
+    """
+    accelerate = import_extra("accelerate", "train", "training")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError('device="cuda": torch sees no GPU here; use device="auto"')
+    # mixed_precision would autocast box arithmetic too, which moves boxes by whole pixels; the body has its own.
+    return accelerate.Accelerator(
+        mixed_precision="no",
+        gradient_accumulation_steps=config.accumulate,
+        cpu=config.device == "cpu" or not torch.cuda.is_available(),
+    )
+
+
+def gatherer(accelerator: Any) -> Gather:
+    """A function that collects a picklable value of every process."""
+    if accelerator.num_processes == 1:
+        return lambda value: [value]
+    operations = import_extra("accelerate.utils", "train", "training")
+    return lambda value: operations.gather_object([value])
+
+
+def share_buffers(module: nn.Module) -> None:
+    """Give every process the first one's buffers: each has BatchNorm statistics of the slices that it saw itself."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for buffer in module.buffers():
+            torch.distributed.broadcast(buffer, 0)
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The config's optimizer over the parameters of `model` that require gradients."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if config.optimizer == "adam":
+        return torch.optim.Adam(trained, lr=config.lr, weight_decay=config.weight_decay)
+    # Decay pulls weights to zero; normalisation scales and biases have no business there.
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr)
+
+
+def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
+    """The rate of a step, 0 <= step < steps: a function of the step alone, so resuming needs no state."""
+    if config.schedule == "constant":
+        return config.lr
+    warmup = config.warmup * steps
+    if step < warmup:
+        return config.lr * (step + 1) / (warmup + 1)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+
+
+def build_average(model: nn.Module, config: TrainConfig) -> ModelEmaV3:
+    """A moving average of weights and statistics, short at first; with ``ema=0`` it follows the model."""
+    return ModelEmaV3(model, decay=config.ema, use_warmup=config.ema > 0)

@@ -13,14 +13,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ctmasknet.data.datasets import ClassificationSample, SegmentationSample
-from ctmasknet.engine.samples import as_target, model_input
+from ctmasknet.engine.batches import Gather, as_target, model_input
 from ctmasknet.evaluation.metrics import ClassificationMetrics, CocoMetrics, OperatingPointSearch, SegmentationMetrics
 from ctmasknet.models import LesionMaskRCNN
 from ctmasknet.overlay import overlay
 from ctmasknet.results import Prediction
-
-Gather = Callable[[Any], list[Any]]
-"""Collects a picklable value of every process: value -> list of all."""
 
 
 @torch.no_grad()

@@ -13,8 +13,8 @@ from engine_data import lesion_folder
 from ctmasknet.data.augment import Augmentation
 from ctmasknet.data.datasets import open_dataset
 from ctmasknet.engine import TrainConfig
-from ctmasknet.engine.optimization import build_optimizer, learning_rate
-from ctmasknet.engine.samples import EpochBatches, OnDevice, TrainingSlices, model_input
+from ctmasknet.engine.batches import EpochBatches, OnDevice, TrainingSlices, model_input
+from ctmasknet.engine.setup import build_optimizer, learning_rate
 
 
 def batches(size: int, *, batch: int = 4, accumulate: int = 1, rank: int = 0, world: int = 1) -> EpochBatches:
