@@ -16,10 +16,7 @@ from torch.utils.data import DataLoader
 from torchvision.ops import masks_to_boxes
 
 from ctmasknet.data.datasets import (
-    ClassificationImages,
-    CocoInstances,
-    LesionFolder,
-    cached,
+    CachedDataset,
     open_dataset,
     require_trainable,
 )
@@ -70,7 +67,7 @@ def phantoms(tmp_path_factory) -> Path:
 
 
 def test_a_lesion_folder_gives_back_the_phantoms(phantoms: Path):
-    dataset = LesionFolder(phantoms, classes="both")
+    dataset = open_dataset("segmentation", phantoms, classes="both")
     assert dataset.names == ["p0", "p1", "p2"]
     assert dataset.class_names == ("background", "GGO", "consolidation")
     for seed, lesions in enumerate((4, 2, 0)):
@@ -88,7 +85,7 @@ def test_images_may_have_any_usual_format(tmp_path: Path, suffix: str):
     lesion_root(tmp_path, a=square())
     (tmp_path / "imgs" / "a.png").unlink()
     save(tmp_path / "imgs" / f"a.{suffix}", grey(100))
-    image = LesionFolder(tmp_path)[0].image
+    image = open_dataset("segmentation", tmp_path)[0].image
     assert image.shape == (1, 64, 64)
     assert (image.int() - 100).abs().max() <= 2
 
@@ -99,7 +96,7 @@ def test_palette_masks_are_read_by_index(tmp_path: Path):
     palette.putdata(square(3).ravel().tolist())
     palette.putpalette([0, 0, 0, 90, 90, 90, 0, 255, 0, 255, 0, 0])
     palette.save(tmp_path / "masks" / "a.png")
-    assert LesionFolder(tmp_path, classes="both")[0].target["labels"].tolist() == [2]
+    assert open_dataset("segmentation", tmp_path, classes="both")[0].target["labels"].tolist() == [2]
 
 
 def test_several_roots_are_joined_and_equal_names_told_apart(tmp_path: Path):
@@ -125,8 +122,11 @@ def test_a_list_restricts_to_its_names_and_excuses_the_rest(tmp_path: Path):
     (root / "masks" / "c.png").unlink()
     names = tmp_path / "train.txt"
     names.write_text("# split of the paper\nimgs/b.png\n\na\n")
-    assert LesionFolder(root, names=names).names == ["a", "b"]
-    assert open_dataset("segmentation", root, list_file=names).names == ["a", "b"]
+    assert open_dataset("segmentation", root, names=names).names == ["a", "b"]
+    assert open_dataset("segmentation", root, names=str(names)).names == ["a", "b"]
+    assert open_dataset("segmentation", root, names=["imgs/b.png", Path("a")]).names == ["a", "b"]
+    with pytest.raises(DataError, match=r"names: gone is listed but not in .*data; correct the list"):
+        open_dataset("segmentation", root, names=["a", "gone"])
 
 
 def test_listed_names_that_are_missing_are_named(tmp_path: Path):
@@ -134,12 +134,12 @@ def test_listed_names_that_are_missing_are_named(tmp_path: Path):
     names = tmp_path / "train.txt"
     names.write_text("a\ngone.png\n")
     with pytest.raises(DataError, match=r"train\.txt: gone is listed but not in .*data; correct the list or add"):
-        LesionFolder(root, names=names)
+        open_dataset("segmentation", root, names=names)
 
 
 def test_a_missing_list_is_named(tmp_path: Path):
     with pytest.raises(DataError, match=r"nowhere\.txt: not a readable list"):
-        LesionFolder(lesion_root(tmp_path, a=square()), names=tmp_path / "nowhere.txt")
+        open_dataset("segmentation", lesion_root(tmp_path, a=square()), names=tmp_path / "nowhere.txt")
 
 
 def test_one_slice_is_enough(tmp_path: Path):
@@ -154,7 +154,7 @@ def test_patients_come_from_cncb_names_and_from_index_csv(tmp_path: Path):
     with (tmp_path / "index.csv").open("w", newline="") as file:
         rows = [("train", "x1", "wrong"), ("val", "x1", "ann"), ("val", "x2", "unknown")]
         csv.writer(file).writerows([("split", "name", "patient"), *rows])
-    dataset = LesionFolder(root)
+    dataset = open_dataset("segmentation", root)
     assert dict(zip(dataset.names, dataset.patients, strict=True)) == {
         "2_77_1_0040": "77",
         "x1": "ann",
@@ -164,7 +164,7 @@ def test_patients_come_from_cncb_names_and_from_index_csv(tmp_path: Path):
 
 
 def test_samples_survive_pickling_and_worker_processes(phantoms: Path):
-    dataset = pickle.loads(pickle.dumps(LesionFolder(phantoms)))
+    dataset = pickle.loads(pickle.dumps(open_dataset("segmentation", phantoms)))
     loader = DataLoader(dataset, batch_size=2, num_workers=1, collate_fn=list)
     assert [sample.name for batch in loader for sample in batch] == dataset.names
 
@@ -221,7 +221,7 @@ def test_the_error_counts_the_other_problems(tmp_path: Path):
     (root / "masks" / "a.png").unlink()
     (root / "imgs" / "b.png").unlink()
     with pytest.raises(DataError, match=r"and 1 more problems: `ctmasknet data check` lists them"):
-        LesionFolder(root)
+        open_dataset("segmentation", root)
 
 
 def test_a_folder_of_splits_says_which_to_pass(tmp_path: Path):
@@ -239,11 +239,11 @@ def test_sizes_that_differ_name_both_files(tmp_path: Path):
     root = lesion_root(tmp_path, a=square())
     save(root / "masks" / "a.png", grey(0, (64, 60)))
     with pytest.raises(DataError, match=r"imgs/a\.png: the image is 64x64 pixels but mask .*masks/a\.png is 60x64"):
-        LesionFolder(root)[0]
+        open_dataset("segmentation", root)[0]
 
 
 def test_unknown_mask_values_name_the_mask(tmp_path: Path):
-    dataset = LesionFolder(lesion_root(tmp_path, a=square(255)))
+    dataset = open_dataset("segmentation", lesion_root(tmp_path, a=square(255)))
     with pytest.raises(DataError, match=r"masks/a\.png: unknown mask values 255; recode"):
         dataset[0]
 
@@ -252,7 +252,7 @@ def test_coloured_and_corrupt_masks_name_the_mask(tmp_path: Path):
     root = lesion_root(tmp_path, a=square(), b=square())
     save(root / "masks" / "a.png", np.dstack([square(), grey(0), grey(0)]))
     (root / "masks" / "b.png").write_bytes(b"not a PNG")
-    dataset = LesionFolder(root)
+    dataset = open_dataset("segmentation", root)
     with pytest.raises(DataError, match=r"masks/a\.png: the mask is coloured"):
         dataset[0]
     with pytest.raises(DataError, match=r"masks/b\.png: not a readable mask"):
@@ -263,25 +263,25 @@ def test_masks_of_one_bit_are_not_taken_for_lung(tmp_path: Path):
     root = lesion_root(tmp_path, a=square())
     Image.fromarray(square(255)).convert("1").save(root / "masks" / "a.png")
     with pytest.raises(DataError, match=r"masks/a\.png: a mask of 1 bit has no class codes; save it with 8 bits"):
-        LesionFolder(root)[0]
+        open_dataset("segmentation", root)[0]
 
 
 def test_a_corrupt_image_names_the_image(tmp_path: Path):
     root = lesion_root(tmp_path, a=square())
     (root / "imgs" / "a.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
     with pytest.raises(CTMaskNetError, match=r"imgs/a\.png"):
-        LesionFolder(root)[0]
+        open_dataset("segmentation", root)[0]
 
 
 def test_slices_without_lesions_open_but_cannot_be_trained_on(tmp_path: Path):
-    dataset = LesionFolder(lesion_root(tmp_path, a=square(1), b=square(2, side=10)))
+    dataset = open_dataset("segmentation", lesion_root(tmp_path, a=square(1), b=square(2, side=10)))
     assert [sample.target["boxes"].shape for sample in dataset] == [(0, 4), (0, 4)]
     with pytest.raises(DataError, match=r"none of the 2 slices holds a lesion \(above min_area\); add"):
         require_trainable(dataset)
 
 
 def test_a_lesion_class_without_a_sample_is_named(tmp_path: Path):
-    dataset = LesionFolder(lesion_root(tmp_path, a=square(2)), classes="both")
+    dataset = open_dataset("segmentation", lesion_root(tmp_path, a=square(2)), classes="both")
     with pytest.raises(DataError, match=r"no sample of class 2 \(consolidation\)"):
         require_trainable(dataset)
     require_trainable(dataset, allow_missing_classes=True)
@@ -333,7 +333,7 @@ def test_coco_polygons_and_rle_become_masks(tmp_path: Path):
             {"segmentation": [rectangle(0, 0, 40, 40)], "iscrowd": 1},
         ],
     )
-    dataset = CocoInstances(path)
+    dataset = open_dataset("segmentation", path)
     assert dataset.class_names == ("background", "GGO", "consolidation")
     target = dataset[0].target
     assert target["labels"].tolist() == [2, 1, 1]
@@ -355,15 +355,15 @@ def test_coco_compressed_rle_is_pycocotools(tmp_path: Path):
     images = [{"id": 5, "file_name": "a.png", "height": SIZE, "width": SIZE}]
     path = coco(tmp_path, annotations, images=images)
     save(tmp_path / "images" / "a.png", truth.image)
-    sample = CocoInstances(path)[0]
+    sample = open_dataset("segmentation", path)[0]
     assert np.array_equal(sample.target["masks"].numpy().astype(bool), truth.masks)
     assert np.array_equal(sample.target["boxes"].numpy(), truth.boxes)
 
 
 def test_coco_small_annotations_and_images_without_any_are_kept_in_mind(tmp_path: Path):
     path = coco(tmp_path, [{"segmentation": [rectangle(0, 0, 10, 10)]}])
-    assert CocoInstances(path)[0].target["masks"].shape == (0, 64, 64)
-    assert len(CocoInstances(path, min_area=99)[0].target["labels"]) == 1
+    assert open_dataset("segmentation", path)[0].target["masks"].shape == (0, 64, 64)
+    assert len(open_dataset("segmentation", path, min_area=99)[0].target["labels"]) == 1
 
 
 def test_coco_boxes_without_width_are_left_out_with_a_warning(tmp_path: Path):
@@ -371,7 +371,7 @@ def test_coco_boxes_without_width_are_left_out_with_a_warning(tmp_path: Path):
     flat = {"segmentation": [rectangle(5, 5, 5, 30)], "bbox": [5, 5, 0, 25]}
     path = coco(tmp_path, [good, flat])
     with pytest.warns(UserWarning, match=r"instances\.json: annotation 1: its box .* has no width or height"):
-        dataset = CocoInstances(path)
+        dataset = open_dataset("segmentation", path)
     assert len(dataset[0].target["labels"]) == 1
 
 
@@ -398,27 +398,27 @@ def test_coco_boxes_without_width_are_left_out_with_a_warning(tmp_path: Path):
 def test_coco_annotations_that_make_no_sense_are_named(tmp_path: Path, annotation: dict, message: str):
     path = coco(tmp_path, [annotation])
     with pytest.raises(DataError, match=f"instances.json: {message}"):
-        CocoInstances(path)[0]
+        open_dataset("segmentation", path)[0]
 
 
 def test_coco_files_that_are_none_are_refused(tmp_path: Path):
     path = coco(tmp_path, [])
     (tmp_path / "images" / "a.png").unlink()
-    with pytest.raises(DataError, match=r"image a\.png is not in .*; pass the folder of the images"):
-        CocoInstances(path)
+    with pytest.raises(DataError, match=r"image a\.png is not in .*; put the images there"):
+        open_dataset("segmentation", path)
     path.write_text("{}")
     with pytest.raises(DataError, match=r"not COCO instance JSON \(KeyError: 'images'\)"):
-        CocoInstances(path)
+        open_dataset("segmentation", path)
     path.write_text("nonsense")
     with pytest.raises(DataError, match="not COCO instance JSON"):
-        CocoInstances(path)
+        open_dataset("segmentation", path)
 
 
 def test_coco_sizes_that_differ_are_named(tmp_path: Path):
     path = coco(tmp_path, [])
     save(tmp_path / "images" / "a.png", grey(shape=(64, 60)))
     with pytest.raises(DataError, match=r"a\.png: the image is 60x64 pixels but its entry in .*json is 64x64"):
-        CocoInstances(path)[0]
+        open_dataset("segmentation", path)[0]
 
 
 # --- classification -----------------------------------------------------------------------------------------
@@ -468,8 +468,7 @@ def covidx(folder: Path) -> Path:
 def test_covidx_lists_bring_names_and_classes(tmp_path: Path):
     path = covidx(tmp_path)
     for dataset in (
-        ClassificationImages.from_list(path, tmp_path),
-        open_dataset("classification", tmp_path, list_file=path),
+        open_dataset("classification", tmp_path, names=path),
         open_dataset("classification", path),
     ):
         assert dataset.names == ["CP_1_2_0001", "a volume 7"]
@@ -490,7 +489,7 @@ def test_covidx_entries_that_make_no_sense_are_named(tmp_path: Path, line: str, 
     path = covidx(tmp_path)
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(DataError, match=message):
-        ClassificationImages.from_list(path, tmp_path)
+        open_dataset("classification", tmp_path, names=path)
 
 
 def test_class_folders_known_by_word_keep_the_papers_numbers(tmp_path: Path):
@@ -539,7 +538,7 @@ def test_a_list_of_names_restricts_classification_too(tmp_path: Path):
     for name in ("a/1.png", "a/2.png", "b/3.png"):
         save(tmp_path / "data" / name, grey())
     (tmp_path / "names.txt").write_text("2\n3.png\n")
-    assert open_dataset("classification", tmp_path / "data", list_file=tmp_path / "names.txt").names == [
+    assert open_dataset("classification", tmp_path / "data", names=tmp_path / "names.txt").names == [
         "2",
         "3",
     ]
@@ -570,8 +569,8 @@ def test_folders_without_classes_are_refused(tmp_path: Path, layout: list[str], 
 
 def test_the_cache_gives_what_the_files_gave(phantoms: Path, monkeypatch):
     plain, kept = (
-        LesionFolder(phantoms, classes="both"),
-        cached(LesionFolder(phantoms, classes="both")).fill(),
+        open_dataset("segmentation", phantoms, classes="both"),
+        CachedDataset(open_dataset("segmentation", phantoms, classes="both")).fill(),
     )
     monkeypatch.setattr("ctmasknet.data.datasets.read_image", lambda path: pytest.fail("read again"))
     hits = [kept[index] for index in range(3)]
@@ -587,7 +586,7 @@ def test_the_cache_gives_what_the_files_gave(phantoms: Path, monkeypatch):
 
 
 def test_changing_a_sample_does_not_change_the_cache(phantoms: Path):
-    kept = cached(LesionFolder(phantoms))
+    kept = CachedDataset(open_dataset("segmentation", phantoms))
     for _ in range(2):  # the first reading and a hit
         sample = kept[0]
         sample.image.zero_()
@@ -597,14 +596,14 @@ def test_changing_a_sample_does_not_change_the_cache(phantoms: Path):
 
 
 def test_the_cache_keeps_to_its_limit(phantoms: Path):
-    kept = cached(LesionFolder(phantoms), limit=int(1.5 * SIZE**2)).fill()
+    kept = CachedDataset(open_dataset("segmentation", phantoms), limit=int(1.5 * SIZE**2)).fill()
     assert SIZE**2 <= kept.nbytes <= 1.5 * SIZE**2
     assert [sample.name for sample in kept] == ["p0", "p1", "p2"]
 
 
 def test_the_cache_serves_classification(tmp_path: Path):
     save(tmp_path / "0_a_1_1.png", grey(7))
-    kept = cached(open_dataset("classification", tmp_path))
+    kept = CachedDataset(open_dataset("classification", tmp_path))
     for _ in range(2):
         assert kept[0].label == 0
         assert kept[0].image.unique().tolist() == [7]
@@ -620,7 +619,7 @@ def test_real_slices_open_and_agree_with_their_index():
         rows = {(row["split"], row["name"]): row for row in csv.DictReader(file)}
     without = {}
     for split, count in (("train", 636), ("val", 73)):
-        dataset = LesionFolder(SHARED / "lesions" / split)
+        dataset = open_dataset("segmentation", SHARED / "lesions" / split)
         assert len(dataset) == count
         positive = 0
         for record, patient in zip(dataset.records, dataset.patients, strict=True):
@@ -639,7 +638,7 @@ def test_real_slices_open_and_agree_with_their_index():
 
 @pytest.mark.skipif(not (SHARED / "lesions").is_dir(), reason="needs the real slices")
 def test_real_validation_slices_match_their_masks():
-    for image, target, _ in LesionFolder(SHARED / "lesions" / "val"):
+    for image, target, _ in open_dataset("segmentation", SHARED / "lesions" / "val"):
         assert image.shape[1:] == target["masks"].shape[1:]
         assert (target["masks"].flatten(1).sum(dim=1) > 100).all()
 

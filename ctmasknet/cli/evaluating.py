@@ -23,7 +23,7 @@ def evaluate_command(options: argparse.Namespace) -> int:
         options.data,
         classes=options.classes,
         min_area=options.min_area,
-        list_file=options.list,
+        names=options.names,
         limit=options.limit,
         per_class=options.per_class,
         seed=options.seed,

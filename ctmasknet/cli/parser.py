@@ -129,8 +129,8 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--config", type=Path, metavar="FILE", help="YAML or JSON with any field of TrainConfig")
     train.add_argument("--recipe", choices=("fast", "paper"), help="fast (default) or the paper's")
     train.add_argument("--classes", choices=("merge", "both", "ggo"), help="lesion classes of CNCB masks")
-    train.add_argument("--list", dest="list_file", metavar="FILE", help="use only the slices this file names")
-    train.add_argument("--val-list", dest="val_list_file", metavar="FILE", help="likewise for --val")
+    train.add_argument("--names", metavar="FILE", help="use only the slices this file names")
+    train.add_argument("--val-names", metavar="FILE", help="likewise for --val")
     train.add_argument("--epochs", type=int, help="passes over the data")
     train.add_argument("--batch-size", type=int, help="slices per process and step")
     train.add_argument("--lr", type=float, help="highest learning rate")
@@ -163,7 +163,7 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("--task", choices=("segmentation", "classification"), help="default: tell by looking")
     check.add_argument("--classes", choices=("merge", "both", "ggo"), default="merge", help="default: merge")
     check.add_argument("--min-area", type=int, default=100, metavar="PX", help="default: 100")
-    check.add_argument("--list", dest="list_file", metavar="FILE", help="use only the slices this file names")
+    check.add_argument("--names", metavar="FILE", help="use only the slices this file names")
     _json_flag(check)
 
     download = _command(
@@ -208,7 +208,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("model", metavar="MODEL", help="what to measure")
     evaluate.add_argument("--data", nargs="+", required=True, metavar="DIR", help="labelled slices")
-    evaluate.add_argument("--list", metavar="FILE", help="only the slices that this text file names")
+    evaluate.add_argument("--names", metavar="FILE", help="only the slices that this text file names")
     evaluate.add_argument("--min-area", type=int, default=100, metavar="PX", help="smaller lesions do not count")
     evaluate.add_argument("--per-class", type=int, metavar="N", help="classifiers: N slices of each class")
     evaluate.add_argument(

@@ -17,8 +17,8 @@ _TRAIN_FLAGS = (
     "out",
     "recipe",
     "classes",
-    "list_file",
-    "val_list_file",
+    "names",
+    "val_names",
     "epochs",
     "batch_size",
     "lr",
@@ -77,7 +77,7 @@ def data_check_command(options: argparse.Namespace) -> int:
         against=options.against,
         classes=options.classes,
         min_area=options.min_area,
-        list_file=options.list_file,
+        names=options.names,
     )
     if options.json:
         print_json(report.to_dict())

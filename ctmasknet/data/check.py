@@ -17,6 +17,7 @@ from ctmasknet.data.layouts import (
     LesionClasses,
     LesionRecord,
     Listing,
+    Names,
     PathLike,
     check_sizes,
     guess_task,
@@ -124,12 +125,12 @@ def check_dataset(
     against: PathLike | Sequence[PathLike] | None = None,
     classes: LesionClasses = "merge",
     min_area: int = 100,
-    list_file: PathLike | None = None,
+    names: Names | None = None,
 ) -> DataReport:
     """Read every file of a data set and report on it; a bad file is an entry of it, never an exception.
 
     Args:
-        data, classes, min_area, list_file: as `open_dataset` takes them.
+        data, classes, min_area, names: as `open_dataset` takes them.
         task: None looks for masks to tell.
         against: the other split; patients and images that occur in both are reported.
 
@@ -138,7 +139,7 @@ def check_dataset(
         MissingExtraError: scipy or the COCO decoder (extra ``train``) is needed and not installed.
     """
     task = task or guess_task(data)
-    found = list_slices(task, data, classes=classes, min_area=min_area, list_file=list_file)
+    found = list_slices(task, data, classes=classes, min_area=min_area, names=names)
     report = DataReport(task, found.layout, [str(source) for source in found.sources], min_area=min_area)
     report.slices = len(found.records)
     report.problems = [str(problem) for problem in found.problems]

@@ -1,8 +1,8 @@
 """Labelled slices as map-style torch datasets: lesion masks for segmenters, image classes for classifiers.
 
-`open_dataset` recognises the layout of a folder or file by looking at it; the classes below are for those who
-know what they have. All give 8-bit grey images (deeper ones, DICOM included, are rounded to 256 levels) and
-leave the conversion to three floating-point channels to the consumer, which can do it on the device.
+`open_dataset` recognises the layout of a folder or file by looking at it. The images are 8-bit grey (deeper ones,
+DICOM included, are rounded to 256 levels); the consumer makes three floating-point channels of them, which it can
+do on the device.
 
 Opening a data set lists files and compares names; that finds what is missing. Contents are read when a
 sample is asked for. `list_slices` is the first half alone and collects every problem instead of raising the first.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import numpy as np
@@ -25,17 +24,10 @@ from ctmasknet.data.layouts import (
     ImageRecord,
     LesionClasses,
     LesionRecord,
-    Listing,
+    Names,
     PathLike,
     Record,
-    as_paths,
     check_sizes,
-    finish,
-    list_class_folders,
-    list_coco,
-    list_covidx,
-    list_file_names,
-    list_lesion_folders,
     list_slices,
     read_image,
 )
@@ -93,7 +85,7 @@ class SliceDataset(Dataset[Sample], Generic[Sample]):
 
 
 class SegmentationSlices(SliceDataset[SegmentationSample]):
-    """Slices with lesion instances, from the records of a listing."""
+    """Slices with lesion instances, from the records of a listing; those without lesions are negatives and stay."""
 
     task: Task = "segmentation"
 
@@ -113,64 +105,8 @@ class SegmentationSlices(SliceDataset[SegmentationSample]):
         return self.records[index].target()["labels"].unique().tolist()
 
 
-class LesionFolder(SegmentationSlices):
-    """CNCB folders: images `root/imgs/NAME.*` with masks of class codes `root/masks/NAME.png`.
-
-    Slices without lesions are negatives and stay. Patients come from CNCB file names, else from an
-    `index.csv` in the root or next to it (columns `name`, `patient`, optionally `split`, equal to the name
-    of the root).
-
-    Args:
-        roots: a folder or several.
-        classes, min_area: see `layouts.instances`.
-        names: a text file of names, one per line, with or without folder and ending; only these are used,
-            in the order of the files. A name that several roots hold selects all of them.
-
-    Raises:
-        DataError: no slices, an image without mask or the reverse, two files of one name in a root, listed
-            names that do not exist. On reading a sample: sizes that differ, unknown mask values, an
-            unreadable mask.
-    """
-
-    def __init__(
-        self,
-        roots: PathLike | Sequence[PathLike],
-        *,
-        classes: LesionClasses = "merge",
-        min_area: int = 100,
-        names: PathLike | None = None,
-    ) -> None:
-        found = list_lesion_folders(as_paths(roots), classes, min_area)
-        finish(found, names).require_complete()
-        super().__init__(found.records, found.class_names)
-
-
-class CocoInstances(SegmentationSlices):
-    """COCO instance JSON with polygons or RLE; categories are numbered from 1 in the order of their ids.
-
-    Boxes are taken from the masks, half-open, whatever `bbox` says. Crowd regions (`iscrowd`) are left out,
-    and so are annotations whose `bbox` has no width or height, with a warning that names the first.
-
-    Args:
-        json_path: the annotation file.
-        images_dir: what its file names are relative to; None looks in the folder of the JSON file, its
-            `images` and `imgs`, and the same one folder up.
-        min_area: annotations of this many pixels or fewer are left out.
-
-    Raises:
-        DataError: not COCO instance JSON, no images, missing image files, annotations of unknown images or
-            categories or without a mask. On reading a sample: sizes that differ, undecodable masks.
-        MissingExtraError: on reading a sample with annotations, without faster-coco-eval (extra ``train``).
-    """
-
-    def __init__(self, json_path: PathLike, images_dir: PathLike | None = None, *, min_area: int = 100) -> None:
-        found = list_coco(Path(json_path), images_dir, min_area)
-        finish(found).require_complete()
-        super().__init__(found.records, found.class_names)
-
-
 class ClassificationImages(SliceDataset[ClassificationSample]):
-    """Slices with one class each, told by `from_file_names`, `from_list` or `from_class_folders`.
+    """Slices with one class each, from the records of a listing.
 
     Attributes:
         labels: one per sample, indices into `class_names`.
@@ -184,30 +120,6 @@ class ClassificationImages(SliceDataset[ClassificationSample]):
         self.names = [record.name for record in records]
         self.patients = [record.patient for record in records]
         self.labels = [record.label for record in self.records]
-
-    @classmethod
-    def from_file_names(
-        cls, roots: PathLike | Sequence[PathLike], *, names: PathLike | None = None
-    ) -> ClassificationImages:
-        """Folders of images named `[Class]_[PatientID]_[ScanNum]_[SliceNum]`, Class a number or a word."""
-        return cls._complete(list_file_names(as_paths(roots)), names)
-
-    @classmethod
-    def from_list(cls, list_file: PathLike, images_dir: PathLike | Sequence[PathLike]) -> ClassificationImages:
-        """A COVIDx-CT list: `FILENAME CLASS XMIN YMIN XMAX YMAX` per line; the box is not used."""
-        return cls._complete(list_covidx(Path(list_file), as_paths(images_dir)))
-
-    @classmethod
-    def from_class_folders(
-        cls, roots: PathLike | Sequence[PathLike], *, names: PathLike | None = None
-    ) -> ClassificationImages:
-        """One subfolder per class, images at any depth below; see `class_folder_names` for the numbering."""
-        return cls._complete(list_class_folders(as_paths(roots)), names)
-
-    @classmethod
-    def _complete(cls, found: Listing, names: PathLike | None = None) -> ClassificationImages:
-        finish(found, names).require_complete()
-        return cls(found.records, found.class_names)
 
     def __getitem__(self, index: int) -> ClassificationSample:
         record = self.records[index]
@@ -223,7 +135,7 @@ def open_dataset(
     *,
     classes: LesionClasses = "merge",
     min_area: int = 100,
-    list_file: PathLike | None = None,
+    names: Names | None = None,
 ) -> SegmentationSlices | ClassificationImages:
     """Open labelled slices, whatever their layout, several folders or files as one data set.
 
@@ -234,14 +146,18 @@ def open_dataset(
             it or in `images/`).
         classes: see `layouts.instances`; COCO files bring their own.
         min_area: smaller or equal instances join the background, pixels.
-        list_file: restricts to the names it lists. For classification a COVIDx-CT list also brings the
+        names: restricts to these names, with or without folder and ending: a text file that lists them, one per
+            line, or a sequence of them. The order stays that of the files. A name that several folders hold
+            selects all of them. For classification the file may be a COVIDx-CT list, which also brings the
             classes; `data` are then the folders of its images.
 
     Raises:
-        DataError: nothing usable there, or incomplete; the text names the file and the fix.
+        DataError: nothing usable there, or incomplete: an image without mask, names that do not exist, …; the text
+            names the file and the fix. On reading a sample: sizes that differ, unknown mask values, damaged files.
         ConfigError: unknown `task` or `classes`, a negative `min_area`.
+        MissingExtraError: on reading a sample with lesions, without the extra ``train``.
     """
-    found = list_slices(task, data, classes=classes, min_area=min_area, list_file=list_file)
+    found = list_slices(task, data, classes=classes, min_area=min_area, names=names)
     found.require_complete()
     if task == "segmentation":
         return SegmentationSlices(found.records, found.class_names)
@@ -331,11 +247,6 @@ class CachedDataset(SliceDataset[Sample]):
                 if self.nbytes == held:
                     break
         return self
-
-
-def cached(dataset: SliceDataset[Sample], limit: int | None = None) -> CachedDataset[Sample]:
-    """`dataset` with its decoded samples kept in memory, up to `limit` bytes."""
-    return CachedDataset(dataset, limit)
 
 
 @dataclass(frozen=True)

@@ -147,6 +147,8 @@ def check_target_options(classes: str, min_area: int) -> None:
 
 
 PathLike = str | Path
+Names = PathLike | Sequence[PathLike]
+"""Which slices to use: a text file that lists names, one per line, or the names themselves."""
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".dcm")
 
@@ -326,7 +328,7 @@ def list_slices(
     *,
     classes: LesionClasses = "merge",
     min_area: int = 100,
-    list_file: PathLike | None = None,
+    names: Names | None = None,
 ) -> Listing:
     """As `open_dataset`, but names what is wrong in `problems` instead of raising the first.
 
@@ -338,10 +340,10 @@ def list_slices(
     check_target_options(classes, min_area)
     paths = as_paths(data)
     if task == "segmentation":
-        return finish(_list_segmentation(paths, classes, min_area), list_file)
-    if list_file is not None and _tells_classes(Path(list_file)):
-        return finish(list_covidx(Path(list_file), paths))
-    return finish(_list_classification(paths), list_file)
+        return finish(_list_segmentation(paths, classes, min_area), names)
+    if isinstance(names, str | Path) and _tells_classes(Path(names)):
+        return finish(list_covidx(Path(names), paths))
+    return finish(_list_classification(paths), names)
 
 
 def guess_task(data: PathLike | Sequence[PathLike]) -> Task:
@@ -352,7 +354,11 @@ def guess_task(data: PathLike | Sequence[PathLike]) -> Task:
 
 
 def list_lesion_folders(roots: Sequence[Path], classes: LesionClasses = "merge", min_area: int = 100) -> Listing:
-    """Pair the images and masks of CNCB folders by name; see `LesionFolder`."""
+    """Pair images `root/imgs/NAME.*` with masks of class codes `root/masks/NAME.png` (CNCB folders).
+
+    Patients come from CNCB file names, else from an `index.csv` in the root or next to it (columns `name`, `patient`,
+    optionally `split`, equal to the name of the root).
+    """
     check_target_options(classes, min_area)
     found = Listing("segmentation", "CNCB folders", list(roots), lesion_class_names(classes))
     for root in roots:
@@ -377,8 +383,13 @@ def list_lesion_folders(roots: Sequence[Path], classes: LesionClasses = "merge",
     return found
 
 
-def list_coco(json_path: Path, images_dir: PathLike | None = None, min_area: int = 100) -> Listing:
-    """Match the images and annotations of a COCO file; see `CocoInstances`."""
+def list_coco(json_path: Path, min_area: int = 100) -> Listing:
+    """Match the images and annotations of a COCO file: instances as polygons or RLE.
+
+    Categories are numbered from 1 in the order of their ids. Boxes are taken from the masks, half-open, whatever
+    `bbox` says. Crowd regions (`iscrowd`) are left out, and so are annotations whose `bbox` has no width or height.
+    Images lie in the folder of the JSON file, its `images` or `imgs`, or the same one folder up.
+    """
     check_target_options("merge", min_area)
     found = Listing("segmentation", "COCO instances", [json_path], ("background",))
     try:
@@ -411,11 +422,12 @@ def list_coco(json_path: Path, images_dir: PathLike | None = None, min_area: int
             label = labels[annotation["category_id"]]
             of_image[annotation["image_id"]].append((annotation.get("id"), label, annotation["segmentation"]))
 
-    folders = _coco_image_folders(json_path) if images_dir is None else [Path(images_dir)]
+    homes = (json_path.parent, json_path.resolve().parent.parent)
+    folders = [folder for home in homes for folder in (home, home / "images", home / "imgs")]
     for identifier, file_name, size in entries:
         places = [folder / file_name for folder in folders if (folder / file_name).is_file()]
         if not places:
-            reason = f"image {file_name} is not in {folders[0]}; pass the folder of the images"
+            reason = f"image {file_name} is not in {folders[0]}; put the images there, or into images/"
             found.problems.append(Problem("annotated image missing", str(json_path), reason, _stem(file_name)))
             continue
         name, drawn = _stem(file_name), tuple(of_image[identifier])
@@ -424,7 +436,7 @@ def list_coco(json_path: Path, images_dir: PathLike | None = None, min_area: int
 
 
 def list_file_names(roots: Sequence[Path]) -> Listing:
-    """Take classes from CNCB file names; see `ClassificationImages.from_file_names`."""
+    """Take classes from CNCB names `[Class]_[PatientID]_[ScanNum]_[SliceNum]`, Class a number or a word."""
     found = Listing("classification", "CNCB file names", list(roots), IMAGE_CLASSES)
     for root in roots:
         files = _by_stem(_image_files(root), found)
@@ -445,7 +457,7 @@ def list_file_names(roots: Sequence[Path]) -> Listing:
 
 
 def list_covidx(list_file: Path, roots: Sequence[Path]) -> Listing:
-    """Take names and classes from a COVIDx-CT list; see `ClassificationImages.from_list`."""
+    """Take names and classes from a COVIDx-CT list: `FILENAME CLASS XMIN YMIN XMAX YMAX`; the box is not used."""
     found = Listing("classification", "COVIDx-CT list", list(roots), IMAGE_CLASSES)
     by_stem: dict[str, list[Path]] = defaultdict(list)
     for root in roots:
@@ -478,7 +490,7 @@ def list_covidx(list_file: Path, roots: Sequence[Path]) -> Listing:
 
 
 def list_class_folders(roots: Sequence[Path]) -> Listing:
-    """Take classes from folder names; see `ClassificationImages.from_class_folders`."""
+    """Take classes from folder names (`class_folder_names` numbers them); images lie at any depth below."""
     folders = {root: _class_folders(root) for root in roots}
     names = {folder.name for found_here in folders.values() for folder in found_here}
     numbering, class_names = class_folder_names(names)
@@ -551,17 +563,21 @@ def _join(parts: Sequence[Listing]) -> Listing:
     return found
 
 
-def finish(found: Listing, list_file: PathLike | None = None) -> Listing:
-    """Keep what `list_file` names, make names unique, and see that something is left."""
-    if list_file is not None:
-        wanted = {_stem(name) for name, _ in _list_entries(Path(list_file), found)}
+def finish(found: Listing, names: Names | None = None) -> Listing:
+    """Keep what `names` tells, make names unique, and see that something is left."""
+    if names is not None:
+        if isinstance(names, str | Path):
+            source, given = str(names), [name for name, _ in _list_entries(Path(names), found)]
+        else:
+            source, given = "names", [str(name) for name in names]
+        wanted = {_stem(name) for name in given}
         there = {record.image.stem for record in found.records} | {problem.name for problem in found.problems}
         found.records = [record for record in found.records if record.image.stem in wanted]
         found.problems = [problem for problem in found.problems if problem.name is None or problem.name in wanted]
         where = ", ".join(map(str, found.sources))
         for name in sorted(wanted - there):
             reason = f"{name} is listed but not in {where}; correct the list or add the file"
-            found.problems.append(Problem("listed but missing", str(list_file), reason))
+            found.problems.append(Problem("listed but missing", source, reason))
     counts = Counter(record.name for record in found.records)
     if any(count > 1 for count in counts.values()):
         files = Counter(record.image.resolve() for record in found.records)
@@ -664,11 +680,6 @@ def _coco_file(path: Path) -> Path | None:
         return None
     files = sorted(path.glob("*.json"))
     return files[0] if len(files) == 1 else None
-
-
-def _coco_image_folders(json_path: Path) -> list[Path]:
-    homes = (json_path.parent, json_path.resolve().parent.parent)
-    return [folder for home in homes for folder in (home, home / "images", home / "imgs")]
 
 
 def _list_image_folders(list_file: Path) -> list[Path]:

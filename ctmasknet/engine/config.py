@@ -101,7 +101,7 @@ class TrainConfig:
         data: training data, a path or several; layouts as in `ctmasknet.data.datasets.open_dataset`.
         out: folder of the run, made if missing: checkpoints, weights, logs, record.
         val: validation data, a path or several. None: no validation, `best` is the last epoch.
-        list_file, val_list_file: restrict data and val to the names a text file lists.
+        names, val_names: restrict data and val to the names a text file lists.
         classes: ``"merge"`` (lesion), ``"both"`` (GGO and consolidation) or ``"ggo"``; segmentation only.
         min_area: instances of so many pixels or fewer join the background.
         weights: where to start: None (random), ``"default"``, a folder or safetensors file, an author's `.pth`.
@@ -156,8 +156,8 @@ class TrainConfig:
     data: PathLike | list[PathLike]
     out: PathLike
     val: PathLike | list[PathLike] | None = None
-    list_file: PathLike | None = None
-    val_list_file: PathLike | None = None
+    names: PathLike | None = None
+    val_names: PathLike | None = None
     classes: LesionClasses = "merge"
     min_area: int = 100
     weights: PathLike | None = None
@@ -207,7 +207,7 @@ class TrainConfig:
     caveat: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("data", "val", "out", "weights", "list_file", "val_list_file", "resume"):
+        for name in ("data", "val", "out", "weights", "names", "val_names", "resume"):
             object.__setattr__(self, name, _plain_path(getattr(self, name)))
         for name, kind in get_type_hints(type(self)).items():
             if getattr(self, name) is not None or name not in RECIPES["segmentation"]["fast"]:

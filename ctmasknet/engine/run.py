@@ -441,7 +441,7 @@ class Run:
 
 
 _CHANGES_TRAINING = (
-    "data", "list_file", "classes", "min_area", "model_options", "optimizer", "lr", "weight_decay", "schedule",
+    "data", "names", "classes", "min_area", "model_options", "optimizer", "lr", "weight_decay", "schedule",
     "warmup", "batch_size", "accumulate", "epochs", "clip_norm", "ema", "precision", "augment", "augmentation",
     "train_min_size", "full_size_epochs", "cache_rois", "roi_views", "seed",
 )  # fmt: skip

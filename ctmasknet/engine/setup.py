@@ -17,7 +17,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ctmasknet.data.datasets import SliceDataset, cached, open_dataset, require_trainable
+from ctmasknet.data.datasets import CachedDataset, SliceDataset, open_dataset, require_trainable
 from ctmasknet.engine.batches import Gather, ModuleSOnRoIs, OnDevice, RoIViews, TrainingSlices
 from ctmasknet.engine.config import TrainConfig
 from ctmasknet.engine.validation import (
@@ -120,11 +120,11 @@ def prepare(config: TrainConfig, device: torch.device, *, rank: int, world: int,
 def _open(config: TrainConfig) -> tuple[SliceDataset[Any], SliceDataset[Any] | None]:
     """Training and validation data, with everything checked that can be without reading all of it."""
     rules: dict[str, Any] = {"classes": config.classes, "min_area": config.min_area}
-    data = open_dataset(config.task, config.data, list_file=config.list_file, **rules)
+    data = open_dataset(config.task, config.data, names=config.names, **rules)
     require_trainable(data, source=str(config.data))
     if config.val is None:
         return data, None
-    held_out = open_dataset(config.task, config.val, list_file=config.val_list_file, **rules)
+    held_out = open_dataset(config.task, config.val, names=config.val_names, **rules)
     if held_out.class_names != data.class_names:
         raise ConfigError(
             f"{config.val}: its classes are {', '.join(held_out.class_names)}, those of {config.data} are "
@@ -142,7 +142,7 @@ def _kept(data: SliceDataset[Any], config: TrainConfig, device: torch.device) ->
         return OnDevice(data, device)
     if place == "none":
         return data
-    kept = cached(data, int(config.cache_gb * 1e9))
+    kept = CachedDataset(data, int(config.cache_gb * 1e9))
     # Workers are copies of this process and cannot fill its cache later.
     return kept.fill() if config.workers else kept
 

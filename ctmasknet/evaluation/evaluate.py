@@ -20,8 +20,8 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from ctmasknet.data.datasets import PathLike, SliceDataset, open_dataset
-from ctmasknet.data.layouts import LesionClasses
+from ctmasknet.data.datasets import SliceDataset, open_dataset
+from ctmasknet.data.layouts import LesionClasses, Names, PathLike
 from ctmasknet.errors import ConfigError, CTMaskNetError, DataError, import_extra
 from ctmasknet.evaluation.metrics import (
     MIN_PATIENTS,
@@ -145,7 +145,7 @@ def evaluate(
     *,
     classes: LesionClasses | None = None,
     min_area: int = 100,
-    list_file: PathLike | None = None,
+    names: Names | None = None,
     limit: int | None = None,
     per_class: int | None = None,
     seed: int = 0,
@@ -170,7 +170,7 @@ def evaluate(
         data: labelled slices: paths as `open_dataset` takes them, or a data set.
         classes: ``"merge"``, ``"both"`` or ``"ggo"``; None: what the model tells apart.
         min_area: lesions of so many pixels or fewer join the background.
-        list_file: restricts to the names it lists.
+        names: restricts to these names: a text file that lists them, or the names.
         limit: at most so many slices, drawn at random by `seed`; a warning says if there are fewer.
         per_class: classification: equally many slices of each class, at most so many, drawn by `seed`.
         seed: of the draws and the bootstrap.
@@ -210,7 +210,7 @@ def evaluate(
     if not isinstance(model, LesionMaskRCNN | COVIDCTMaskNet) and str(model).lower().endswith(".json"):
         path = Path(model)
         task = task_of_predictions(path)
-        source, data_names = _open(data, task, classes or "merge", min_area, list_file)
+        source, data_names = _open(data, task, classes or "merge", min_area, names)
         if task == "classification":
             subject = ImportedProbabilities(path, source)
         else:
@@ -223,7 +223,7 @@ def evaluate(
         else:
             subject = ClassifierSubject(opened, name, autocast=autocast)
         told_apart = classes or ("both" if len(subject.class_names) == 3 else "merge")
-        source, data_names = _open(data, subject.task, told_apart, min_area, list_file)
+        source, data_names = _open(data, subject.task, told_apart, min_area, names)
         _check_classes(subject, source, data_names)
     chosen = _draw(source, limit, per_class, seed)
     settings = {
@@ -302,21 +302,21 @@ def _open(
     task: Any,
     classes: LesionClasses,
     min_area: int,
-    list_file: PathLike | None,
+    names: Names | None,
 ) -> tuple[SliceDataset[Any], list[str]]:
     if isinstance(data, SliceDataset):
         if data.task != task:
             raise ConfigError(f"the data are for {data.task}, the model or the predictions for {task}")
-        source, names = data, [type(data).__name__]
+        source, shown = data, [type(data).__name__]
         if len(set(data.names)) != len(data.names):
             twice = next(name for name in data.names if data.names.count(name) > 1)
             raise DataError(f"{twice}: two slices of this name; every slice needs its own")
     else:
-        source = open_dataset(task, data, classes=classes, min_area=min_area, list_file=list_file)
-        names = [str(path) for path in ([data] if isinstance(data, str | Path) else data)]
+        source = open_dataset(task, data, classes=classes, min_area=min_area, names=names)
+        shown = [str(path) for path in ([data] if isinstance(data, str | Path) else data)]
     if not len(source):
-        raise DataError(f"{', '.join(names)}: no slices to evaluate on")
-    return source, names
+        raise DataError(f"{', '.join(shown)}: no slices to evaluate on")
+    return source, shown
 
 
 def _check_classes(subject: Subject, source: SliceDataset[Any], names: list[str]) -> None:
