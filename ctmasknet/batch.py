@@ -32,13 +32,11 @@ from ctmasknet import __version__
 from ctmasknet.data.scans import NIFTI_SUFFIXES, is_dicom, is_scan, read_ahead
 from ctmasknet.data.slices import Slice, read_slice
 from ctmasknet.errors import ConfigError, CTMaskNetError, DataError, InputError
-from ctmasknet.output import Ledger, OutputError, finished_files, join_ledgers, write_files
+from ctmasknet.output import Log, OutputError, PathLike, join_logs, read_logs, write_files
 from ctmasknet.predictor import Predictor
 from ctmasknet.results import Prediction, VolumePrediction
 
 Format = Literal["files", "jsonl", "coco"]
-
-PathLike = str | os.PathLike[str]
 
 PREDICTIONS, RUN = "predictions.jsonl", "run.json"
 COCO_RESULTS, COCO_IMAGES = "coco_results.json", "coco_images.json"
@@ -186,11 +184,12 @@ def predict_files(
     if restart:
         _forget(folder)
     _require_same_settings(folder, summary.settings)
-    ledger = Ledger(_part(folder, "predictions", shard, ".jsonl"))
+    ledger = Log(_part(folder, "predictions", shard, ".jsonl"), "file")
     clock = time.monotonic()
     try:
         work = _my_work(inputs, folder, slices, shard, summary)
-        done = ledger.finished | finished_files(_ledgers(folder), but=ledger.path)
+        others = [path for path in _ledgers(folder) if path != ledger.path]
+        done = ledger.finished | {line["file"] for line in read_logs(others, "file")}
         todo = [one for one in work if one.name not in done]
         summary.inputs, summary.already_done = len(work), len(work) - len(todo)
         _write_run(folder, summary, shard)
@@ -551,11 +550,11 @@ def _join(out: Path, summary: RunSummary, world: int) -> None:
     """Join the ledgers if this process is the last to finish; harmless if two are the last together."""
     if world == 1:
         if any((out / "parts").glob("predictions-*.jsonl")):  # of an interrupted run with several processes
-            join_ledgers(_ledgers(out), out / PREDICTIONS)
+            join_logs(_ledgers(out), out / PREDICTIONS, "file")
         return
     if not _all_complete(out, summary, world):
         return
-    join_ledgers(_ledgers(out), out / PREDICTIONS)
+    join_logs(_ledgers(out), out / PREDICTIONS, "file")
     parts = _parts_of(out, world)
     whole = dict(parts[0])
     whole["counts"] = {key: sum(part["counts"][key] for part in parts) for key in whole["counts"]}

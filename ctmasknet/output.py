@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
+import io
 import json
 import os
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ctmasknet.errors import ConfigError, InputError
 
@@ -18,6 +20,10 @@ try:
     import fcntl
 except ImportError:  # Windows, where two runs into one folder are not told apart
     fcntl = None  # type: ignore[assignment]
+
+PathLike = str | os.PathLike[str]
+Content = bytes | Callable[[BinaryIO], object]
+"""What a file is to hold: its bytes, or a function that writes them into a stream."""
 
 SYNC_EVERY = 5.0  # seconds; what a power cut, not a kill, may cost
 WRITE_FIXES = {
@@ -49,7 +55,7 @@ def require_writable(path: Path) -> None:
     Raises:
         OutputError: it cannot.
     """
-    trial = path.parent / f".ctmasknet-{uuid.uuid4().hex}.tmp"
+    trial = _beside(path)
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -60,21 +66,34 @@ def require_writable(path: Path) -> None:
         raise cannot_write(path, error) from error
 
 
-def write_files(contents: Mapping[Path, bytes]) -> None:
+def write_files(contents: Mapping[Path, Content], *, sync: bool = False) -> list[Path]:
     """Write files, each whole or not at all, in the order given; folders are made as needed.
 
     All are on disk under temporary names before the first is renamed, so a full disk leaves none of them.
 
+    Args:
+        contents: what each file is to hold.
+        sync: see that the contents outlast a power cut before they take their names.
+
+    Returns:
+        The paths, in the same order.
+
     Raises:
         OutputError: one cannot be written; files of the same name that were there before stay as they are.
     """
-    # Short names of their own: a long name must not grow past the file system's limit.
-    unfinished = {path: path.parent / f".ctmasknet-{uuid.uuid4().hex}.tmp" for path in contents}
+    unfinished = {path: _beside(path) for path in contents}
     path = Path()
     try:
         for path, content in contents.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished[path].write_bytes(content)
+            with unfinished[path].open("xb") as stream:
+                if callable(content):
+                    content(stream)
+                else:
+                    stream.write(content)
+                if sync:
+                    stream.flush()
+                    os.fsync(stream.fileno())
         for path, temporary in unfinished.items():
             temporary.replace(path)
     except OSError as error:
@@ -83,25 +102,43 @@ def write_files(contents: Mapping[Path, bytes]) -> None:
         for temporary in unfinished.values():
             with contextlib.suppress(OSError):  # renamed, or never made
                 temporary.unlink()
+    return list(contents)
 
 
-class Ledger:
-    """A file of lines, open for appending by this process alone.
+def json_bytes(facts: Any, *, indent: int | None = None) -> bytes:
+    """Facts as a file of JSON: ASCII, so that names that are no valid Unicode fit in, too.
 
-    Opening it mends what a kill or a power cut left: a last line without its end, a line that is no JSON, a second
-    line for one file.
+    Raises:
+        ValueError: a NaN or an infinity, which JSON does not know.
+    """
+    return (json.dumps(facts, indent=indent, allow_nan=False) + "\n").encode("ascii")
+
+
+def csv_text(rows: Iterable[Sequence[Any]]) -> str:
+    """Rows as CSV, a line each; None is an empty field."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+class Log:
+    """A file of JSON objects, a line each, one per thing; open for appending by this process alone.
+
+    A line is written in one piece. Opening mends what a kill or a power cut left: a last line without its end, a line
+    that is no JSON, a second line for one thing.
 
     Attributes:
         path: the file.
-        finished: names of the files that have a line.
+        key: the field that says what a line is about, a text.
+        finished: the things that have a line.
 
     Raises:
         ConfigError: another process has it open.
         OutputError: it cannot be written.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, key: str = "source") -> None:
+        self.path, self.key = path, key
         self.finished: set[str] = set()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,16 +153,16 @@ class Ledger:
             raise
         self._synced = time.monotonic()
 
-    def append(self, record: dict[str, Any]) -> None:
-        """Add a line, whole or not at all.
+    def append(self, *records: Mapping[str, Any]) -> None:
+        """Add lines, all of them or none.
 
         Raises:
-            OutputError: it cannot be written, for example because the disk is full.
+            OutputError: they cannot be written, for example because the disk is full.
         """
-        line = _encode(record)
+        lines = b"".join(map(json_bytes, records))
         before = os.fstat(self._handle).st_size
         try:
-            if os.write(self._handle, line) < len(line):
+            if os.write(self._handle, lines) < len(lines):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if time.monotonic() - self._synced > SYNC_EVERY:
                 os.fsync(self._handle)
@@ -134,7 +171,19 @@ class Ledger:
             with contextlib.suppress(OSError):  # if that fails too, the next start mends it
                 os.ftruncate(self._handle, before)
             raise cannot_write(self.path, error) from error
-        self.finished.add(record["file"])
+        self.finished.update(record[self.key] for record in records)
+
+    def clear(self) -> None:
+        """Forget every line.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        try:
+            os.ftruncate(self._handle, 0)
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+        self.finished.clear()
 
     def close(self) -> None:
         """Write through to the disk and let go of the file."""
@@ -144,6 +193,12 @@ class Ledger:
             os.fsync(self._handle)
         os.close(self._handle)
         self._handle = -1
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _lock(self) -> None:
         if fcntl is None:
@@ -163,11 +218,11 @@ class Ledger:
         damaged = False
         with self.path.open("rb") as stream:
             for line in stream:
-                name = _file_of(line)
-                if name is None or name in self.finished:
+                record = _whole(line, self.key)
+                if record is None or record[self.key] in self.finished:
                     damaged = True
                     continue
-                self.finished.add(name)
+                self.finished.add(record[self.key])
                 after_damage = after_damage or damaged
                 if not damaged:
                     sound_end += len(line)
@@ -176,64 +231,58 @@ class Ledger:
         if not after_damage:
             os.ftruncate(self._handle, sound_end)
             return
-        join_ledgers([self.path], self.path)
+        join_logs([self.path], self.path, self.key)
         os.close(self._handle)
         self._handle = os.open(self.path, os.O_RDWR | os.O_APPEND)
         self._lock()
 
 
-def finished_files(paths: Iterable[Path], *, but: Path | None = None) -> set[str]:
-    """Names that have a whole line in any of the ledgers, which others may be writing; missing ones have none."""
-    return {name for path in paths if path != but for name, _ in _whole_lines(path)}
+def read_logs(paths: Iterable[Path], key: str = "source") -> Iterator[dict[str, Any]]:
+    """Every whole line of logs, which others may be writing; a log that is missing has none."""
+    return (record for record, _ in _lines(paths, key))
 
 
-def join_ledgers(paths: Iterable[Path], target: Path) -> None:
-    """Write every line of the ledgers into `target`, one per file, whole or not at all.
+def join_logs(paths: Iterable[Path], target: Path, key: str = "source") -> None:
+    """Write every whole line of the logs into `target`, one per thing, whole or not at all.
 
     Raises:
         OutputError: it cannot be written.
     """
-    unfinished = target.parent / f".ctmasknet-{uuid.uuid4().hex}.tmp"
-    seen: set[str] = set()
-    try:
-        with unfinished.open("xb") as stream:
-            for path in paths:
-                for name, line in _whole_lines(path):
-                    if name not in seen:
-                        seen.add(name)
-                        stream.write(line)
-            stream.flush()
-            os.fsync(stream.fileno())
-        unfinished.replace(target)
-    except OSError as error:
-        raise cannot_write(target, error) from error
-    finally:
-        unfinished.unlink(missing_ok=True)
+
+    def lines_into(stream: BinaryIO) -> None:
+        seen: set[str] = set()
+        for record, line in _lines(paths, key):
+            if record[key] not in seen:
+                seen.add(record[key])
+                stream.write(line)
+
+    write_files({target: lines_into}, sync=True)
 
 
-def _whole_lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    try:
-        stream = path.open("rb")
-    except FileNotFoundError:
-        return
-    with stream:
-        for line in stream:
-            name = _file_of(line)
-            if name is not None:
-                yield name, line
+def _lines(paths: Iterable[Path], key: str) -> Iterator[tuple[dict[str, Any], bytes]]:
+    for path in paths:
+        try:
+            stream = path.open("rb")
+        except FileNotFoundError:
+            continue
+        with stream:
+            for line in stream:
+                record = _whole(line, key)
+                if record is not None:
+                    yield record, line
 
 
-def _encode(record: dict[str, Any]) -> bytes:
-    # ASCII: a file name that is no valid Unicode still makes a valid line.
-    return (json.dumps(record, allow_nan=False) + "\n").encode("ascii")
-
-
-def _file_of(line: bytes) -> str | None:
-    """The file a line is about; None if it is not a whole line."""
+def _whole(line: bytes, key: str) -> dict[str, Any] | None:
+    """The object of a line; None if it is not a whole line about something."""
     if not line.endswith(b"\n"):
         return None
     try:
-        name = json.loads(line)["file"]
-    except (ValueError, KeyError, TypeError):
+        record = json.loads(line)
+    except ValueError:
         return None
-    return name if isinstance(name, str) else None
+    return record if isinstance(record, dict) and isinstance(record.get(key), str) else None
+
+
+def _beside(path: Path) -> Path:
+    """A temporary name in the same folder, short: a long name must not grow past the file system's limit."""
+    return path.parent / f".ctmasknet-{uuid.uuid4().hex}.tmp"

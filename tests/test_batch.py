@@ -22,7 +22,7 @@ from ctmasknet.batch import compress_counts, find_inputs, place_of, predict_file
 from ctmasknet.cli import main
 from ctmasknet.data import phantom
 from ctmasknet.data.scans import read_ahead
-from ctmasknet.output import Ledger
+from ctmasknet.output import Log
 from ctmasknet.results import run_length_encode
 from ctmasknet.weights.files import write_weights
 
@@ -153,7 +153,7 @@ def test_a_folder_that_cannot_be_written_stops_the_run_at_once(here, predictor, 
 
 def test_two_runs_into_one_folder_are_told_apart(here, predictor):
     write_slices(Path("a"), 2)
-    ledger = Ledger(Path("out/predictions.jsonl"))
+    ledger = Log(Path("out/predictions.jsonl"), "file")
     with pytest.raises(ConfigError, match="another run is writing here"):
         predict_files(predictor, ["a"], "out")
     ledger.close()

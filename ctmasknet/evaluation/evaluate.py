@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
@@ -45,6 +46,7 @@ from ctmasknet.evaluation.rows import (
     task_of_predictions,
 )
 from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN
+from ctmasknet.output import Log, json_bytes, read_logs, write_files
 from ctmasknet.predictor import Precision, choose_device
 from ctmasknet.registry import VARIANTS, get_variant
 from ctmasknet.zoo import Model, create_model, from_pretrained, load_released
@@ -365,8 +367,6 @@ def _measure(
     store = None if out is None else RowStore(Path(out), settings, workforce.rank)
     done = {} if store is None else store.read()
     workforce.wait()
-    if store is not None:
-        store.start()
     missing = [index for index in chosen if source.names[index] not in done]
     share = missing[workforce.rank :: workforce.world]
     loader = DataLoader(
@@ -374,11 +374,12 @@ def _measure(
     )
     fresh: list[Row] = []
     hidden = not progress or workforce.rank != 0 or not sys.stderr.isatty()
-    with tqdm(total=len(share), unit="slice", desc=subject.name, disable=hidden) as bar:
+    log = None if store is None else store.open()
+    with tqdm(total=len(share), unit="slice", desc=subject.name, disable=hidden) as bar, log or nullcontext():
         for samples in loader:
             rows = subject.rows(samples)
-            if store is not None:
-                store.append(rows)
+            if log is not None:
+                log.append(*rows)
             fresh += rows
             bar.update(len(rows))
     for rows in workforce.gather(fresh):
@@ -571,29 +572,20 @@ _SETTINGS = "settings.json"
 
 
 class RowStore:
-    """A folder with `settings.json` and one `rows-RANK.jsonl` per process.
-
-    Every line is written at once and a line that a kill cut short is dropped, so whatever is read is whole.
-    """
+    """A folder with `settings.json` and one `rows-RANK.jsonl` per process."""
 
     def __init__(self, folder: Path, settings: dict[str, Any], rank: int) -> None:
         """Open or make the folder.
 
         Raises:
             ConfigError: it holds rows of an evaluation with other settings.
-            CTMaskNetError: it cannot be written.
+            OutputError: it cannot be written.
         """
         self.folder, self._path = folder, folder / f"rows-{rank}.jsonl"
         wanted = json.loads(json.dumps(settings))
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            before = _read_settings(folder / _SETTINGS)
-            if before is None and rank == 0:
-                unfinished = folder / f".{_SETTINGS}.tmp"
-                unfinished.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
-                unfinished.replace(folder / _SETTINGS)
-        except OSError as error:
-            raise CTMaskNetError(f"{folder}: cannot be written ({error}); choose another folder") from None
+        before = _read_settings(folder / _SETTINGS)
+        if before is None and rank == 0:
+            write_files({folder / _SETTINGS: json_bytes(wanted, indent=2)})
         if before is not None and before != wanted:
             differ = sorted(key for key in {*before, *wanted} if before.get(key) != wanted.get(key))
             raise ConfigError(
@@ -602,32 +594,17 @@ class RowStore:
 
     def read(self) -> dict[str, Row]:
         """Whole rows of all processes by image."""
-        rows: dict[str, Row] = {}
-        for path in sorted(self.folder.glob("rows-*.jsonl")):
-            whole, _, _ = path.read_bytes().rpartition(b"\n")
-            for line in whole.splitlines():
-                row = json.loads(line)
-                rows[row["image_id"]] = row
-        return rows
+        logs = sorted(self.folder.glob("rows-*.jsonl"))
+        return {row["image_id"]: row for row in read_logs(logs, "image_id")}
 
-    def start(self) -> None:
-        """Cut off what a kill left unfinished; after every process has read."""
-        if self._path.exists():
-            whole, newline, _ = self._path.read_bytes().rpartition(b"\n")
-            os.truncate(self._path, len(whole) + len(newline))
-
-    def append(self, rows: Sequence[Row]) -> None:
-        """Write rows behind the others.
+    def open(self) -> Log:
+        """This process's rows, to append to; after every process has read.
 
         Raises:
-            CTMaskNetError: the disk is full or gone.
+            ConfigError: another process has them open.
+            OutputError: they cannot be written.
         """
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(text)
-        except OSError as error:
-            raise CTMaskNetError(f"{self._path}: cannot be written ({error}); free space and run again") from None
+        return Log(self._path, "image_id")
 
 
 @dataclass(frozen=True)
@@ -673,6 +650,6 @@ def _read_settings(path: Path) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not readable JSON ({error}); delete the folder or choose another") from None
     return found if isinstance(found, dict) else {}
