@@ -93,8 +93,8 @@ def _bundled_weights() -> list[Check]:
 def _weights(entry: ManifestEntry) -> Check:
     from ctmasknet.weights.assemble import assemble
     from ctmasknet.weights.files import GOLDEN_NAME
-    from ctmasknet.weights.golden import check_golden
     from ctmasknet.weights.hub import load_stored
+    from ctmasknet.weights.publish import check_golden
 
     name, facts = f"weights of {entry.variant}", f"{entry.tag}, {entry.bytes / 1e6:.1f} MB"
     if entry.path is None:  # nothing is downloaded to find out whether an installation is sound

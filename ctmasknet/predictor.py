@@ -40,7 +40,7 @@ from ctmasknet.registry import (
     get_variant,
 )
 from ctmasknet.results import Prediction, RoIBatch, VolumePrediction, gather
-from ctmasknet.weights.download import hub_source
+from ctmasknet.weights.hub import hub_source
 from ctmasknet.zoo import create_model, from_pretrained
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor | Slice

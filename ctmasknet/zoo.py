@@ -15,8 +15,8 @@ from ctmasknet.models.config import model_config
 from ctmasknet.registry import get_variant
 from ctmasknet.weights.assemble import assemble, build, load, load_backbone
 from ctmasknet.weights.files import GOLDEN_NAME
-from ctmasknet.weights.golden import check_golden
 from ctmasknet.weights.hub import load_stored
+from ctmasknet.weights.publish import check_golden
 from ctmasknet.weights.released import read_released
 
 WeightsLike = str | os.PathLike[str] | None

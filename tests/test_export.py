@@ -1,9 +1,11 @@
-"""Exported files: run by onnxruntime or torch.export alone, compared with the models."""
+"""Exported files: run by onnxruntime alone, compared with the models."""
 
 from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -14,11 +16,10 @@ from torch.nn import functional as F
 from torch.onnx.operators import shape_as_tensor
 
 import ctmasknet
-from ctmasknet import cli
+from ctmasknet import cli, exporting
 from ctmasknet.data import phantom
 from ctmasknet.errors import ConfigError, MissingExtraError
-from ctmasknet.exporting import ExportError, check, onnx_file
-from ctmasknet.exporting.traceable import batch_rows, resized_size
+from ctmasknet.exporting import ExportError, batch_rows, resized_size
 from ctmasknet.models.classifier import replication_counts
 from ctmasknet.output import OutputError
 from ctmasknet.registry import VARIANTS
@@ -134,16 +135,28 @@ def test_the_onnx_file_carries_its_metadata(segmenter_file):
     assert stored["notice"] == "Research software, not a medical device."
     with torch.no_grad():
         model.rpn.head.cls_logits.bias[0] += 1
-        other = onnx_file_metadata(model)
+        other = exporting.describe(model)["weights_sha256"]
         model.rpn.head.cls_logits.bias[0] -= 1
-    assert stored["weights_sha256"] == onnx_file_metadata(model)
+    assert stored["weights_sha256"] == exporting.describe(model)["weights_sha256"]
     assert stored["weights_sha256"] != other
 
 
-def onnx_file_metadata(model):
-    from ctmasknet.exporting.metadata import describe
-
-    return describe(model, "onnx")["weights_sha256"]
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import ctmasknet",
+        "import ctmasknet.exporting",
+        "from ctmasknet.exporting import ExportError",
+        "import importlib, pkgutil, ctmasknet\n"
+        "for module in pkgutil.iter_modules(ctmasknet.__path__, 'ctmasknet.'):\n"
+        "    module.name.endswith('__main__') or importlib.import_module(module.name)",
+    ],
+)
+def test_export_is_the_function_whatever_was_imported_before(imports):
+    code = f"{imports}\nimport ctmasknet\nfrom ctmasknet import export\n"
+    code += "print(export.__qualname__, ctmasknet.export is export)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1:] == ["export True"], done.stderr
 
 
 @pytest.mark.parametrize(("shorter", "longer"), [(96, 192), (512, 1024), (800, 1333)])
@@ -153,7 +166,7 @@ def test_images_are_resized_to_the_size_that_the_model_takes(tmp_path, shorter, 
             return resized_size(shape_as_tensor(image), shorter, longer)
 
     path, sides = tmp_path / "size.onnx", {"image": {0: "height", 1: "width"}}
-    arguments = {"dynamo": False, "opset_version": onnx_file.OPSET, "input_names": ["image"], "dynamic_axes": sides}
+    arguments = {"dynamo": False, "opset_version": exporting.OPSET, "input_names": ["image"], "dynamic_axes": sides}
     torch.onnx.export(Resized(), (torch.zeros(40, 50),), path, **arguments)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     for height, width in [(300, 411), (411, 300), *np.random.default_rng(0).integers(32, 1500, (500, 2)).tolist()]:
@@ -170,41 +183,24 @@ def test_slots_of_the_batch_are_filled_as_by_the_model(slots):
         assert torch.equal(rows, rows.sort()[0])
 
 
-@pytest.mark.parametrize("name", ["maskrcnn_resnet18_t2"])
-def test_the_pt2_archive_gives_the_same_tensors_for_any_batch_of_multiples_of_32(tmp_path, name):
-    model = spread_model(name)
-    exported = ctmasknet.export(model, tmp_path / "model.pt2", format="pt2")
-    extra = {"metadata.json": ""}
-    program = torch.export.load(tmp_path / "model.pt2", extra_files=extra).module()
-    assert json.loads(extra["metadata.json"]) == exported.metadata
-    assert "mean" in json.loads(exported.metadata["preprocessing"])["before_the_file"]
-    for shape in [(1, 3, 96, 96), (3, 3, 64, 160)]:
-        images = torch.randn(shape)
-        with torch.no_grad():
-            features = list(model.backbone(images).values())
-            expected = [features, *model.rpn.head(features)]
-        given = program(images)
-        for one, other in zip(expected, given, strict=True):
-            for level, loaded in zip(one, other, strict=True):
-                torch.testing.assert_close(loaded, level, rtol=0, atol=1e-5)
-
-
 def test_a_file_that_gives_something_else_is_refused_and_not_written(tmp_path, monkeypatch):
     model = spread_model("maskrcnn_resnet18_t2", box_score_thresh=0.1)
-    monkeypatch.setattr(onnx_file, "check_images", lambda: [slices()[1]])
-    honest = onnx_file.traceable
+    monkeypatch.setattr(exporting, "check_images", lambda: [slices()[1]])
+    honest = exporting.traceable
 
     def dishonest(model):
         graph = honest(model)
         graph.model.transform.image_mean = [0.0, 0.0, 0.0]
         return graph
 
+    check = exporting.check_onnx
+
     def restored(content, model):
         model.transform.image_mean = list(model.config.image_mean)
-        return onnx_file.check_onnx(content, model)
+        return check(content, model)
 
-    monkeypatch.setattr(onnx_file, "traceable", dishonest)
-    monkeypatch.setattr("ctmasknet.exporting.check_onnx", restored)
+    monkeypatch.setattr(exporting, "traceable", dishonest)
+    monkeypatch.setattr(exporting, "check_onnx", restored)
     (tmp_path / "model.onnx").write_bytes(b"before")
     with pytest.raises(ExportError, match=r"maskrcnn_resnet18_t2 in onnxruntime .* differ .* nothing was written"):
         ctmasknet.export(model, tmp_path / "model.onnx")
@@ -216,18 +212,16 @@ def test_regions_of_equal_score_may_change_places_but_not_values():
     boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 40, 40]])
     one = {"boxes": boxes, "labels": torch.tensor([1, 2]), "scores": torch.tensor([0.5, 0.5])}
     swapped = {name: values.flip(0) for name, values in one.items()}
-    assert check.compare(one, swapped) == {"boxes": 0, "labels": 0, "scores": 0}
-    assert check.compare(one, swapped | {"boxes": boxes.flip(0) + 1})["boxes"] == 1
-    assert check.compare(one, {name: values[:1] for name, values in one.items()})["scores"] == float("inf")
+    assert exporting.compare(one, swapped) == {"boxes": 0, "labels": 0, "scores": 0}
+    assert exporting.compare(one, swapped | {"boxes": boxes.flip(0) + 1})["boxes"] == 1
+    assert exporting.compare(one, {name: values[:1] for name, values in one.items()})["scores"] == float("inf")
     with pytest.raises(ExportError, match="boxes"):
-        check.require_close({"boxes": float("nan")}, check.TOLERANCES, "x")
+        exporting.require_close({"boxes": float("nan")}, exporting.TOLERANCES, "x")
 
 
 def test_what_cannot_be_exported_is_said_before_the_work(tmp_path, monkeypatch):
     model = ctmasknet.create_model("maskrcnn_resnet18_t2", **SMALL)
-    monkeypatch.setattr("ctmasknet.exporting.to_onnx", lambda *_: pytest.fail("work was done"))
-    with pytest.raises(ConfigError, match="'tflite': use 'onnx' or 'pt2'"):
-        ctmasknet.export(model, tmp_path / "m", format="tflite")
+    monkeypatch.setattr(exporting, "to_onnx", lambda *_: pytest.fail("work was done"))
     with pytest.raises(ConfigError, match="create_model"):
         ctmasknet.export("maskrcnn_resnet18_t2", tmp_path / "m")
     with pytest.raises(OutputError, match="a folder is in the place of the file"):
@@ -236,17 +230,17 @@ def test_what_cannot_be_exported_is_said_before_the_work(tmp_path, monkeypatch):
     def missing(module, extra, purpose):
         raise MissingExtraError(f"{purpose} needs {module}: pip install 'ctmasknet[{extra}]'")
 
-    monkeypatch.setattr(onnx_file, "import_extra", missing)
+    monkeypatch.setattr(exporting, "import_extra", missing)
     with pytest.raises(MissingExtraError, match=r"ctmasknet\[export\]"):
         ctmasknet.export(model, tmp_path / "m.onnx")
 
 
 def test_a_folder_that_cannot_be_written_is_named_before_the_work(tmp_path, monkeypatch):
-    monkeypatch.setattr("ctmasknet.exporting.to_pt2", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr(exporting, "to_onnx", lambda *_: pytest.fail("work was done"))
     (tmp_path / "file").write_text("in the way")
     model = ctmasknet.create_model("ctmasknet_resnet18_t2", **SMALL)
-    with pytest.raises(OutputError, match=r"model.pt2: cannot be written"):
-        ctmasknet.export(model, tmp_path / "file" / "model.pt2", format="pt2")
+    with pytest.raises(OutputError, match=r"model.onnx: cannot be written"):
+        ctmasknet.export(model, tmp_path / "file" / "model.onnx")
 
 
 def test_the_command_says_in_one_line_what_it_wrote_or_what_is_wrong(tmp_path, capsys):
@@ -254,7 +248,7 @@ def test_the_command_says_in_one_line_what_it_wrote_or_what_is_wrong(tmp_path, c
     command = ["export", "maskrcnn_resnet18_t2", "--weights", str(weights), "-o"]
     assert cli.main([*command, str(tmp_path / "out" / "m.onnx")]) == 0
     said = capsys.readouterr()
-    assert said.out.startswith(f"{tmp_path / 'out' / 'm.onnx'}: onnx opset 17, ")
+    assert said.out.startswith(f"{tmp_path / 'out' / 'm.onnx'}: ONNX opset 17, ")
     assert said.out.count("\n") == 1
     assert said.err == ""
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["m.onnx"]

@@ -18,8 +18,8 @@ from safetensors.torch import load, save
 from ctmasknet import ConfigError, WeightsError, create_model, from_pretrained
 from ctmasknet.cli import main
 from ctmasknet.weights.files import fingerprint, write_weights
-from ctmasknet.weights.golden import write_golden
 from ctmasknet.weights.manifest import ManifestEntry, backbone_entry
+from ctmasknet.weights.publish import write_golden
 
 NAME = "maskrcnn_resnet18_t2"
 REPOSITORY = f"{OWNER}/seg"
@@ -353,7 +353,7 @@ def test_what_cannot_be_a_revision_is_never_asked_for(revision, online, hub):
 
 
 def test_file_names_that_leave_the_repository_are_refused():
-    from ctmasknet.weights.download import HubSource, fetch
+    from ctmasknet.weights.hub import HubSource, fetch
 
     for name in ("../x.safetensors", "a/b", "/etc/passwd", "..", ".hidden", "a\\b"):
         with pytest.raises(WeightsError, match="not a plain file name"):

@@ -22,9 +22,8 @@ from ctmasknet.registry import DEFAULT_CLASSIFIER, DEFAULT_SEGMENTER
 from ctmasknet.weights import hub as hub_module
 from ctmasknet.weights import manifest as manifest_module
 from ctmasknet.weights.files import read_weights, sha256_of
-from ctmasknet.weights.golden import check_golden
 from ctmasknet.weights.manifest import ManifestEntry, manifest
-from ctmasknet.weights.publish import Published, push_folder
+from ctmasknet.weights.publish import Published, check_golden, push_folder
 
 ROOT = Path(__file__).parents[1]
 SEGMENTER, CLASSIFIER = "maskrcnn_resnet18_t2", "ctmasknet_resnet18_t2"

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from ctmasknet import ConfigError, WeightsError, create_model, from_pretrained, zoo
 from ctmasknet.registry import DEFAULT_CLASSIFIER, DEFAULT_SEGMENTER
 from ctmasknet.weights import files, hub
-from ctmasknet.weights.card import model_card
 from ctmasknet.weights.files import is_finite, read_weights, sha256_of, write_weights
 from ctmasknet.weights.manifest import manifest
+from ctmasknet.weights.publish import model_card
 
 NAME = "ctmasknet_resnet18_t2"
 

@@ -17,7 +17,7 @@ from ctmasknet.errors import WeightsError
 from ctmasknet.registry import get_variant
 from ctmasknet.weights.assemble import assemble
 from ctmasknet.weights.files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, read_weights, sha256_of
-from ctmasknet.weights.golden import write_golden
+from ctmasknet.weights.publish import write_golden
 
 PACKAGE = Path(__file__).parents[1] / "ctmasknet" / "weights"
 

@@ -17,8 +17,8 @@ import torch
 
 from ctmasknet import CTMaskNetError, load_released
 from ctmasknet.errors import ConfigError
-from ctmasknet.weights.card import model_card
 from ctmasknet.weights.files import write_weights
+from ctmasknet.weights.publish import model_card
 
 
 def main(arguments: list[str] | None = None) -> int:

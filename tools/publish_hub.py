@@ -21,8 +21,8 @@ from typing import Any
 
 from ctmasknet import CTMaskNetError
 from ctmasknet.errors import WeightsError
-from ctmasknet.weights.download import hub_source
 from ctmasknet.weights.files import CONFIG_NAME, WEIGHTS_NAME, StoredWeights, sha256_of
+from ctmasknet.weights.hub import hub_source
 from ctmasknet.weights.manifest import MANIFEST
 from ctmasknet.weights.publish import Published, check_folder, push_folder
 

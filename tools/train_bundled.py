@@ -19,8 +19,8 @@ from bundle_weights import main as bundle
 
 from ctmasknet import CTMaskNetError, get_variant, list_models
 from ctmasknet.engine import TrainConfig, TrainResult, train
-from ctmasknet.weights.card import model_card
 from ctmasknet.weights.files import read_weights, write_weights
+from ctmasknet.weights.publish import model_card
 
 LICENSE = "cc-by-nc-sa-4.0"
 LESION_DATA = (

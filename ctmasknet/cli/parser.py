@@ -254,15 +254,14 @@ def build_parser() -> argparse.ArgumentParser:
         commands,
         "export",
         variants.export_command,
-        "write a model as a file that runs without this library",
-        "onnx (extra export): the whole model, image in, boxes and masks or class probabilities out. pt2: backbone,\n"
-        "FPN and RPN head as a torch.export program. The file is written if its outputs are PyTorch's on phantoms.\n\n"
+        "write a model as an ONNX file, which runs without this library",
+        "The whole model: image in, boxes and masks or class probabilities out. The file is written only if it gives\n"
+        "what PyTorch gives on phantoms. Needs the extra export.\n\n"
         "Examples:\n"
         "  ctmasknet export maskrcnn_resnet18_t1 -o model.onnx\n"
-        "  ctmasknet export maskrcnn_resnet18_t2 --weights run/best --format pt2 -o model.pt2",
+        "  ctmasknet export maskrcnn_resnet18_t2 --weights run/best -o model.onnx",
     )
     export.add_argument("name", metavar="NAME", help="a variant: see ctmasknet list")
-    export.add_argument("--format", choices=("onnx", "pt2"), default="onnx", help="default: onnx")
     export.add_argument("-o", "--out", required=True, type=Path, metavar="FILE", help="the file to write")
     export.add_argument(
         "--weights", default="default", metavar="W", help="default, a file, a folder or a Hub repository of weights"

@@ -97,7 +97,7 @@ def export_command(options: argparse.Namespace) -> int:
     """`ctmasknet export`; the exit code."""
     from ctmasknet import create_model, export
 
-    print(export(create_model(options.name, weights=options.weights), options.out, format=options.format))
+    print(export(create_model(options.name, weights=options.weights), options.out))
     return 0
 
 

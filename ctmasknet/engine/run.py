@@ -39,8 +39,8 @@ from ctmasknet.engine.checkpoint import (
 from ctmasknet.engine.config import TrainConfig
 from ctmasknet.engine.setup import Setup, build_average, build_optimizer, learning_rate, share_buffers
 from ctmasknet.errors import ConfigError, CTMaskNetError, import_extra
-from ctmasknet.weights.card import model_card
 from ctmasknet.weights.files import read_weights, write_weights
+from ctmasknet.weights.publish import model_card
 
 log = logging.getLogger(__name__)
 

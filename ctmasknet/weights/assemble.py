@@ -12,8 +12,8 @@ from torch import Tensor
 from ctmasknet.errors import ConfigError, WeightsError
 from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN, Model, model_config
 from ctmasknet.registry import VARIANTS, Variant
-from ctmasknet.weights.download import HubSource, discard, fetch, hub_source, is_commit
 from ctmasknet.weights.files import WEIGHTS_NAME, StoredWeights, fingerprint, is_finite, read_tensors
+from ctmasknet.weights.hub import HubSource, discard, fetch, hub_source, is_commit
 from ctmasknet.weights.manifest import backbone_entry
 
 log = logging.getLogger(__name__)

@@ -1,28 +1,300 @@
-"""The whole of a model on one image, in operations that a traced graph can hold.
+"""Models as ONNX files, which run without this library and are checked against PyTorch before they are written.
 
 Tracing records tensors only: every Python number taken from a shape would be frozen into the graph. So whatever
 depends on the size of the image or on the number of regions is written here once more with tensors; layers, weights
 and settings are the model's own. Run plainly, a module of this file gives what the model gives
 (`tests/test_export.py`). Arithmetic follows torchvision's, as read in 0.21 and 0.29.
+
+The module is not called `export`: importing it would then put it in the place of the function `ctmasknet.export`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
 
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.onnx.operators import shape_as_tensor
 from torchvision.ops import MultiScaleRoIAlign, nms, roi_align
 
+from ctmasknet import __version__
+from ctmasknet.data.phantom import phantom
+from ctmasknet.data.slices import LUNG_WINDOW
+from ctmasknet.errors import ConfigError, CTMaskNetError, import_extra
+from ctmasknet.models import Model
 from ctmasknet.models.classifier import COVIDCTMaskNet
 from ctmasknet.models.detector import LesionMaskRCNN, Regions
+from ctmasknet.output import require_writable, write_files
+from ctmasknet.predictor import class_names, operating_point
+from ctmasknet.registry import DISCLAIMER, LESION_CLASSES
+from ctmasknet.weights.files import state_digest
 
+OPSET = 17
+OUTPUTS = {
+    "segmentation": {"boxes": 1, "labels": 1, "scores": 1, "masks": 4},
+    "classification": {"logits": 0, "probabilities": 0, "boxes": 1, "scores": 1, "labels": 1, "deltas": 1},
+}
+"""Per task the outputs in their order, and how many of their dimensions, from the first on, depend on the image."""
+
+TOLERANCES = {
+    "boxes": 1e-2,  # pixels
+    "labels": 0.0,
+    "scores": 1e-4,
+    "masks": 0.05,  # share of the foreground that differs: a rounded box may move the edge of a mask by a pixel
+    "logits": 1e-4,
+    "probabilities": 1e-4,
+    "deltas": 1e-3,
+}
+_DIMENSIONS = ("regions", "one", "height", "width")
+_FEW_PIXELS, _VERGE = 4, 0.02
+_ROWS = ("boxes", "labels", "scores", "masks", "deltas")  # one row per region
 _PAD = 32  # pixels: a resized image is padded to a multiple, as in GeneralizedRCNNTransform
 _TOGETHER = 1000  # boxes: torchvision does the NMS of more than so many class by class (4000 numbers, on a CPU)
 _CANONICAL_SIZE, _CANONICAL_LEVEL = 224.0, 4  # of the FPN paper, as in torchvision's MultiScaleRoIAlign
+
+
+class ExportError(CTMaskNetError):
+    """An exported file that does not give what the model gives."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that was written.
+
+    Attributes:
+        path: where.
+        bytes: its size.
+        differences: output -> how far the file's was from PyTorch's at most, on the slices of the check: pixels for
+            boxes, 1 - IoU for masks, else as the output itself.
+        metadata: what the file says of itself; text under each key, JSON where a value has parts.
+    """
+
+    path: Path
+    bytes: int
+    differences: dict[str, float]
+    metadata: dict[str, str]
+
+    def __str__(self) -> str:
+        found = ", ".join(f"{name} {value:.0e}" for name, value in self.differences.items())
+        size = f"{self.bytes / 1e6:.1f} MB"
+        return f"{self.path}: ONNX opset {OPSET}, {size}; differs from PyTorch by at most: {found}"
+
+
+def export(model: Model, path: str | os.PathLike[str]) -> Exported:
+    """Write a model as one ONNX file that describes itself, checked against PyTorch (extra ``export``).
+
+    The file takes ``image (3, H, W)`` float32 in 0..1, any H and W. It gives, of a segmenter at its operating point,
+    ``boxes (N, 4)``, ``labels (N,)``, ``scores (N,)`` and ``masks (N, 1, H, W)``; of a classifier ``logits (K,)``,
+    ``probabilities (K,)`` and its RoI batch ``boxes``, ``scores``, ``labels``, ``deltas``.
+
+    The model is copied, not changed. The file replaces one of the same name, and only after its outputs on phantoms
+    have been compared with PyTorch's.
+
+    Args:
+        model: from `create_model`, `from_pretrained` or `load_released`; on any device, in any mode.
+        path: the file; folders are made as needed.
+
+    Raises:
+        ConfigError: not a model of this library.
+        MissingExtraError: onnx or onnxruntime is not installed.
+        ExportError: the file's outputs are not PyTorch's; nothing is written.
+        OutputError: the file cannot be written.
+    """
+    path = Path(path)
+    if not isinstance(model, LesionMaskRCNN | COVIDCTMaskNet):
+        raise ConfigError(f"{type(model).__name__} cannot be exported: give a model made by ctmasknet.create_model")
+    import_onnx()
+    require_writable(path)
+    model = _frozen(model)
+    metadata = describe(model)
+    content = to_onnx(model, metadata)
+    differences = check_onnx(content, model)
+    write_files({path: content})
+    return Exported(path, len(content), differences, metadata)
+
+
+def _frozen(model: Any) -> Model:
+    """A copy as it predicts: on the CPU, in float32, a segmenter at its operating point."""
+    copy: Model = deepcopy(model).cpu().float().eval().requires_grad_(False)
+    copy.backbone.autocast_dtype = None
+    if isinstance(copy, LesionMaskRCNN):
+        copy.roi_heads.score_thresh, copy.roi_heads.nms_thresh = operating_point(copy)
+    return copy
+
+
+def describe(model: Model) -> dict[str, str]:
+    """Key -> text, JSON where a value has parts; of a model as it is exported."""
+    heads, config = model.roi_heads, model.config
+    facts: dict[str, Any] = {
+        "library": "ctmasknet",
+        "opset": OPSET,
+        "variant": model.variant.name,
+        "task": model.variant.task,
+        "classes": list(class_names(model)),
+        "preprocessing": {
+            "channels": "grey, three times",
+            "range": [0, 1],
+            "window_hu": list(LUNG_WINDOW),
+            "in_the_file": {
+                "mean": list(config.image_mean),
+                "std": list(config.image_std),
+                "min_size": config.min_size,
+                "max_size": config.max_size,
+                "pad_to_multiple_of": _PAD,
+            },
+        },
+        "thresholds": {
+            "score": heads.score_thresh,
+            "nms": heads.nms_thresh,
+            "rpn_nms": model.rpn.nms_thresh,
+            "detections": heads.detections_per_img,
+            "roi_score": heads.roi_score,
+        },
+        "weights_sha256": state_digest(model.state_dict()),
+        "versions": {"ctmasknet": __version__, "torch": torch.__version__, "torchvision": torchvision.__version__},
+        "notice": DISCLAIMER,
+    }
+    if model.variant.task == "segmentation":
+        facts["mask_score"] = heads.mask_score
+        facts["mask_threshold"] = 0.5
+    else:
+        facts["lesion_classes"] = list(LESION_CLASSES.get(config.num_classes, ()))
+    facts |= {key: model.metadata[key] for key in ("license", "caveat") if key in model.metadata}
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
+
+
+def import_onnx() -> tuple[ModuleType, ModuleType]:
+    """onnx and onnxruntime.
+
+    Raises:
+        MissingExtraError: one is not installed.
+    """
+    onnx, onnxruntime = (import_extra(name, "export", "ONNX export") for name in ("onnx", "onnxruntime"))
+    return onnx, onnxruntime
+
+
+def to_onnx(model: Model, metadata: dict[str, str]) -> bytes:
+    """The bytes of an ONNX file with `metadata` in its ``metadata_props``.
+
+    Args:
+        model: on the CPU, in evaluation mode and float32.
+    """
+    onnx, _ = import_onnx()
+    outputs = OUTPUTS[model.variant.task]
+    axes = {name: dict(enumerate(_DIMENSIONS[:count])) for name, count in outputs.items() if count}
+    if "masks" in axes:
+        del axes["masks"][1]
+    with torch.no_grad(), warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        # What tracing cannot follow, it warns of; whether it matters here, the check on other sizes tells.
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        warnings.filterwarnings("ignore", "Constant folding")  # a constant that stays an operation is as good
+        # The newer exporter, which torch recommends, cannot trace NMS (docs/export.md).
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.onnx.export(
+            traceable(model),
+            (check_images()[0],),
+            file,
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=["image"],
+            output_names=list(outputs),
+            dynamic_axes={"image": {1: "height", 2: "width"}} | axes,
+        )
+        graph = onnx.load_model(file)
+    onnx.helper.set_model_props(graph, metadata)
+    onnx.checker.check_model(graph)
+    content: bytes = graph.SerializeToString()
+    return content
+
+
+def check_onnx(content: bytes, model: Model) -> dict[str, float]:
+    """Run the file in onnxruntime on phantoms; the largest difference of each output from the model's.
+
+    Raises:
+        ExportError: a difference beyond `TOLERANCES`.
+    """
+    _, onnxruntime = import_onnx()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    worst = dict.fromkeys(OUTPUTS[model.variant.task], 0.0)
+    for image in check_images():
+        with torch.no_grad():
+            expected: dict[str, Tensor] = model([image])[0]
+        values = (torch.from_numpy(value) for value in session.run(None, {"image": image.numpy()}))
+        given = dict(zip(worst, values, strict=True))
+        found = compare({name: expected[name] for name in worst}, given)
+        worst = {name: max(worst[name], found[name]) for name in worst}
+    require_close(worst, TOLERANCES, f"{model.variant.name} in onnxruntime {onnxruntime.__version__}")
+    return worst
+
+
+def check_images() -> list[Tensor]:
+    """A phantom and a part of it with other sides, (3, H, W) float32 in 0..1."""
+    image = torch.from_numpy(phantom(0).image).float().div(255).expand(3, -1, -1).contiguous()
+    return [image, image[:, 100:412, 40:470].contiguous()]
+
+
+def compare(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, float]:
+    """Largest difference of each output; infinite where the number of regions differs.
+
+    Regions are compared with their nearest: the order of equal scores means nothing.
+    """
+    if len(expected["scores"]) != len(given["scores"]):
+        return dict.fromkeys(expected, float("inf"))
+    rows = _pairs(expected, given)
+    return {
+        name: _difference(name, value, given[name][rows] if name in _ROWS else given[name])
+        for name, value in expected.items()
+    }
+
+
+def require_close(found: Mapping[str, float], tolerances: Mapping[str, float], what: str) -> None:
+    """Raises:
+    ExportError: a difference exceeds its tolerance, or is not a number.
+    """
+    far = [f"{name} by {value:.2g}" for name, value in found.items() if not value <= tolerances[name]]
+    if far:
+        raise ExportError(
+            f"{what}: outputs differ from PyTorch's ({', '.join(far)}), so nothing was written. Weights that are "
+            "untrained, or give many equal scores, can cause this; if yours are trained, report it."
+        )
+
+
+def _pairs(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Tensor:
+    """(N,) for each expected region the given one that is nearest, each once."""
+    distance = (expected["boxes"][:, None] - given["boxes"]).abs().amax(-1) / TOLERANCES["boxes"]
+    distance += (expected["scores"][:, None] - given["scores"]).abs() / TOLERANCES["scores"]
+    distance[expected["labels"][:, None] != given["labels"]] += 1e9
+    rows = torch.zeros(len(distance), dtype=torch.int64)
+    for row in range(len(distance)):
+        rows[row] = distance[row].argmin()
+        distance[:, rows[row]] = float("inf")
+    return rows
+
+
+def _difference(name: str, expected: Tensor, given: Tensor) -> float:
+    if expected.shape != given.shape:
+        return float("inf")
+    if expected.numel() == 0:
+        return 0.0
+    if name != "masks":
+        return float((expected.double() - given.double()).abs().max())
+    one, other = expected.flatten(1) > 0.5, given.flatten(1) > 0.5
+    # Pixels on the verge count neither way; and of a mask of a dozen pixels, a rounded edge is a large share.
+    clear = (expected.flatten(1) - 0.5).abs() > _VERGE
+    different, either = ((one != other) & clear).sum(1) - _FEW_PIXELS, (one | other).sum(1)
+    return float((different.clamp(min=0) / either.clamp(min=1)).max())
 
 
 class Detector(nn.Module):
