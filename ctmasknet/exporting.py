@@ -29,9 +29,9 @@ from torch.onnx.operators import shape_as_tensor
 from torchvision.ops import MultiScaleRoIAlign, nms, roi_align
 
 from ctmasknet import __version__
-from ctmasknet.data.phantom import phantom
 from ctmasknet.data.slices import LUNG_WINDOW
 from ctmasknet.errors import ConfigError, CTMaskNetError, import_extra
+from ctmasknet.example import example_slice
 from ctmasknet.models import Model
 from ctmasknet.models.classifier import COVIDCTMaskNet
 from ctmasknet.models.detector import LesionMaskRCNN, Regions
@@ -98,8 +98,8 @@ def export(model: Model, path: str | os.PathLike[str]) -> Exported:
     ``boxes (N, 4)``, ``labels (N,)``, ``scores (N,)`` and ``masks (N, 1, H, W)``; of a classifier ``logits (K,)``,
     ``probabilities (K,)`` and its RoI batch ``boxes``, ``scores``, ``labels``, ``deltas``.
 
-    The model is copied, not changed. The file replaces one of the same name, and only after its outputs on phantoms
-    have been compared with PyTorch's.
+    The model is copied, not changed. The file replaces one of the same name, and only after its outputs on the example
+    slice have been compared with PyTorch's.
 
     Args:
         model: from `create_model`, `from_pretrained` or `load_released`; on any device, in any mode.
@@ -220,7 +220,7 @@ def to_onnx(model: Model, metadata: dict[str, str]) -> bytes:
 
 
 def check_onnx(content: bytes, model: Model) -> dict[str, float]:
-    """Run the file in onnxruntime on phantoms; the largest difference of each output from the model's.
+    """Run the file in onnxruntime on the example slice; the largest difference of each output from the model's.
 
     Raises:
         ExportError: a difference beyond `TOLERANCES`.
@@ -240,8 +240,8 @@ def check_onnx(content: bytes, model: Model) -> dict[str, float]:
 
 
 def check_images() -> list[Tensor]:
-    """A phantom and a part of it with other sides, (3, H, W) float32 in 0..1."""
-    image = torch.from_numpy(phantom(0).image).float().div(255).expand(3, -1, -1).contiguous()
+    """The example slice and a part of it with other sides, (3, H, W) float32 in 0..1."""
+    image = torch.from_numpy(example_slice().image).float().div(255).expand(3, -1, -1).contiguous()
     return [image, image[:, 100:412, 40:470].contiguous()]
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from phantom import phantom
 from PIL import Image
 
-from ctmasknet.data.phantom import phantom
 from ctmasknet.engine import TrainConfig
 
 SMALL = {

@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from phantom import phantom
 from torch import Tensor
 from torchvision.ops import masks_to_boxes
 
 from ctmasknet.data.augment import Augmentation, augment, sample_generator
-from ctmasknet.data.phantom import phantom
 from ctmasknet.errors import ConfigError
 
 NONE = Augmentation.none()

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from phantom import phantom
 from PIL import Image
 from scans import BlockPredictor
 
 from ctmasknet import ConfigError, DataError, InputError, create_model
 from ctmasknet.batch import compress_counts, find_inputs, place_of, predict_files, process_shard, write_coco_results
 from ctmasknet.cli import main
-from ctmasknet.data import phantom
 from ctmasknet.data.scans import read_ahead
 from ctmasknet.output import Log
 from ctmasknet.results import run_length_encode

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
-import pytest
-import torch
-
-from ctmasknet import Predictor, create_model
-from ctmasknet.data.phantom import phantom
-from ctmasknet.registry import DEFAULT_SEGMENTER, VARIANTS
-
-sys.path.append(str(Path(__file__).parents[1] / "tools"))
 import benchmark
 import benchmark_predict
+import pytest
+import torch
+from phantom import phantom
 from plain_torchvision import plain_model
+
+from ctmasknet import Predictor, create_model
+from ctmasknet.registry import DEFAULT_SEGMENTER, VARIANTS
 
 SEGMENTERS = [name for name, variant in VARIANTS.items() if variant.task == "segmentation"]
 

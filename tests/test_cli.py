@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from phantom import phantom
 from PIL import Image
 
 from ctmasknet import doctor
 from ctmasknet.cli import main
-from ctmasknet.data import phantom
 from ctmasknet.registry import VARIANTS
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -101,18 +101,14 @@ def test_predict_without_permission_to_write_is_one_line(tmp_path, monkeypatch, 
 def test_demo_says_what_was_there_what_was_found_and_where_the_picture_is(tmp_path, capsys):
     assert main(["demo", "-o", str(tmp_path), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert len(facts["phantom"]) == 4
+    assert len(facts["lesions_drawn"]) == 4
     assert facts["found"] >= 3
     assert Path(facts["overlay"]).is_file()
-    assert main(["demo", "-o", str(tmp_path), "--seed", "1", "--lesions", "0", "--classifier", "none"]) == 0
+    assert Image.open(facts["slice"]).size == (512, 512)
+    assert main(["demo", "-o", str(tmp_path), "--segmenter", "none"]) == 0
     text = capsys.readouterr().out
-    assert "0 lesions" in text
+    assert "0 of 4 lesions found" in text
     assert "not a medical device" in text
-
-
-def test_demo_refuses_an_impossible_phantom(tmp_path, capsys):
-    assert main(["demo", "-o", str(tmp_path), "--lesions", "99"]) == 2
-    assert "lesions" in capsys.readouterr().err
 
 
 def test_doctor_finds_this_installation_sound(capsys):

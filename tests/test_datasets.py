@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from phantom import phantom
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.ops import masks_to_boxes
@@ -21,7 +22,6 @@ from ctmasknet.data.datasets import (
     require_trainable,
 )
 from ctmasknet.data.layouts import class_folder_names, instances, patient_of, read_class_mask
-from ctmasknet.data.phantom import phantom
 from ctmasknet.errors import ConfigError, CTMaskNetError, DataError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

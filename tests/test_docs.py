@@ -339,6 +339,7 @@ def run_blocks(blocks: list[Fence], folder: Path, environment: dict[str, str]) -
 @pytest.fixture(scope="session")
 def example_data(tmp_path_factory, surroundings):
     folder = tmp_path_factory.mktemp("example")
+    (folder / "tools").symlink_to(ROOT / "tools")  # as in a checkout
     block = next(fence for fence in fences(DOCS / "data.md") if fence.mark == "example data")
     run_blocks([block], folder, surroundings)
     return folder
@@ -348,7 +349,7 @@ def example_data(tmp_path_factory, surroundings):
 @pytest.mark.parametrize("page", [p for p in PAGES if any(f.runs for f in fences(p))], ids=lambda page: page.stem)
 def test_every_block_of_the_page_runs(page, tmp_path, example_data, surroundings):
     folder = tmp_path / "work"
-    shutil.copytree(example_data, folder)
+    shutil.copytree(example_data, folder, symlinks=True)
     run_blocks([fence for fence in fences(page) if fence.runs], folder, surroundings)
 
 
@@ -359,6 +360,7 @@ def test_the_notebook_runs_and_shows_an_overlay(tmp_path, surroundings, monkeypa
     pytest.importorskip("ipykernel")
     for name, value in surroundings.items():
         monkeypatch.setenv(name, value)
+    (tmp_path / "tools").symlink_to(ROOT / "tools")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbclient.NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]

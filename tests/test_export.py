@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from phantom import phantom
 from torch.nn import functional as F
 from torch.onnx.operators import shape_as_tensor
 
 import ctmasknet
 from ctmasknet import cli, exporting
-from ctmasknet.data import phantom
 from ctmasknet.errors import ConfigError, MissingExtraError
 from ctmasknet.exporting import ExportError, batch_rows, resized_size
 from ctmasknet.models.classifier import replication_counts

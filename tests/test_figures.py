@@ -12,15 +12,10 @@ from PIL import Image
 
 pytest.importorskip("matplotlib")
 
-from ctmasknet import ConfigError
-from ctmasknet.data.phantom import phantom
-from ctmasknet.evaluation.evaluate import Table
-from ctmasknet.evaluation.roi_statistics import RoIContributions, RoICounts
-from ctmasknet.figures import (
+from paper.figures import (
     CLASS_STYLE,
     SliceFigureRow,
     architecture_figure,
-    contribution_figure,
     roi_boxplots,
     roi_figure,
     save_figure,
@@ -28,7 +23,13 @@ from ctmasknet.figures import (
     table_figure,
     tensor_shapes,
 )
-from ctmasknet.paper import Request, make
+from paper.items import Request, make
+from paper.roi_statistics import RoICounts
+from phantom import phantom
+
+from ctmasknet import ConfigError
+from ctmasknet.evaluation.contributions import RoIContributions, contribution_figure
+from ctmasknet.evaluation.evaluate import Table
 from ctmasknet.results import Prediction, RoIBatch
 
 NAMES = ("control", "pneumonia", "covid")

@@ -13,11 +13,11 @@ import torch
 from hub_client import Client
 from hub_server import OWNER, TOKEN, HubServer, running_hub, sha256
 from huggingface_hub import ModelCard
+from phantom import phantom
 from safetensors.torch import load_file, save_file
 
 from ctmasknet import ConfigError, WeightsError, create_model, doctor, from_pretrained
 from ctmasknet.cli import main
-from ctmasknet.data import phantom
 from ctmasknet.registry import DEFAULT_CLASSIFIER, DEFAULT_SEGMENTER
 from ctmasknet.weights import hub as hub_module
 from ctmasknet.weights import manifest as manifest_module

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from phantom import Phantom, main, phantom
+from PIL import Image
 from torchvision.ops import masks_to_boxes
 
-from ctmasknet.data import Phantom, phantom
+from ctmasknet.data.datasets import open_dataset
+from ctmasknet.data.scans import open_volume
 from ctmasknet.errors import ConfigError
+from ctmasknet.example import example_slice
 
 EIGHT = np.ones((3, 3), int)
 
@@ -173,3 +178,60 @@ def test_image_is_the_lung_window() -> None:
 def test_impossible_arguments_are_named(arguments: dict, culprit: str) -> None:
     with pytest.raises(ConfigError, match=culprit):
         phantom(**arguments)
+
+
+# --- what the tool writes -------------------------------------------------------------------------------------------
+
+
+def test_the_example_slice_of_the_package_is_the_phantom_of_seed_0() -> None:
+    found, drawn = example_slice(), phantom()
+    np.testing.assert_array_equal(found.image, drawn.image)
+    np.testing.assert_array_equal(found.class_mask, drawn.class_mask())
+    np.testing.assert_array_equal(found.masks, drawn.masks)
+    np.testing.assert_array_equal(found.labels, drawn.labels)
+
+
+def test_lesion_folders_hold_slices_and_class_masks(tmp_path: Path) -> None:
+    assert main(["--out", str(tmp_path), "--slices", "3", "--first", "2", "--size", "256"]) == 0
+    data = open_dataset("segmentation", tmp_path)
+    assert data.names == [f"2_patient{seed}_1_1" for seed in (2, 3, 4)]
+    assert data.patients == ["patient2", "patient3", "patient4"]
+    for seed, sample in zip((2, 3, 4), data, strict=True):
+        drawn = phantom(seed, lesions=seed % 4, size=256)
+        np.testing.assert_array_equal(sample.image.squeeze(), drawn.image)
+        np.testing.assert_array_equal(sample.target["masks"].any(0), drawn.masks.any(0))
+
+
+def test_class_folders_hold_slices_of_a_patient_per_class(tmp_path: Path) -> None:
+    arguments = ["--out", str(tmp_path), "--slices", "2", "--layout", "classes", "--first", "7", "--size", "128"]
+    assert main(arguments) == 0
+    data = open_dataset("classification", tmp_path)
+    assert [(data.patients[index], data.labels_of(index)) for index in range(0, 6, 2)] == [
+        ("control7", [0]),
+        ("covid7", [2]),
+        ("pneumonia7", [1]),
+    ]
+    pixels = np.asarray(Image.open(tmp_path / "covid" / "covid7" / "1.png"))
+    np.testing.assert_array_equal(pixels, phantom(28, lesions=4, size=128).image)
+
+
+def test_a_scan_is_written_as_nifti_and_as_a_dicom_series(tmp_path: Path) -> None:
+    nibabel = pytest.importorskip("nibabel")
+    pytest.importorskip("pydicom")
+    assert main(["--out", str(tmp_path), "--slices", "3", "--layout", "scan", "--size", "128"]) == 0
+    planes = [phantom(0, lesions=count, size=128) for count in range(3)]
+    stored = np.asarray(nibabel.load(tmp_path / "scan.nii.gz").dataobj)
+    np.testing.assert_array_equal(stored.transpose(2, 1, 0), [plane.hu for plane in planes])
+    for source in ("scan.nii.gz", "series"):
+        scan = open_volume(tmp_path / source)
+        assert scan.spacing == pytest.approx((380 / 128, 380 / 128, 5))
+        assert len(scan.names) == 3
+        assert not scan.problems
+
+
+def test_what_cannot_be_written_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert main(["--out", str(tmp_path / "file"), "--slices", "1", "--size", "128"]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+    assert main(["--out", str(tmp_path), "--size", "5"]) == 2
+    assert "size=5 is not possible" in capsys.readouterr().err

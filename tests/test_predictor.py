@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from phantom import phantom
 from PIL import Image
 
 import ctmasknet
 from ctmasknet import ConfigError, InputError, Prediction, Predictor, WeightsError, create_model, predict
-from ctmasknet.data import phantom
 from ctmasknet.models.inference import FastInference
 from ctmasknet.predictor import class_names
 from ctmasknet.registry import DEFAULT_CLASSIFIER, DEFAULT_SEGMENTER

@@ -60,7 +60,7 @@ def only(folder: Path, pattern: str) -> Path:
 
 def test_the_wheel_holds_package_and_weights_and_no_tests(built):
     files = contents(only(built / "both", "*.whl"))
-    assert "ctmasknet/py.typed" in files
+    assert {"ctmasknet/py.typed", "ctmasknet/example/slice.png", "ctmasknet/example/mask.png"} <= set(files)
     assert "ctmasknet/weights/manifest.json" in files
     bundled = {f"ctmasknet/weights/{entry.file}": entry.sha256 for entry in manifest() if entry.file is not None}
     assert bundled
@@ -114,4 +114,4 @@ def test_the_wheel_runs_the_demo_in_an_environment_of_its_own_without_a_network(
     assert Path(where).is_relative_to(inside)
     assert call(home / "bin" / "ctmasknet", "--version").split() == ["ctmasknet", ctmasknet.__version__]
     assert "lesions found. Picture:" in call(home / "bin" / "ctmasknet", "demo")
-    assert (tmp_path / "ctmasknet-demo" / "phantom-0.overlay.png").is_file()
+    assert (tmp_path / "ctmasknet-demo" / "slice.overlay.png").is_file()

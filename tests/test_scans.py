@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
+from phantom import phantom
 from PIL import Image
 
 from ctmasknet import ConfigError, InputError, MissingExtraError, Predictor
-from ctmasknet.data import phantom
 from ctmasknet.data.scans import Volume, open_volume
 from ctmasknet.data.slices import read_slice, window
 

@@ -12,17 +12,18 @@ import numpy as np
 import pytest
 import torch
 from engine_data import class_folder, lesion_folder
+from paper.__main__ import main
+from paper.items import ITEMS, Request, make
+from paper.roi_statistics import RoICounts
+from paper.tables import table1, table2, table3, table4, table5
+from phantom import phantom
 from torch import nn
 
 from ctmasknet import ConfigError, DataError, create_model, evaluate
-from ctmasknet.cli import main
 from ctmasknet.data.datasets import open_dataset
-from ctmasknet.data.phantom import phantom
+from ctmasknet.evaluation.contributions import roi_contributions
 from ctmasknet.evaluation.evaluate import Table
-from ctmasknet.evaluation.roi_statistics import RoICounts, roi_contributions
-from ctmasknet.evaluation.tables import table1, table2, table3, table4, table5
 from ctmasknet.models import COVIDCTMaskNet
-from ctmasknet.paper import ITEMS, Request, make
 from ctmasknet.results import run_length_encode
 
 QUICK: dict[str, Any] = {"min_size": 128, "rpn_pre_nms_top_n_test": 60, "rpn_post_nms_top_n_test": 30}
@@ -291,13 +292,13 @@ def test_paper_commands_write_and_print(tmp_path: Path, capsys: Any) -> None:
     model = create_model("ctmasknet_resnet18_t2", **QUICK)
     write_weights(weights, model.state_dict(), variant=model.variant.name, config=model.config.to_dict())
     common = ["--weights", str(weights), "--data", str(data), "-o", str(tmp_path / "out")]
-    assert main(["paper", "table3", *common]) == 0
+    assert main(["table3", *common]) == 0
     assert "Class sensitivity" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"table3.md", "table3.csv", "table3.png"}
     rows = ["--rows", str(tmp_path / "rows"), "--limit", "1", "--name", "mine"]
-    assert main(["paper", "table5", *common, *rows]) == 0
+    assert main(["table5", *common, *rows]) == 0
     assert (tmp_path / "out" / "mine.csv").exists()
-    assert main(["paper", "table4", *common, *rows]) == 0  # from the same rows
+    assert main(["table4", *common, *rows]) == 0  # from the same rows
     capsys.readouterr()
 
 
@@ -312,8 +313,17 @@ def test_paper_commands_write_and_print(tmp_path: Path, capsys: Any) -> None:
     ],
 )
 def test_paper_commands_name_the_mistake(arguments: list[str], message: str, capsys: Any, tmp_path: Path) -> None:
-    assert main(["paper", *arguments, "-o", str(tmp_path)]) == 2
+    assert main([*arguments, "-o", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_is_named_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("paper.__main__.make", lambda *_, **__: pytest.fail("work was done"))
+    (tmp_path / "file").write_text("in the way")
+    assert main(["table1", "-o", str(tmp_path / "file" / "result")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
 
 
 def test_every_table_and_figure_of_the_paper_has_a_command() -> None:

@@ -7,10 +7,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from phantom import phantom
 from torchvision.ops import masks_to_boxes
 
 from ctmasknet.data.layouts import half_open_boxes, instances, lesion_class_names
-from ctmasknet.data.phantom import phantom
 from ctmasknet.errors import ConfigError, DataError, MissingExtraError
 
 MIXED = np.array(

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
+import bundle_weights
 import pytest
+import train_bundled
+from phantom import phantom
 from PIL import Image
 
 from ctmasknet import create_model
-from ctmasknet.data.phantom import phantom
-
-sys.path.append(str(Path(__file__).parents[1] / "tools"))
-import bundle_weights
-import train_bundled
 
 
 def make_data(root: Path) -> Path:

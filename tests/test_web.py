@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from phantom import phantom
 from PIL import Image
 
 from ctmasknet import Predictor
 from ctmasknet.cli import main
-from ctmasknet.data import phantom
 from ctmasknet.errors import ConfigError, InputError
 
 pytest.importorskip("gradio")

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 import torchvision
+from phantom import phantom
 from PIL import Image
-
-from ctmasknet.data import phantom
 
 
 def write_phantoms(root: Path, count: int) -> Path:

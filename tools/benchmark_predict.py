@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from benchmark_machine import machine, synchronize
+from phantom import phantom
 from plain_torchvision import plain_model
 from torch import Tensor
 from torchvision.ops import box_iou
 
 from ctmasknet import Predictor, create_model
-from ctmasknet.data import phantom
 from ctmasknet.data.datasets import open_dataset
 from ctmasknet.evaluation.evaluate import Table
 from ctmasknet.evaluation.metrics import SegmentationMetrics

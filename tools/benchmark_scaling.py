@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from benchmark_machine import machine, peak_mb
 from benchmark_predict import alternate
+from phantom import phantom
 
 from ctmasknet import Predictor, create_model
-from ctmasknet.data import phantom
 from ctmasknet.evaluation.evaluate import Table
 
 BATCHES = (1, 2, 4, 8)

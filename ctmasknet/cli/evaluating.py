@@ -1,4 +1,4 @@
-"""Commands that measure: evaluate, paper."""
+"""The command that measures."""
 
 from __future__ import annotations
 
@@ -44,24 +44,4 @@ def evaluate_command(options: argparse.Namespace) -> int:
     print(result.table())
     if options.json:
         write_files({Path(options.json): (json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n").encode()})
-    return 0
-
-
-def paper_command(options: argparse.Namespace) -> int:
-    """`ctmasknet paper`; the exit code."""
-    from ctmasknet.paper import Request, make
-
-    require_writable(Path(options.out) / f"{options.name or options.item}.md")
-    request = Request(
-        weights=tuple(options.weights),
-        data=tuple(options.data),
-        seed=options.seed,
-        limit=options.limit,
-        classes=options.classes,
-        rows=options.rows,
-        device=options.device,
-    )
-    table, paths = make(options.item, request, options.out, name=options.name)
-    print(table)
-    print("\n" + " ".join(str(path) for path in paths))
     return 0

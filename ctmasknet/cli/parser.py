@@ -92,11 +92,9 @@ def build_parser() -> argparse.ArgumentParser:
         "demo",
         predicting.demo_command,
         "predict a synthetic slice and compare with what is in it",
-        "Makes a phantom (no patient's data), predicts it with the bundled weights, and says what was there, what was\n"
-        "found, and where the picture is.",
+        "Predicts the slice that comes with the package (synthetic, no patient's) with the bundled weights, and says\n"
+        "what is in it, what was found, and where the slice and the picture are.",
     )
-    demo.add_argument("--seed", type=int, default=0, help="which phantom (default: 0)")
-    demo.add_argument("--lesions", type=int, default=4, help="lesions in it, 0 to 8 (default: 4)")
     demo.add_argument(
         "-o", "--out", type=Path, default=Path("ctmasknet-demo"), metavar="DIR", help="default: ctmasknet-demo"
     )
@@ -221,34 +219,14 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="of the backbone (default: auto)"
     )
-    _evaluation_flags(evaluate)
+    evaluate.add_argument("--limit", type=int, metavar="N", help="at most N slices, drawn at random")
+    evaluate.add_argument("--seed", type=int, default=0, help="of every draw (default: 0)")
+    evaluate.add_argument("--classes", choices=("merge", "both", "ggo"), help="lesion classes (default: the model's)")
+    evaluate.add_argument("--rows", metavar="DIR", help="keep what was measured per slice here, to go on after a kill")
+    evaluate.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     evaluate.add_argument(
         "--json", nargs="?", const="-", metavar="OUT", help="print the figures as JSON, or write them to the file OUT"
     )
-
-    paper = _command(
-        commands,
-        "paper",
-        evaluating.paper_command,
-        "make a table or figure of the paper",
-        "Prints the table (of a figure: the numbers behind it) and writes ITEM.md, ITEM.csv, ITEM.png, and for\n"
-        "figures ITEM.pdf and ITEM.svg. Table 1 and Figure 1 need no data; Figure 2 and contributions take phantoms\n"
-        "if they get none.\n\n"
-        "Examples:\n"
-        "  ctmasknet paper table1 -o out\n"
-        "  ctmasknet paper table2 --weights runs/a/best runs/b/best --data cncb/val -o out\n"
-        "  ctmasknet paper figure4 --weights ctmasknet_resnet18_t1 --data classes/val -o out",
-    )
-    paper.add_argument(
-        "item",
-        metavar="ITEM",
-        help="table1 to table5, figure1 to figure4, or contributions (of every RoI of a slice to the class logits)",
-    )
-    paper.add_argument("--weights", nargs="+", default=(), metavar="MODEL", help="as MODEL of ctmasknet evaluate")
-    paper.add_argument("--data", nargs="+", default=(), metavar="DIR", help="labelled slices; contributions: an image")
-    paper.add_argument("-o", "--out", type=Path, default=Path("paper"), metavar="DIR", help="default: paper")
-    paper.add_argument("--name", metavar="NAME", help="name of the files (default: the item's)")
-    _evaluation_flags(paper)
 
     export = _command(
         commands,
@@ -256,7 +234,7 @@ def build_parser() -> argparse.ArgumentParser:
         variants.export_command,
         "write a model as an ONNX file, which runs without this library",
         "The whole model: image in, boxes and masks or class probabilities out. The file is written only if it gives\n"
-        "what PyTorch gives on phantoms. Needs the extra export.\n\n"
+        "what PyTorch gives. Needs the extra export.\n\n"
         "Examples:\n"
         "  ctmasknet export maskrcnn_resnet18_t1 -o model.onnx\n"
         "  ctmasknet export maskrcnn_resnet18_t2 --weights run/best -o model.onnx",
@@ -318,12 +296,3 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="bfloat16 runs the backbone in it (default: auto)",
     )
-
-
-def _evaluation_flags(parser: argparse.ArgumentParser) -> None:
-    limit_help = "at most N slices (Tables 4, 5, Figure 4: of each class)"
-    parser.add_argument("--limit", type=int, metavar="N", help=limit_help)
-    parser.add_argument("--seed", type=int, default=0, help="of every draw (default: 0)")
-    parser.add_argument("--classes", choices=("merge", "both", "ggo"), help="lesion classes (default: the model's)")
-    parser.add_argument("--rows", metavar="DIR", help="keep what was measured per slice here, to go on after a kill")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")

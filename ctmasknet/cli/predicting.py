@@ -9,6 +9,7 @@ from typing import Any
 
 from ctmasknet.cli.printing import print_json
 from ctmasknet.errors import ConfigError
+from ctmasknet.output import write_files
 from ctmasknet.registry import DISCLAIMER
 
 _LINES_BESIDE_A_BAR = 100  # results; of more than that the bar alone is shown
@@ -174,12 +175,14 @@ def demo_command(options: argparse.Namespace) -> int:
     for flag in ("host", "port", "max_upload_mb"):
         if getattr(options, flag) is not None:
             raise ConfigError(f"--{flag.replace('_', '-')} goes with --web")
-    from ctmasknet.data import phantom
     from ctmasknet.evaluation.metrics import mask_iou
+    from ctmasknet.example import SLICE, example_slice
 
-    made = phantom(options.seed, lesions=options.lesions)
-    prediction = _predictor(options)(made.image)
-    record, picture = prediction.save(options.out, f"phantom-{options.seed}")
+    made = example_slice()
+    predictor, slice_file = _predictor(options), options.out / SLICE.name
+    write_files({slice_file: SLICE.read_bytes()})
+    prediction = predictor(slice_file)
+    record, picture = prediction.save(options.out, slice_file.stem)
     # A lesion counts as found if most of it is marked: the models join neighbours and split large ones.
     marked = prediction.lesion_mask
     covered = [bool((mask & marked).sum() * 2 > mask.sum()) for mask in made.masks]
@@ -190,10 +193,10 @@ def demo_command(options: argparse.Namespace) -> int:
         for label, mask, found, iou in zip(made.labels, made.masks, covered, best, strict=True)
     ]
     if options.json:
-        facts = {"seed": options.seed, "phantom": lesions, "found": sum(covered)}
+        facts = {"slice": str(slice_file), "lesions_drawn": lesions, "found": sum(covered)}
         print_json(facts | {"json": str(record), "overlay": str(picture)} | _brief(prediction))
         return 0
-    print(f"A synthetic slice (seed {options.seed}) with {len(lesions)} lesions:")
+    print(f"A synthetic slice, {slice_file}, with {len(lesions)} lesions:")
     for lesion in lesions:
         verdict = f"found (IoU {lesion['best_iou']:.2f})" if lesion["found"] else "missed"
         print(f"  {lesion['class']}, {lesion['area_px']} px: {verdict}")
@@ -223,8 +226,6 @@ def _web(options: argparse.Namespace) -> int:
         threshold=options.threshold,
         device=options.device,
         precision=options.precision,
-        seed=options.seed,
-        lesions=options.lesions,
         host=options.host or "127.0.0.1",
         port=options.port,
         max_upload_mb=200 if options.max_upload_mb is None else options.max_upload_mb,

@@ -73,7 +73,7 @@ class Evaluation:
         settings: what the figures depend on: thresholds, seed, limit, digest of the weights.
         training_minutes: from the weights' own record, None if unknown.
         seconds: this call's time.
-        rows: per slice; `RoICounts` and the figures are made of these.
+        rows: per slice; the figures are made of these.
     """
 
     task: str

@@ -32,8 +32,6 @@ def serve(
     threshold: float | None = None,
     device: str | None = None,
     precision: Precision = "auto",
-    seed: int = 0,
-    lesions: int = 4,
     host: str = "127.0.0.1",
     port: int | None = None,
     max_upload_mb: int = 200,
@@ -46,7 +44,6 @@ def serve(
         segmenter, classifier: chosen at first: a variant, a folder or Hub repository of weights, or ``"none"``.
         threshold: of the score, at first; None takes the weights' own.
         device, precision: as for `Predictor`.
-        seed, lesions: the phantom offered at first.
         host, port: where to listen; without a port the first free one from 7860 on.
         max_upload_mb: the most that one upload may hold, all files together.
         on_start: called with the page's address.
@@ -90,8 +87,6 @@ def serve(
                 segmenter=first,
                 classifier=second,
                 threshold=threshold,
-                seed=seed,
-                lesions=lesions,
             )
             try:
                 _, address, _ = page.launch(

@@ -17,7 +17,7 @@ import torch
 from ctmasknet.data.scans import Volume
 from ctmasknet.data.slices import Slice
 from ctmasknet.errors import ConfigError, CTMaskNetError, InputError
-from ctmasknet.evaluation.roi_statistics import RoIContributions, roi_contributions
+from ctmasknet.evaluation.contributions import RoIContributions, roi_contributions
 from ctmasknet.models.classifier import COVIDCTMaskNet
 from ctmasknet.models.detector import LesionMaskRCNN
 from ctmasknet.models.inference import score_maps
@@ -120,7 +120,7 @@ class Cases:
             InputError: there is none, or it was dropped.
         """
         if token is None:
-            raise InputError("nothing to predict yet: upload a file, or take a phantom")
+            raise InputError("nothing to predict yet: upload a file, or take the example")
         with self._lock:
             if token not in self._cases:
                 raise InputError("what you sent is no longer kept: upload it again")

@@ -8,9 +8,9 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from ctmasknet.data.phantom import phantom
 from ctmasknet.data.slices import read_slice
 from ctmasknet.errors import CTMaskNetError, InputError, import_extra
+from ctmasknet.example import example_slice
 from ctmasknet.registry import DISCLAIMER
 from ctmasknet.web import pictures
 from ctmasknet.web.case import LOWEST_THRESHOLD, NONE, Case, Cases, Models, Result, predict_case
@@ -44,8 +44,6 @@ def build(
     segmenter: str,
     classifier: str,
     threshold: float | None = None,
-    seed: int = 0,
-    lesions: int = 4,
     cases: Cases | None = None,
 ) -> Any:
     """The page as `gradio.Blocks`.
@@ -54,7 +52,7 @@ def build(
         models: what is on offer.
         uploads: the folder uploads arrive in (gradio's GRADIO_TEMP_DIR).
         limits: how much an upload may hold.
-        segmenter, classifier, threshold, seed, lesions: what the controls show at first.
+        segmenter, classifier, threshold: what the controls show at first.
         cases: where visitors' cases are kept.
     """
     gr = import_extra("gradio", "demo", "the page")
@@ -109,12 +107,11 @@ def build(
         except Exception as error:
             return refused(error)
 
-    def on_phantom(number: float, count: float, token: str | None) -> tuple[Any, ...]:
+    def on_example(token: str | None) -> tuple[Any, ...]:
         try:
-            made = phantom(int(number), lesions=int(count))
-            name = f"phantom-{int(number)}"
+            made = example_slice()
             note = f"It has {len(made.masks)} lesions drawn in."
-            return accepted(Case.of_slice(read_slice(made.image), name, (note,)), token)
+            return accepted(Case.of_slice(read_slice(made.image), "example", (note,)), token)
         except Exception as error:
             return refused(error)
 
@@ -187,10 +184,7 @@ def build(
                     height=170,
                 )
                 units = gr.Dropdown(list(UNITS), value=next(iter(UNITS)), label="Values (set before uploading)")
-                with gr.Row():
-                    number = gr.Number(seed, label="Phantom", precision=0, minimum=0, min_width=80)
-                    count = gr.Slider(0, 8, lesions, step=1, label="Lesions", min_width=120)
-                take = gr.Button("Take this phantom", elem_id="phantom")
+                take = gr.Button("Take the example", elem_id="example")
                 seg = gr.Dropdown([*models.names["segmentation"], NONE], value=segmenter, label="Segmenter")
                 cls = gr.Dropdown([*models.names["classification"], NONE], value=classifier, label="Classifier")
                 nms = gr.Slider(0, 1, point[1], step=0.01, label="NMS threshold, at Predict")
@@ -198,7 +192,7 @@ def build(
                     go = gr.Button("Predict", variant="primary", elem_id="predict")
                     stop = gr.Button("Stop", elem_id="stop")
             with gr.Column(scale=3, min_width=480):
-                status = gr.HTML(pictures.message("Upload a file, or take a phantom."), elem_id="status")
+                status = gr.HTML(pictures.message("Upload a file, or take the example."), elem_id="status")
                 start = max(point[0], LOWEST_THRESHOLD) if threshold is None else threshold
                 cut = gr.Slider(LOWEST_THRESHOLD, 1, start, step=0.01, label="Score threshold", elem_id="threshold")
                 view = gr.Radio([OVERLAY, SCORE_MAP, CONTRIBUTIONS], value=OVERLAY, show_label=False, elem_id="view")
@@ -209,7 +203,7 @@ def build(
         quiet = {"api_visibility": "private", "show_progress": "minimal"}
         loaded = [token, status, file, view, index, image, words]
         file.upload(on_upload, [file, units, token], loaded, preprocess=False, **quiet)
-        take.click(on_phantom, [number, count, token], loaded, **quiet)
+        take.click(on_example, [token], loaded, **quiet)
         seg.input(on_segmenter, seg, [cut, nms], **quiet)
         view_of, drawn = [token, view, index, cut], [image, words]
         running = go.click(on_predict, [token, seg, cls, nms], status, **quiet)

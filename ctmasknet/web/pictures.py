@@ -15,8 +15,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from ctmasknet.errors import import_extra
-from ctmasknet.evaluation.roi_statistics import RoIContributions
-from ctmasknet.figures import contribution_figure
+from ctmasknet.evaluation.contributions import RoIContributions, contribution_figure
 from ctmasknet.registry import class_title
 from ctmasknet.results import Prediction, VolumePrediction
 
@@ -64,7 +63,7 @@ def score_map(prediction: Prediction, logits: npt.NDArray[np.float32]) -> str:
 
 
 def contributions(prediction: Prediction, found: RoIContributions, class_names: Sequence[str]) -> str:
-    """What each RoI contributes to the logits of the classes (`figures.contribution_figure`)."""
+    """What each RoI contributes to the logits of the classes (`contribution_figure`)."""
     with _drawing:
         figure = contribution_figure(prediction.image, found, class_names)
         return _figure(figure, f"Contributions of the RoIs of {prediction.source} to the class logits")

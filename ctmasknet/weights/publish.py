@@ -1,8 +1,8 @@
 """The way out: a folder that `from_pretrained` reads, card and golden file included, and a commit to a Hub repository.
 
 A card is the README.md that travels with a set of weights. A golden file holds an input and the outputs that weights
-gave when they were saved, to check them after a journey: `golden.safetensors` has `image` (H, W) uint8, a phantom (no
-patient's data), and what the model made of it on the CPU in float32. A segmenter: the best `RECORDED` detections
+gave when they were saved, to check them after a journey: `golden.safetensors` has `image` (H, W) uint8, a synthetic
+slice (no patient's), and what the model made of it on the CPU in float32. A segmenter: the best `RECORDED` detections
 without a score threshold, NMS at 0.5, as boxes (N, 4), scores (N,), labels (N,) and mask areas (N,) in pixels. A
 classifier: logits and probabilities (K,), and boxes, scores and labels of the best `RECORDED` RoIs of its batch.
 
@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ctmasknet.errors import ConfigError, WeightsError
+from ctmasknet.example import example_slice
 from ctmasknet.models import Model
 from ctmasknet.registry import DISCLAIMER, Variant, get_variant
 from ctmasknet.weights.assemble import assemble
@@ -313,7 +314,6 @@ BOX_TOLERANCE = 0.5  # pixels
 SCORE_TOLERANCE = 0.01  # scores and probabilities
 LOGIT_TOLERANCE = 0.01, 0.05  # fraction of the logit, plus so much
 AREA_TOLERANCE = 0.05, 8.0  # fraction of the area, plus pixels
-_PHANTOM_SIZE = 256  # pixels
 _NMS_THRESHOLD = 0.5
 
 
@@ -323,10 +323,7 @@ def write_golden(model: Model, folder: Path) -> Path:
     Raises:
         WeightsError: the folder cannot be written.
     """
-    # Here, not above: weights know nothing of data, but for this picture.
-    from ctmasknet.data.phantom import phantom
-
-    image = torch.from_numpy(phantom(0, size=_PHANTOM_SIZE).image)
+    image = torch.from_numpy(example_slice().image[::2, ::2].copy())
     recorded = {key: t[:RECORDED].contiguous() for key, t in _golden_outputs(model, image, RECORDED).items()}
     path = folder / GOLDEN_NAME
     try:

@@ -12,16 +12,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from phantom import phantom
 from torch.utils.flop_counter import FlopCounterMode
 
-from ctmasknet.data.phantom import phantom
 from ctmasknet.errors import ConfigError
 from ctmasknet.evaluation.evaluate import MISSING, Evaluation, Table
-from ctmasknet.evaluation.roi_statistics import RoICounts
 from ctmasknet.models.inference import EVERY_SCORE
 from ctmasknet.predictor import choose_device
 from ctmasknet.registry import VARIANTS, class_title, get_variant
 from ctmasknet.zoo import Model, create_model
+from paper.roi_statistics import RoICounts
 
 PAPER, MEASURED = "paper", "measured"
 

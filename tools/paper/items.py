@@ -10,20 +10,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from phantom import phantom
 
-from ctmasknet import figures
 from ctmasknet.data.datasets import PathLike, open_dataset
 from ctmasknet.data.layouts import LesionClasses, LesionRecord, read_class_mask
-from ctmasknet.data.phantom import phantom
 from ctmasknet.data.slices import read_slice
 from ctmasknet.errors import ConfigError, MissingExtraError
-from ctmasknet.evaluation import tables
+from ctmasknet.evaluation.contributions import contribution_figure, roi_contributions
 from ctmasknet.evaluation.evaluate import Evaluation, Table, evaluate, open_model
-from ctmasknet.evaluation.roi_statistics import PAPER_SAMPLE, RoICounts, roi_contributions
 from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN
 from ctmasknet.predictor import Predictor, choose_device, class_names
 from ctmasknet.registry import DEFAULT_CLASSIFIER, DEFAULT_SEGMENTER, VARIANTS, class_title
 from ctmasknet.results import RoIBatch
+from paper import figures, tables
+from paper.roi_statistics import PAPER_SAMPLE, RoICounts
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def _contributions(request: Request) -> Made:
     columns += [(class_title(label), ".4f") for label in names]
     note = "Gradient times input of module S, copies of a region added up."
     table = Table(f"Contribution of each RoI to the class logits, {title}, {name}", tuple(columns), rows, (note,))
-    return Made(table, figures.contribution_figure(pixels, found, names))
+    return Made(table, contribution_figure(pixels, found, names))
 
 
 ITEMS: dict[str, Callable[[Request], Made]] = {

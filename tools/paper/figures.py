@@ -18,11 +18,11 @@ import numpy.typing as npt
 import torch
 
 from ctmasknet.errors import ConfigError, CTMaskNetError, import_extra
-from ctmasknet.evaluation.roi_statistics import RoIContributions, RoICounts
 from ctmasknet.models.config import model_config
 from ctmasknet.registry import class_title, get_variant
 from ctmasknet.results import Prediction, RoIBatch
 from ctmasknet.zoo import create_model
+from paper.roi_statistics import RoICounts
 
 ORANGE, SKY, GREEN, BLUE, VERMILLION = "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00"
 INK, FAINT = "#222222", "#8A8A8A"
@@ -286,68 +286,6 @@ def roi_boxplots(counts: RoICounts) -> Any:
     return figure
 
 
-def contribution_figure(
-    image: npt.NDArray[np.float32], contributions: RoIContributions, class_names: Sequence[str], *, shown: int = 12
-) -> Any:
-    """What each RoI of a slice contributes to each class logit (gradient x input of module S), drawn on the slice.
-
-    One panel per class: solid orange boxes speak for it, dashed blue ones against it, thicker ones more; the bars
-    below list the strongest.
-
-    Args:
-        image: (H, W) float32 in 0..1.
-        contributions: of the same slice.
-        class_names: of the K logits.
-        shown: the so many RoIs of largest contribution are drawn.
-
-    Returns:
-        A matplotlib figure.
-
-    Raises:
-        ConfigError: `class_names` does not fit.
-        MissingExtraError: matplotlib is not installed.
-    """
-    if len(class_names) != contributions.contributions.shape[1]:
-        raise ConfigError(f"class_names: {len(class_names)} for {contributions.contributions.shape[1]} logits")
-    matplotlib = _matplotlib()
-    largest = max(float(np.abs(contributions.contributions).max(initial=0)), 1e-9)
-    strongest = [np.argsort(-np.abs(values), kind="stable")[:shown] for values in contributions.contributions.T]
-    left, top, right, bottom = _around(contributions.boxes[np.unique(np.concatenate(strongest))], image.shape)
-    with matplotlib.rc_context(_FONT):
-        figure = matplotlib.figure.Figure(figsize=(2.4 * len(class_names), 4.1), layout="constrained")
-        grid = figure.subplots(2, len(class_names), squeeze=False, gridspec_kw={"height_ratios": (2.4, 1)})
-        for column, name in enumerate(class_names):
-            values = contributions.contributions[:, column]
-            order = strongest[column]
-            axis = grid[0, column]
-            axis.imshow(image, cmap="gray", vmin=0, vmax=1)
-            for index in order[::-1]:
-                _contribution_box(matplotlib, axis, contributions.boxes[index], values[index], largest)
-            for rank, index in enumerate(order[:5], start=1):
-                x1, y1, x2, y2 = contributions.boxes[index]
-                # Corners in turn: the strongest RoIs often share one.
-                x, y = ((x1, y1), (x2, y1), (x2, y2), (x1, y2), ((x1 + x2) / 2, y1))[rank - 1]
-                text = axis.text(x, y, str(rank), color="white", fontsize=6.5, ha="center", va="center")
-                text.set_path_effects([matplotlib.patheffects.withStroke(linewidth=1.6, foreground="black")])
-            axis.set(xticks=[], yticks=[], xlim=(left, right), ylim=(bottom, top))
-            axis.set_title(f"{class_title(name)}: logit {contributions.logits[column]:.2f}")
-            bars = grid[1, column]
-            best = order[:8]
-            colours = [ORANGE if values[index] > 0 else SKY for index in best]
-            drawn = bars.bar(range(1, len(best) + 1), values[best], color=colours, edgecolor=INK, linewidth=0.5)
-            for bar, index in zip(drawn, best, strict=True):
-                bar.set_hatch("" if values[index] > 0 else "///")
-            bars.axhline(0, color=INK, linewidth=0.6)
-            bars.set(xlabel="RoI, by size of contribution", ylim=(-1.1 * largest, 1.1 * largest))
-            bars.set_xticks(range(1, len(best) + 1))
-            bars.spines[["top", "right"]].set_visible(False)
-        grid[1, 0].set_ylabel("gradient x input")
-        lines = matplotlib.lines.Line2D
-        keys = [lines([], [], color=ORANGE, linewidth=2), lines([], [], color=SKY, linewidth=2, linestyle="--")]
-        figure.legend(keys, ["for the class", "against it"], loc="outside lower center", ncols=2, frameon=False)
-    return figure
-
-
 def table_figure(table: Any) -> Any:
     """A `Table` as a picture.
 
@@ -553,35 +491,6 @@ def _draw_logits(matplotlib: ModuleType, axis: Any, row: SliceFigureRow) -> None
         text = axis.text(low - room / 2, index - 0.38, words, va="center", ha="left", fontsize=6.5)
         text.set_path_effects([matplotlib.patheffects.withStroke(linewidth=2.5, foreground="white")])
     axis.set(yticks=[], ylim=(len(names) - 0.4, -1.3), xlim=(low - room, high + room))
-
-
-def _contribution_box(matplotlib: ModuleType, axis: Any, box: np.ndarray, value: float, largest: float) -> None:
-    x1, y1, x2, y2 = box.tolist()
-    share = abs(float(value)) / largest
-    colour, line = (ORANGE, "-") if value > 0 else (SKY, (0, (3, 1.5)))
-    axis.add_patch(
-        matplotlib.patches.Rectangle(
-            (x1, y1),
-            max(x2 - x1, 1.0),
-            max(y2 - y1, 1.0),
-            fill=False,
-            edgecolor=colour,
-            linestyle=line,
-            linewidth=0.5 + 2 * share,
-            alpha=0.35 + 0.65 * share,
-        )
-    )
-
-
-def _around(boxes: np.ndarray, size: Sequence[int]) -> tuple[float, float, float, float]:
-    """Left, top, right, bottom of a square part of an image with all boxes in it; the whole image without boxes."""
-    height, width = size
-    if not len(boxes):
-        return 0, 0, width, height
-    low, high = boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)
-    half = 0.55 * float((high - low).max()) + 4
-    x, y = ((low + high) / 2).tolist()
-    return max(x - half, 0), max(y - half, 0), min(x + half, width), min(y + half, height)
 
 
 def _fill(matplotlib: ModuleType, axis: Any, mask: np.ndarray, colour: str, alpha: float) -> None:

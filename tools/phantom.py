@@ -3,21 +3,32 @@
 `phantom` stands in for patient data in demonstrations, documentation and tests. No part of it is taken from a
 patient's picture; only its grey levels were set by the statistics of clinical slices. Anatomy is drawn in
 millimetres, in Hounsfield units (HU), as signed distances (negative inside), so that a seed shows the same body
-at every size. numpy only.
+at every size.
 
 The lesions follow the usual description of COVID-19 on CT: multifocal, mostly peripheral and posterior; ground
 glass is hazy and lets the vessels through, consolidation hides them.
+
+    python tools/phantom.py --out data --slices 8                            imgs/ and masks/, to train on
+    python tools/phantom.py --out classes --slices 2 --layout classes        one folder per class and patient
+    python tools/phantom.py --out . --layout scan --slices 4 --size 256      scan.nii.gz and series/ (extra io)
+    python tools/phantom.py --example                                        the example slice of the package
 """
 
 from __future__ import annotations
 
+import argparse
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from ctmasknet.data.slices import window
-from ctmasknet.errors import ConfigError
+from ctmasknet.errors import ConfigError, CTMaskNetError, import_extra
+from ctmasknet.example import SLICE
+from ctmasknet.registry import IMAGE_CLASSES
 
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
@@ -542,3 +553,104 @@ def _check(name: str, value: object, low: int, high: int | None) -> None:
     if not whole or value < low or (high is not None and value > high):  # type: ignore[operator]
         limits = f">= {low}" if high is None else f"from {low} to {high}"
         raise ConfigError(f"phantom: {name}={value!r} is not possible; give an integer {limits}.")
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write into")
+    parser.add_argument("--slices", type=int, default=8, metavar="N", help="how many, or of each class (default: 8)")
+    parser.add_argument("--layout", choices=("lesions", "classes", "scan"), default="lesions", help="default: lesions")
+    parser.add_argument("--first", type=int, default=0, metavar="SEED", help="of the first slice (default: 0)")
+    parser.add_argument("--lesions", type=int, metavar="N", help="in each slice (default: 0 to 3 in turn)")
+    parser.add_argument("--size", type=int, default=512, metavar="PX", help="side of a slice (default: 512)")
+    parser.add_argument("--example", action="store_true", help="draw the package's example slice anew")
+    options = parser.parse_args(arguments)
+    if (options.out is None) != options.example:
+        parser.error("give --out DIR, or --example")
+    try:
+        if options.example:
+            write_example(SLICE.parent)
+        elif options.layout == "lesions":
+            write_lesions(options.out, options.slices, options.first, lesions=options.lesions, size=options.size)
+        elif options.layout == "classes":
+            write_classes(options.out, options.slices, options.first, size=options.size)
+        else:
+            write_scan(options.out, options.slices, options.first, size=options.size)
+    except CTMaskNetError as error:
+        print(f"phantom: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def write_lesions(root: Path, count: int, first: int = 0, *, lesions: int | None = None, size: int = 512) -> Path:
+    """Slices and class masks as CNCB lays them out; each seed is a patient, its lesions 0 to 3 in turn if not given."""
+    for seed in range(first, first + count):
+        drawn = phantom(seed, lesions=seed % 4 if lesions is None else lesions, size=size)
+        name = f"2_patient{seed}_1_1.png"  # [Class]_[Patient]_[Scan]_[Slice]
+        _save(drawn.image, root / "imgs" / name)
+        _save(drawn.class_mask(), root / "masks" / name)
+    return root
+
+
+def write_classes(root: Path, count: int, first: int = 0, *, size: int = 512) -> Path:
+    """A folder per class and in it one of a patient with `count` slices; of 0, 2 and 4 lesions."""
+    for label, name in enumerate(IMAGE_CLASSES):
+        for number in range(count):
+            drawn = phantom(first + 10 * label + number, lesions=2 * label, size=size)
+            _save(drawn.image, root / name / f"{name}{first}" / f"{number}.png")
+    return root
+
+
+def write_scan(root: Path, count: int, seed: int = 0, *, size: int = 512) -> Path:
+    """A scan of `count` slices, 5 mm apart, as scan.nii.gz and as a DICOM series; more lesions towards the head."""
+    nibabel = import_extra("nibabel", "io", "writing scans")
+    dataset = import_extra("pydicom.dataset", "io", "writing scans")
+    uid = import_extra("pydicom.uid", "io", "writing scans")
+    planes = [phantom(seed, lesions=min(number, MAX_LESIONS), size=size).hu for number in range(count)]
+    pixel = FIELD_OF_VIEW / size
+    (root / "series").mkdir(parents=True, exist_ok=True)
+    # NIfTI counts columns to the patient's left and rows to the back, so both axes of its affine are negative.
+    affine = np.diag([-pixel, -pixel, 5, 1])
+    nibabel.save(nibabel.Nifti1Image(np.stack(planes, -1).swapaxes(0, 1), affine), root / "scan.nii.gz")
+    series, study = uid.generate_uid(), uid.generate_uid()
+    for number, plane in enumerate(planes):
+        one = dataset.Dataset()
+        one.SOPClassUID, one.SOPInstanceUID = uid.CTImageStorage, uid.generate_uid()
+        one.SeriesInstanceUID, one.StudyInstanceUID = series, study
+        one.Modality, one.PhotometricInterpretation = "CT", "MONOCHROME2"
+        one.Rows, one.Columns = plane.shape
+        one.SamplesPerPixel, one.PixelRepresentation = 1, 1
+        one.BitsAllocated, one.BitsStored, one.HighBit = 16, 16, 15
+        one.RescaleSlope, one.RescaleIntercept, one.RescaleType = 1, 0, "HU"
+        one.PixelSpacing, one.SliceThickness = [pixel, pixel], 5
+        one.ImageOrientationPatient, one.ImagePositionPatient = [1, 0, 0, 0, 1, 0], [0, 0, 5 * number]
+        one.PixelData = plane.tobytes()
+        one.file_meta = dataset.FileMetaDataset()
+        one.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
+        one.save_as(root / "series" / f"{number}.dcm", enforce_file_format=True)
+    return root
+
+
+def write_example(folder: Path) -> None:
+    """What `ctmasknet.example` reads."""
+    drawn = phantom()
+    numbers = np.zeros(drawn.hu.shape, np.uint8)
+    for number, mask in enumerate(drawn.masks, start=1):
+        numbers[mask] = number
+    for name, pixels in {"slice": drawn.image, "mask": drawn.class_mask(), "lesions": numbers}.items():
+        _save(pixels, folder / f"{name}.png")
+
+
+def _save(pixels: NDArray[np.uint8], path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path, optimize=True)
+    except OSError as error:
+        raise CTMaskNetError(f"{path}: cannot be written ({error}); choose another folder") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""What module S sees: RoIs above a score per class (Tables 4 and 5, Figure 4), and what each RoI contributes."""
+"""What module S sees: RoIs above a score, per class (Tables 4 and 5, Figure 4)."""
 
 from __future__ import annotations
 
@@ -8,14 +8,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from ctmasknet.errors import ConfigError, DataError, import_extra
 from ctmasknet.evaluation.metrics import patient_intervals
 from ctmasknet.evaluation.rows import ROI_THRESHOLDS, Row
-from ctmasknet.models import COVIDCTMaskNet
-from ctmasknet.models.classifier import fill_batch
 
 PAPER_SAMPLE = 475
 """Slices per class in the paper (section 3.2)."""
@@ -105,72 +101,6 @@ class RoICounts:
                     row |= {"statistic": float(result.statistic), "p": float(result.pvalue)}
                 rows.append(row)
         return rows
-
-
-@dataclass(frozen=True, eq=False)
-class RoIContributions:
-    """How much each region of a slice speaks for each class: gradient times input of module S.
-
-    Module S is piecewise linear, so the contributions of all RoIs add up to the logits less what S would say of
-    its biases alone at this point.
-
-    Attributes:
-        boxes: (N, 4) float32 xyxy, pixels of the slice; each region once, copies added up.
-        scores: (N,) float32.
-        copies: (N,) int64, slots that the region fills.
-        contributions: (N, K) float32, to each class logit.
-        logits: (K,) float32.
-    """
-
-    boxes: npt.NDArray[np.float32]
-    scores: npt.NDArray[np.float32]
-    copies: npt.NDArray[np.int64]
-    contributions: npt.NDArray[np.float32]
-    logits: npt.NDArray[np.float32]
-
-
-def roi_contributions(model: COVIDCTMaskNet, image: Tensor) -> RoIContributions:
-    """Contribution of every RoI of a slice to the class logits.
-
-    Args:
-        model: a classifier; used in evaluation mode.
-        image: (3, H, W) float in 0..1.
-    """
-    was_training = model.training
-    model.eval()
-    slots = model.variant.roi_batch or 0
-    size = (int(image.shape[-2]), int(image.shape[-1]))
-    with torch.no_grad():
-        batch, _ = model.transform([image])
-        features = model.backbone(batch.tensors)
-        proposals, _ = model.rpn(batch, features)
-        regions = model.roi_heads.regions(features, proposals, batch.image_sizes)[0]
-        matrix, filled = fill_batch(regions, slots, replicate=model.config.replicate, random=False)
-        shown = {"boxes": filled.boxes.clone()}
-        boxes = model.transform.postprocess([shown], batch.image_sizes, [size])[0]["boxes"]
-    with torch.enable_grad():
-        entries = matrix.detach().clone().requires_grad_(True)
-        logits = model.module_s(entries[None])[0]
-        per_slot = torch.stack(
-            [(torch.autograd.grad(logit, entries, retain_graph=True)[0] * entries).sum(1) for logit in logits],
-            dim=1,
-        ).detach()
-    model.train(was_training)
-    # Copies stand behind their original, so a new region begins where box or score changes.
-    count = len(filled.scores)
-    fresh = torch.ones(count, dtype=torch.bool)
-    if count > 1:
-        same = (filled.boxes[1:] == filled.boxes[:-1]).all(1) & (filled.scores[1:] == filled.scores[:-1])
-        fresh[1:] = ~same.cpu()
-    region = fresh.cumsum(0) - 1
-    total = torch.zeros(int(fresh.sum()), len(logits)).index_add_(0, region, per_slot[:count].cpu())
-    return RoIContributions(
-        boxes=boxes.cpu()[fresh].numpy(),
-        scores=filled.scores.cpu()[fresh].numpy(),
-        copies=torch.bincount(region, minlength=len(total)).numpy(),
-        contributions=total.numpy(),
-        logits=logits.detach().cpu().numpy(),
-    )
 
 
 def _mean_of(values: np.ndarray) -> Any:

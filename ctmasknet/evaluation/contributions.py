@@ -1,0 +1,185 @@
+"""What each RoI of a slice contributes to the class logits: gradient times input of module S, as numbers and drawn.
+
+It goes beyond the paper, which counts RoIs (Tables 4 and 5) but does not say which of them decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ctmasknet.errors import ConfigError, import_extra
+from ctmasknet.models.classifier import COVIDCTMaskNet, fill_batch
+from ctmasknet.registry import class_title
+
+FOR, AGAINST, INK = "#E69F00", "#56B4E9", "#222222"
+"""Colours of Okabe and Ito, which colour-blind people tell apart."""
+
+_FONT = {"font.family": "DejaVu Sans", "font.size": 8, "axes.titlesize": 8.5, "axes.labelsize": 8}
+_FONT |= {"xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7, "axes.linewidth": 0.6}
+
+
+@dataclass(frozen=True, eq=False)
+class RoIContributions:
+    """How much each region of a slice speaks for each class: gradient times input of module S.
+
+    Module S is piecewise linear, so the contributions of all RoIs add up to the logits less what S would say of
+    its biases alone at this point.
+
+    Attributes:
+        boxes: (N, 4) float32 xyxy, pixels of the slice; each region once, copies added up.
+        scores: (N,) float32.
+        copies: (N,) int64, slots that the region fills.
+        contributions: (N, K) float32, to each class logit.
+        logits: (K,) float32.
+    """
+
+    boxes: npt.NDArray[np.float32]
+    scores: npt.NDArray[np.float32]
+    copies: npt.NDArray[np.int64]
+    contributions: npt.NDArray[np.float32]
+    logits: npt.NDArray[np.float32]
+
+
+def roi_contributions(model: COVIDCTMaskNet, image: Tensor) -> RoIContributions:
+    """Contribution of every RoI of a slice to the class logits.
+
+    Args:
+        model: a classifier; used in evaluation mode.
+        image: (3, H, W) float in 0..1.
+    """
+    was_training = model.training
+    model.eval()
+    slots = model.variant.roi_batch or 0
+    size = (int(image.shape[-2]), int(image.shape[-1]))
+    with torch.no_grad():
+        batch, _ = model.transform([image])
+        features = model.backbone(batch.tensors)
+        proposals, _ = model.rpn(batch, features)
+        regions = model.roi_heads.regions(features, proposals, batch.image_sizes)[0]
+        matrix, filled = fill_batch(regions, slots, replicate=model.config.replicate, random=False)
+        shown = {"boxes": filled.boxes.clone()}
+        boxes = model.transform.postprocess([shown], batch.image_sizes, [size])[0]["boxes"]
+    with torch.enable_grad():
+        entries = matrix.detach().clone().requires_grad_(True)
+        logits = model.module_s(entries[None])[0]
+        per_slot = torch.stack(
+            [(torch.autograd.grad(logit, entries, retain_graph=True)[0] * entries).sum(1) for logit in logits],
+            dim=1,
+        ).detach()
+    model.train(was_training)
+    # Copies stand behind their original, so a new region begins where box or score changes.
+    count = len(filled.scores)
+    fresh = torch.ones(count, dtype=torch.bool)
+    if count > 1:
+        same = (filled.boxes[1:] == filled.boxes[:-1]).all(1) & (filled.scores[1:] == filled.scores[:-1])
+        fresh[1:] = ~same.cpu()
+    region = fresh.cumsum(0) - 1
+    total = torch.zeros(int(fresh.sum()), len(logits)).index_add_(0, region, per_slot[:count].cpu())
+    return RoIContributions(
+        boxes=boxes.cpu()[fresh].numpy(),
+        scores=filled.scores.cpu()[fresh].numpy(),
+        copies=torch.bincount(region, minlength=len(total)).numpy(),
+        contributions=total.numpy(),
+        logits=logits.detach().cpu().numpy(),
+    )
+
+
+def contribution_figure(
+    image: npt.NDArray[np.float32], contributions: RoIContributions, class_names: Sequence[str], *, shown: int = 12
+) -> Any:
+    """What each RoI of a slice contributes to each class logit (gradient x input of module S), drawn on the slice.
+
+    One panel per class: solid orange boxes speak for it, dashed blue ones against it, thicker ones more; the bars
+    below list the strongest.
+
+    Args:
+        image: (H, W) float32 in 0..1.
+        contributions: of the same slice.
+        class_names: of the K logits.
+        shown: the so many RoIs of largest contribution are drawn.
+
+    Returns:
+        A matplotlib figure.
+
+    Raises:
+        ConfigError: `class_names` does not fit.
+        MissingExtraError: matplotlib is not installed.
+    """
+    if len(class_names) != contributions.contributions.shape[1]:
+        raise ConfigError(f"class_names: {len(class_names)} for {contributions.contributions.shape[1]} logits")
+    matplotlib = import_extra("matplotlib", "plots", "drawing contributions")
+    for part in ("figure", "patches", "lines", "patheffects"):
+        import_extra(f"matplotlib.{part}", "plots", "drawing contributions")
+    largest = max(float(np.abs(contributions.contributions).max(initial=0)), 1e-9)
+    strongest = [np.argsort(-np.abs(values), kind="stable")[:shown] for values in contributions.contributions.T]
+    left, top, right, bottom = _around(contributions.boxes[np.unique(np.concatenate(strongest))], image.shape)
+    with matplotlib.rc_context(_FONT):
+        figure = matplotlib.figure.Figure(figsize=(2.4 * len(class_names), 4.1), layout="constrained")
+        grid = figure.subplots(2, len(class_names), squeeze=False, gridspec_kw={"height_ratios": (2.4, 1)})
+        for column, name in enumerate(class_names):
+            values = contributions.contributions[:, column]
+            order = strongest[column]
+            axis = grid[0, column]
+            axis.imshow(image, cmap="gray", vmin=0, vmax=1)
+            for index in order[::-1]:
+                _contribution_box(matplotlib, axis, contributions.boxes[index], values[index], largest)
+            for rank, index in enumerate(order[:5], start=1):
+                x1, y1, x2, y2 = contributions.boxes[index]
+                # Corners in turn: the strongest RoIs often share one.
+                x, y = ((x1, y1), (x2, y1), (x2, y2), (x1, y2), ((x1 + x2) / 2, y1))[rank - 1]
+                text = axis.text(x, y, str(rank), color="white", fontsize=6.5, ha="center", va="center")
+                text.set_path_effects([matplotlib.patheffects.withStroke(linewidth=1.6, foreground="black")])
+            axis.set(xticks=[], yticks=[], xlim=(left, right), ylim=(bottom, top))
+            axis.set_title(f"{class_title(name)}: logit {contributions.logits[column]:.2f}")
+            bars = grid[1, column]
+            best = order[:8]
+            colours = [FOR if values[index] > 0 else AGAINST for index in best]
+            drawn = bars.bar(range(1, len(best) + 1), values[best], color=colours, edgecolor=INK, linewidth=0.5)
+            for bar, index in zip(drawn, best, strict=True):
+                bar.set_hatch("" if values[index] > 0 else "///")
+            bars.axhline(0, color=INK, linewidth=0.6)
+            bars.set(xlabel="RoI, by size of contribution", ylim=(-1.1 * largest, 1.1 * largest))
+            bars.set_xticks(range(1, len(best) + 1))
+            bars.spines[["top", "right"]].set_visible(False)
+        grid[1, 0].set_ylabel("gradient x input")
+        lines = matplotlib.lines.Line2D
+        keys = [lines([], [], color=FOR, linewidth=2), lines([], [], color=AGAINST, linewidth=2, linestyle="--")]
+        figure.legend(keys, ["for the class", "against it"], loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def _contribution_box(matplotlib: ModuleType, axis: Any, box: np.ndarray, value: float, largest: float) -> None:
+    x1, y1, x2, y2 = box.tolist()
+    share = abs(float(value)) / largest
+    colour, line = (FOR, "-") if value > 0 else (AGAINST, (0, (3, 1.5)))
+    axis.add_patch(
+        matplotlib.patches.Rectangle(
+            (x1, y1),
+            max(x2 - x1, 1.0),
+            max(y2 - y1, 1.0),
+            fill=False,
+            edgecolor=colour,
+            linestyle=line,
+            linewidth=0.5 + 2 * share,
+            alpha=0.35 + 0.65 * share,
+        )
+    )
+
+
+def _around(boxes: np.ndarray, size: Sequence[int]) -> tuple[float, float, float, float]:
+    """Left, top, right, bottom of a square part of an image with all boxes in it; the whole image without boxes."""
+    height, width = size
+    if not len(boxes):
+        return 0, 0, width, height
+    low, high = boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)
+    half = 0.55 * float((high - low).max()) + 4
+    x, y = ((low + high) / 2).tolist()
+    return max(x - half, 0), max(y - half, 0), min(x + half, width), min(y + half, height)
