@@ -36,9 +36,10 @@ from ctmasknet.models import Model
 from ctmasknet.models.classifier import COVIDCTMaskNet
 from ctmasknet.models.detector import LesionMaskRCNN, Regions
 from ctmasknet.output import require_writable, write_files
-from ctmasknet.predictor import class_names, operating_point
+from ctmasknet.predictor import operating_point
 from ctmasknet.registry import DISCLAIMER, LESION_CLASSES
 from ctmasknet.weights.files import state_digest
+from ctmasknet.zoo import class_names
 
 OPSET = 17
 OUTPUTS = {

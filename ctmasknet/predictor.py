@@ -6,8 +6,7 @@ import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -18,7 +17,6 @@ from ctmasknet.data.scans import open_volume
 from ctmasknet.data.slices import Slice, read_slice
 from ctmasknet.errors import ConfigError, CTMaskNetError, InputError
 from ctmasknet.models import Model
-from ctmasknet.models.classifier import COVIDCTMaskNet
 from ctmasknet.models.config import model_config
 from ctmasknet.models.detector import LesionMaskRCNN
 from ctmasknet.models.inference import (
@@ -30,27 +28,15 @@ from ctmasknet.models.inference import (
     same_detector,
     score_maps,
 )
-from ctmasknet.registry import (
-    DEFAULT_CLASSIFIER,
-    DEFAULT_SEGMENTER,
-    IMAGE_CLASSES,
-    LESION_CLASSES,
-    VARIANTS,
-    Task,
-    get_variant,
-)
+from ctmasknet.registry import Task
 from ctmasknet.results import Prediction, RoIBatch, VolumePrediction, gather
-from ctmasknet.weights.hub import hub_source
-from ctmasknet.zoo import create_model, from_pretrained
+from ctmasknet.zoo import DEFAULT, choose_device, class_names, open_model
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor | Slice
 Precision = Literal["auto", "float32", "bfloat16"]
 Key = TypeVar("Key")
 Other = TypeVar("Other")
 Item = TypeVar("Item")
-
-DEFAULT: Final = "default"
-"""The default segmenter and the default classifier, with the weights bundled in the package."""
 
 
 class OutOfMemoryError(InputError):
@@ -102,8 +88,10 @@ class Predictor:
             raise ConfigError(f"batch_size={batch_size}: must be at least 1")
         self.device = choose_device(device)
         self.batch_size = batch_size or (1 if self.device.type == "cpu" else 8)
-        self.segmenter = self._model(segmenter, "segmentation")
-        self.classifier = self._model(classifier, "classification")
+        self.segmenter, self.classifier = (
+            None if given is None else open_model(given, task=task, device=self.device).eval()
+            for given, task in zip((segmenter, classifier), get_args(Task), strict=True)
+        )
         self.score_threshold: float | None = None
         self.nms_threshold = 0.0
         if self.segmenter is not None:
@@ -309,26 +297,6 @@ class Predictor:
             score_map=None if score_map is None else score_map.cpu().numpy(),
         )
 
-    def _model(self, given: str | os.PathLike[str] | Model | None, task: Task) -> Model | None:
-        if given is None:
-            return None
-        if isinstance(given, LesionMaskRCNN | COVIDCTMaskNet):
-            model = given.eval()
-        elif isinstance(given, str) and given == DEFAULT:
-            name = DEFAULT_SEGMENTER if task == "segmentation" else DEFAULT_CLASSIFIER
-            model = create_model(name, weights="default")
-        elif isinstance(given, str) and (given in VARIANTS or not (Path(given).exists() or hub_source(given))):
-            get_variant(given)  # a name that is no path either: suggest the nearest variant
-            model = create_model(given, weights="default")
-        elif isinstance(given, str | os.PathLike):
-            model = from_pretrained(given)
-        else:
-            raise ConfigError(f"{given!r}: give the name of a variant, a folder or repository of weights, or a model")
-        if model.variant.task != task:
-            slot = "segmenter" if task == "segmentation" else "classifier"
-            raise ConfigError(f"{model.variant.name} is for {model.variant.task}: it cannot be the {slot}")
-        return model.to(self.device)
-
 
 def _counted(items: Iterable[Item], total: int, progress: Callable[[int, int], None]) -> Iterator[Item]:
     for done, item in enumerate(items, start=1):
@@ -341,19 +309,6 @@ def predict(image: ImageLike, *, units: str | None = None, **options: Any) -> Pr
     return Predictor(**options)(image, units=units)
 
 
-def class_names(model: Model) -> tuple[str, ...]:
-    """Names of the detector's classes (background first), or of a classifier's image classes."""
-    stored = model.metadata.get("classes")
-    if model.variant.task == "segmentation":
-        count, known = model.config.num_classes, LESION_CLASSES.get(model.config.num_classes)
-    else:
-        count = model.config.image_classes
-        known = IMAGE_CLASSES if count == len(IMAGE_CLASSES) else None
-    if stored is not None and len(stored) == count:
-        return tuple(stored)
-    return known or tuple(f"class {index}" for index in range(count))
-
-
 def operating_point(model: Model) -> tuple[float, float]:
     """Score and NMS threshold: the weights' own, unless the model was built with others than the variant's defaults."""
     config, default = model.config, model_config(model.variant)
@@ -362,15 +317,3 @@ def operating_point(model: Model) -> tuple[float, float]:
         return own
     stored = model.metadata.get("operating_point", {})
     return stored.get("score_threshold", own[0]), stored.get("nms_threshold", own[1])
-
-
-def choose_device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"device={device!r} cannot be used ({reason}). ctmasknet doctor lists them.") from None
-    return chosen

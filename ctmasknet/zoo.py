@@ -1,25 +1,120 @@
-"""Every way to a model: the 14 factories, `create_model`, `from_pretrained`, `load_released`."""
+"""Every way to a model: the 14 factories, `create_model`, `from_pretrained`, `load_released`; `open_model` for all."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from ctmasknet.errors import ConfigError, WeightsError
-from ctmasknet.models import Model
+from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN, Model
 from ctmasknet.models.config import model_config
-from ctmasknet.registry import get_variant
+from ctmasknet.registry import (
+    DEFAULT_CLASSIFIER,
+    DEFAULT_SEGMENTER,
+    IMAGE_CLASSES,
+    LESION_CLASSES,
+    VARIANTS,
+    Task,
+    get_variant,
+)
 from ctmasknet.weights.assemble import assemble, build, load, load_backbone
 from ctmasknet.weights.files import GOLDEN_NAME
-from ctmasknet.weights.hub import load_stored
+from ctmasknet.weights.hub import hub_source, load_stored
 from ctmasknet.weights.publish import check_golden
 from ctmasknet.weights.released import read_released
 
 WeightsLike = str | os.PathLike[str] | None
+
+DEFAULT: Final = "default"
+"""The default weights of a variant; for `open_model`, the default segmenter or classifier with them."""
+
+_PICKLED = (
+    ".pth",
+    ".pt",
+    ".pth.tar",
+    ".ckpt",
+    ".bin",
+)  # what torch.save writes: read as an author's checkpoint, safely
+
+
+def open_model(
+    source: str | os.PathLike[str] | Model, *, task: Task | None = None, device: str | torch.device | None = None
+) -> Model:
+    """The model that `source` names, whatever way it names it; everything that takes a model asks here.
+
+    Args:
+        source: a variant's name (with its default weights), ``"default"`` (the task's default variant), a folder of
+            weights or a safetensors file with its config.json beside it, a Hub repository (``"owner/name@revision"``),
+            one of the paper author's ``.pth`` files, or a model, which is returned itself. An existing path goes before
+            a repository.
+        task: what it must be for; None accepts both.
+        device: where to put it; None takes a GPU if there is one. A model passed in is moved there, too.
+
+    Returns:
+        The model, in evaluation mode if it was not passed in.
+
+    Raises:
+        ConfigError: neither of these (the text names the nearest variant), for the other task, unknown device.
+        WeightsError: weights missing or damaged, or the Hub cannot be reached.
+    """
+    where = choose_device(device)
+    if isinstance(source, LesionMaskRCNN | COVIDCTMaskNet):
+        model = source
+    elif not isinstance(source, str | os.PathLike):
+        raise ConfigError(f"{source!r}: give the name of a variant, a folder or repository of weights, or a model")
+    elif source == DEFAULT:
+        if task is None:
+            raise ConfigError(
+                f"'default' alone does not say of which task: {DEFAULT_SEGMENTER} or {DEFAULT_CLASSIFIER}"
+            )
+        model = create_model(DEFAULT_SEGMENTER if task == "segmentation" else DEFAULT_CLASSIFIER, weights=DEFAULT)
+    elif source in VARIANTS:
+        model = create_model(str(source), weights=DEFAULT)
+    elif str(source).lower().endswith(_PICKLED):
+        model = load_released(source)
+    elif Path(source).exists() or not isinstance(source, str) or hub_source(source):
+        model = from_pretrained(source)
+    elif any(mark in source for mark in ("/", os.sep, ".")):
+        raise WeightsError(f"{source}: no such file or folder. Give a variant's name, or the path of its weights.")
+    else:
+        model = create_model(get_variant(source).name, weights=DEFAULT)  # unknown: names the nearest
+    if task is not None and model.variant.task != task:
+        raise ConfigError(f"{model.variant.name} is for {model.variant.task}, but a model for {task} is needed")
+    return model.to(where)
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device by its name; None is a GPU if there is one, else the CPU.
+
+    Raises:
+        ConfigError: it cannot be used; says why.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device={device!r} cannot be used ({reason}). ctmasknet doctor lists them.") from None
+    return chosen
+
+
+def class_names(model: Model) -> tuple[str, ...]:
+    """Names of the detector's classes (background first), or of a classifier's image classes."""
+    stored = model.metadata.get("classes")
+    if model.variant.task == "segmentation":
+        count, known = model.config.num_classes, LESION_CLASSES.get(model.config.num_classes)
+    else:
+        count = model.config.image_classes
+        known = IMAGE_CLASSES if count == len(IMAGE_CLASSES) else None
+    if stored is not None and len(stored) == count:
+        return tuple(stored)
+    return known or tuple(f"class {index}" for index in range(count))
 
 
 def create_model(
@@ -52,6 +147,10 @@ def create_model(
         WeightsError: the weights are missing, damaged, or another variant's; the Hub cannot be reached.
     """
     variant = get_variant(name)
+    if "pretrained" in config:
+        raise ConfigError(
+            f"pretrained is for the factories ({name}(pretrained=True)): create_model({name!r}, weights='default')"
+        )
     if weights is not None and weights_backbone:
         raise ConfigError("give weights or weights_backbone, not both: weights bring a body")
     given = dict(config)

@@ -14,9 +14,9 @@ from PIL import Image
 import ctmasknet
 from ctmasknet import ConfigError, InputError, Prediction, Predictor, WeightsError, create_model, predict
 from ctmasknet.models.inference import FastInference
-from ctmasknet.predictor import class_names
 from ctmasknet.registry import DEFAULT_CLASSIFIER, DEFAULT_SEGMENTER
 from ctmasknet.weights.files import write_weights
+from ctmasknet.zoo import class_names
 
 SHARED = Path(__file__).parents[2] / "shared"
 needs_data = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="needs the research data")
@@ -228,7 +228,7 @@ def test_one_detector_is_run_once_for_both_tasks_and_only_then(monkeypatch):
     ("options", "error", "message"),
     [
         ({"segmenter": "maskrcnn_resnet18_t"}, ConfigError, "did you mean"),
-        ({"segmenter": DEFAULT_CLASSIFIER}, ConfigError, "cannot be the segmenter"),
+        ({"segmenter": DEFAULT_CLASSIFIER}, ConfigError, "is for classification, but a model for segmentation"),
         ({"segmenter": "maskrcnn_resnet50"}, WeightsError, "no trained weights"),
         ({"segmenter": 3}, ConfigError, "name of a variant"),
         ({"score_threshold": 1.5}, ConfigError, r"0\.\.1"),

@@ -45,11 +45,11 @@ from ctmasknet.evaluation.rows import (
     coco_state,
     task_of_predictions,
 )
-from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN
+from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN, Model
 from ctmasknet.output import Log, json_bytes, read_logs, write_files
-from ctmasknet.predictor import Precision, choose_device
-from ctmasknet.registry import VARIANTS, get_variant
-from ctmasknet.zoo import Model, create_model, from_pretrained, load_released
+from ctmasknet.predictor import Precision
+from ctmasknet.registry import VARIANTS
+from ctmasknet.zoo import choose_device, open_model
 
 Figures = dict[str, Any]
 """Figure name -> number, or None where undefined; per class a dict from class name to number."""
@@ -218,8 +218,8 @@ def evaluate(
         else:
             subject = ImportedDetections(path, source, score_threshold=score_threshold, coco=coco)
     else:
-        opened, name = open_model(model)
-        opened.to(where)
+        opened = open_model(model, device=where)
+        name = title_of(model, opened)
         if isinstance(opened, LesionMaskRCNN):
             subject = SegmenterSubject(opened, name, coco=coco, autocast=autocast)
         else:
@@ -269,24 +269,11 @@ def evaluate(
     )
 
 
-def open_model(model: str | os.PathLike[str] | Model) -> tuple[Model, str]:
-    """A model and what to call it: from a variant's name, a folder of weights, an author's ``.pth``, or itself.
-
-    Raises:
-        ConfigError, WeightsError: as `create_model`.
-    """
-    if isinstance(model, LesionMaskRCNN | COVIDCTMaskNet):
-        return model.eval(), model.variant.name
-    if not isinstance(model, str | os.PathLike):
-        raise ConfigError(f"{model!r}: give the name of a variant, a folder of weights, or a model")
-    path = Path(model)
-    if str(model) in VARIANTS or not path.exists():
-        return create_model(get_variant(str(model)).name, weights="default"), str(model)
-    if path.suffix == ".pth":
-        opened = load_released(path)
-        return opened, f"{opened.variant.name} ({path.name})"
-    opened = from_pretrained(path)
-    return opened, f"{opened.variant.name} ({path.name})"
+def title_of(given: str | os.PathLike[str] | Model, opened: Model) -> str:
+    """What to call a model that was asked for as `given`."""
+    if isinstance(given, LesionMaskRCNN | COVIDCTMaskNet) or str(given) in VARIANTS:
+        return opened.variant.name
+    return f"{opened.variant.name} ({Path(given).name})"
 
 
 def save_rows(evaluation: Evaluation, path: PathLike) -> None:

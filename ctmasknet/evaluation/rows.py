@@ -34,9 +34,10 @@ from ctmasknet.evaluation.metrics import CocoMetrics, SegmentationMetrics, coco_
 from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN
 from ctmasknet.models.inference import PAPER, detect_at
 from ctmasknet.models.inference import Protocol as Detection
-from ctmasknet.predictor import class_names, operating_point
+from ctmasknet.predictor import operating_point
 from ctmasknet.registry import Task
 from ctmasknet.weights.files import sha256_of, state_digest
+from ctmasknet.zoo import class_names
 
 ROI_THRESHOLDS = (0.2, 0.5, 0.9)
 """RoI scores of Tables 4 and 5 and of Figure 4."""

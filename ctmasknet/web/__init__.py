@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ctmasknet.errors import ConfigError, import_extra
-from ctmasknet.predictor import DEFAULT, Precision
+from ctmasknet.predictor import Precision
 from ctmasknet.registry import DEFAULT_CLASSIFIER, DEFAULT_SEGMENTER, get_variant
 from ctmasknet.web.case import LOWEST_THRESHOLD, NONE, Models
 from ctmasknet.web.gate import Gate
 from ctmasknet.web.page import CSS, build
 from ctmasknet.web.uploads import Limits, empty, sweep
 from ctmasknet.weights.manifest import variants_with_weights
+from ctmasknet.zoo import DEFAULT
 
 __all__ = ["serve"]
 

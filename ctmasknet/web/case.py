@@ -21,10 +21,10 @@ from ctmasknet.evaluation.contributions import RoIContributions, roi_contributio
 from ctmasknet.models.classifier import COVIDCTMaskNet
 from ctmasknet.models.detector import LesionMaskRCNN
 from ctmasknet.models.inference import score_maps
-from ctmasknet.predictor import Precision, Predictor, class_names, operating_point
+from ctmasknet.predictor import Precision, Predictor, operating_point
 from ctmasknet.registry import Task
 from ctmasknet.results import Prediction, VolumePrediction, gather
-from ctmasknet.zoo import Model
+from ctmasknet.zoo import Model, class_names
 
 LOWEST_THRESHOLD = 0.05
 """The page predicts at this score and filters above it: a change of the threshold then needs no model."""

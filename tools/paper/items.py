@@ -17,11 +17,12 @@ from ctmasknet.data.layouts import LesionClasses, LesionRecord, read_class_mask
 from ctmasknet.data.slices import read_slice
 from ctmasknet.errors import ConfigError, MissingExtraError
 from ctmasknet.evaluation.contributions import contribution_figure, roi_contributions
-from ctmasknet.evaluation.evaluate import Evaluation, Table, evaluate, open_model
+from ctmasknet.evaluation.evaluate import Evaluation, Table, evaluate, title_of
 from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN
-from ctmasknet.predictor import Predictor, choose_device, class_names
+from ctmasknet.predictor import Predictor
 from ctmasknet.registry import DEFAULT_CLASSIFIER, DEFAULT_SEGMENTER, VARIANTS, class_title
 from ctmasknet.results import RoIBatch
+from ctmasknet.zoo import class_names, open_model
 from paper import figures, tables
 from paper.roi_statistics import PAPER_SAMPLE, RoICounts
 
@@ -263,15 +264,14 @@ def _roi_counts(request: Request, item: str) -> tuple[RoICounts, str]:
 
 def _classifier(request: Request, item: str) -> tuple[COVIDCTMaskNet, str]:
     (weights,) = _only_one(request.weights or (DEFAULT_CLASSIFIER,), item)
-    model, name = open_model(weights)
-    if not isinstance(model, COVIDCTMaskNet):
-        raise ConfigError(f"{item} needs a classifier: {name} is a segmenter")
-    return model.to(choose_device(request.device)), name
+    model = open_model(weights, task="classification", device=request.device)
+    assert isinstance(model, COVIDCTMaskNet)
+    return model, title_of(weights, model)
 
 
 def _pair(request: Request) -> tuple[LesionMaskRCNN, COVIDCTMaskNet | None]:
     """The segmenter and, if given, the classifier among the weights."""
-    models = [open_model(weights)[0] for weights in request.weights or (DEFAULT_SEGMENTER, DEFAULT_CLASSIFIER)]
+    models = [open_model(weights) for weights in request.weights or (DEFAULT_SEGMENTER, DEFAULT_CLASSIFIER)]
     segmenters = [model for model in models if isinstance(model, LesionMaskRCNN)]
     classifiers = [model for model in models if isinstance(model, COVIDCTMaskNet)]
     if len(segmenters) != 1 or len(classifiers) > 1:

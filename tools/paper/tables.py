@@ -17,10 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ctmasknet.errors import ConfigError
 from ctmasknet.evaluation.evaluate import MISSING, Evaluation, Table
+from ctmasknet.models import Model
 from ctmasknet.models.inference import EVERY_SCORE
-from ctmasknet.predictor import choose_device
 from ctmasknet.registry import VARIANTS, class_title, get_variant
-from ctmasknet.zoo import Model, create_model
+from ctmasknet.zoo import choose_device, create_model
 from paper.roi_statistics import RoICounts
 
 PAPER, MEASURED = "paper", "measured"
