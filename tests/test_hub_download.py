@@ -17,9 +17,8 @@ from safetensors.torch import load, save
 
 from ctmasknet import ConfigError, WeightsError, create_model, from_pretrained
 from ctmasknet.cli import main
-from ctmasknet.weights.files import fingerprint, write_weights
+from ctmasknet.weights.files import state_digest
 from ctmasknet.weights.manifest import ManifestEntry, backbone_entry
-from ctmasknet.weights.publish import write_golden
 
 NAME = "maskrcnn_resnet18_t2"
 REPOSITORY = f"{OWNER}/seg"
@@ -32,7 +31,7 @@ AT_ONCE = 3.0  # seconds an error may take
 
 def checksum(weights: str, name: str | None = None, **options: Any) -> int:
     model = create_model(name, weights=weights) if name else from_pretrained(weights, **options)
-    return fingerprint(model.state_dict())
+    return state_digest(model.state_dict())
 
 
 def warnings_of(weights: str, caplog_level: int = 30) -> tuple[int, list[str]]:
@@ -94,16 +93,13 @@ def hub() -> Iterator[HubServer]:
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     torch.manual_seed(1)
     model = create_model(NAME, **SMALL)
-    folder = write_weights(
-        tmp_path_factory.mktemp("seg"), model.state_dict(), variant=NAME, config=model.config.to_dict()
-    )
-    write_golden(model, folder)
+    folder = model.save_pretrained(tmp_path_factory.mktemp("seg"))
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")
 def expected(files: dict[str, bytes]) -> int:
-    return fingerprint(load(files["model.safetensors"]))
+    return state_digest(load(files["model.safetensors"]))
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +171,7 @@ def test_a_branch_follows_new_commits_and_fetches_only_what_changed(online, hub,
     tensors["backbone.body.conv1.weight"] += 1
     hub.add(name, {"model.safetensors": save(tensors, {"format": "pt"})})
     before = hub.count("GET")
-    assert online(checksum, name) == fingerprint(tensors) != first
+    assert online(checksum, name) == state_digest(tensors) != first
     assert hub.count("GET") == before + 1
 
 
@@ -416,7 +412,7 @@ def test_verify_runs_the_golden_input(online, hub, revision, files, expected, tm
     hub.add(others, files | {"model.safetensors": save(tensors, {"format": "pt"})})
     with pytest.raises(WeightsError, match="does not reproduce its recorded outputs: the region"):
         online(checksum, others, verify=True)
-    assert online(checksum, others) == fingerprint(tensors)
+    assert online(checksum, others) == state_digest(tensors)
     silent = f"{OWNER}/no-golden"
     hub.add(silent, {name: files[name] for name in ("config.json", "model.safetensors")})
     fails_at_once(online, r"holds no golden\.safetensors", checksum, silent, verify=True)

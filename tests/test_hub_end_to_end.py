@@ -14,7 +14,7 @@ from hub_client import Client, hub_environment
 from hub_server import OWNER, TOKEN, running_hub
 
 from ctmasknet import create_model, from_pretrained
-from ctmasknet.weights.files import fingerprint
+from ctmasknet.weights.files import state_digest
 
 pytestmark = pytest.mark.slow  # half a minute and more, most of it spent importing torch in new processes
 
@@ -26,14 +26,14 @@ LOAD_IN_EVERY_WAY = """
 import sys, torch
 repository, revision, root = sys.argv[1:]
 import ctmasknet
-from ctmasknet.weights.files import fingerprint
+from ctmasknet.weights.files import state_digest
 models = [
     torch.hub.load(root, "maskrcnn_resnet18_t2", source="local", weights=f"{repository}@{revision}"),
     ctmasknet.from_pretrained(repository, revision=revision, verify=True),
     ctmasknet.create_model("maskrcnn_resnet18_t2", weights=f"{repository}@{revision}"),
 ]
 for model in models:
-    print(type(model).__name__, fingerprint(model.state_dict()), model.config.min_size)
+    print(type(model).__name__, state_digest(model.state_dict()), model.config.min_size)
 print(ctmasknet.Predictor(repository, None, device="cpu").score_threshold)
 """
 
@@ -68,7 +68,7 @@ def test_weights_travel_from_one_machine_to_another(tmp_path):
         author = Client(hub.url, tmp_path / "author", HF_TOKEN=TOKEN)
         revision = author(push, tmp_path / "saved", repository)
         author.wipe()
-        expected = fingerprint(from_pretrained(tmp_path / "saved").state_dict())
+        expected = state_digest(from_pretrained(tmp_path / "saved").state_dict())
         line = f"LesionMaskRCNN {expected} 64"
 
         home = tmp_path / "reader"

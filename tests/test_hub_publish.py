@@ -116,14 +116,18 @@ def test_what_was_said_of_weights_goes_along_until_they_change(saved, tmp_path):
         model.backbone.body.conv1.weight[0, 0, 0, 0] += 1
     model.save_pretrained(tmp_path / "changed")
     left = read_weights(tmp_path / "changed").metadata
-    assert left == {"license": "cc-by-nc-sa-4.0", "classes": ["background", "lesion"]}
+    before = {"variant": SEGMENTER, "license": "cc-by-nc-sa-4.0", "dataset": "owner/ct-scans"}
+    terms = {"license": "cc-by-nc-sa-4.0", "derived_from": [before]}
+    assert left == terms | {"classes": ["background", "lesion"]}
     model.metadata["note"] = "trained on"
     model.save_pretrained(tmp_path / "stated", metrics={"ap50": 0.6})
     assert read_weights(tmp_path / "stated").metadata == left | {"note": "trained on", "metrics": {"ap50": 0.6}}
 
 
 def test_new_heads_keep_the_licence_but_no_figures(saved):
-    assert from_pretrained(saved, num_classes=3).metadata == {"license": "cc-by-nc-sa-4.0"}
+    kept = from_pretrained(saved, num_classes=3).metadata
+    assert (kept["license"], kept["derived_from"][0]["dataset"]) == ("cc-by-nc-sa-4.0", "owner/ct-scans")
+    assert set(kept) == {"license", "derived_from"}
 
 
 # --- golden files

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ctmasknet import ConfigError, WeightsError, create_model, from_pretrained, zoo
+from ctmasknet.output import OutputError
 from ctmasknet.registry import DEFAULT_CLASSIFIER, DEFAULT_SEGMENTER
-from ctmasknet.weights import files, hub
+from ctmasknet.weights import hub
 from ctmasknet.weights.files import is_finite, read_weights, sha256_of, write_weights
 from ctmasknet.weights.manifest import manifest
 from ctmasknet.weights.publish import model_card
@@ -232,9 +233,9 @@ def test_a_failed_write_leaves_what_was_there(folder, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, "save_file", full)
-    with pytest.raises(WeightsError, match="No space left"):
-        write_weights(tmp_path, {}, variant=NAME, config={})
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OutputError, match=r"model\.safetensors: cannot be written \(No space left on device\)"):
+        write_weights(tmp_path, {}, variant=NAME, config={}, card="other")
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 

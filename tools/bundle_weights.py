@@ -14,17 +14,15 @@ from typing import Any
 
 from ctmasknet import CTMaskNetError
 from ctmasknet.errors import WeightsError
-from ctmasknet.registry import get_variant
-from ctmasknet.weights.assemble import assemble
-from ctmasknet.weights.files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, read_weights, sha256_of
-from ctmasknet.weights.publish import write_golden
+from ctmasknet.weights.files import CARD_NAME, CONFIG_NAME, GOLDEN_NAME, WEIGHTS_NAME, sha256_of
+from ctmasknet.weights.publish import check_folder
 
 PACKAGE = Path(__file__).parents[1] / "ctmasknet" / "weights"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path, help="folders with model.safetensors and config.json")
+    parser.add_argument("folders", nargs="+", type=Path, help="folders as save_pretrained and training write them")
     parser.add_argument("--tag", required=True, help="which training the weights come from")
     options = parser.parse_args(arguments)
     manifest = PACKAGE / "manifest.json"
@@ -43,15 +41,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def bundle(folder: Path, tag: str) -> dict[str, Any]:
     """Copy a folder into the package; its manifest entry."""
-    stored = read_weights(folder)
+    stored = check_folder(folder)
     missing = [key for key in ("classes", "metrics", "license") if not stored.metadata.get(key)]
-    if stored.variant is None or missing:
-        raise WeightsError(f"{folder}: config.json must state the variant and {', '.join(missing)}")
+    if missing:
+        raise WeightsError(f"{folder}: config.json must state {', '.join(missing)}")
     target = PACKAGE / "bundled" / stored.variant
     target.mkdir(parents=True, exist_ok=True)
-    for name in (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME):
+    for name in (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, GOLDEN_NAME):
         shutil.copyfile(folder / name, target / name)
-    write_golden(assemble(get_variant(stored.variant), stored, {}), target)
     file = target / WEIGHTS_NAME
     return {
         "variant": stored.variant,

@@ -19,8 +19,8 @@ from bundle_weights import main as bundle
 
 from ctmasknet import CTMaskNetError, get_variant, list_models
 from ctmasknet.engine import TrainConfig, TrainResult, train
-from ctmasknet.weights.files import read_weights, write_weights
-from ctmasknet.weights.publish import model_card
+from ctmasknet.weights.files import read_weights
+from ctmasknet.weights.publish import write_pretrained
 
 LICENSE = "cc-by-nc-sa-4.0"
 LESION_DATA = (
@@ -117,15 +117,9 @@ def in_half_precision(run: Path) -> Path:
     stored = read_weights(run / "best")
     if stored.variant is None:
         raise CTMaskNetError(f"{run / 'best'}: its config.json names no variant")
-    card = model_card(get_variant(stored.variant), stored.config, stored.metadata)
-    return write_weights(
-        run / "bundled",
-        stored.tensors,
-        variant=stored.variant,
-        config=stored.config,
-        metadata=stored.metadata,
-        card=card,
-        dtype=torch.float16,
+    variant, metadata = get_variant(stored.variant), stored.metadata
+    return write_pretrained(
+        run / "bundled", stored.tensors, variant=variant, config=stored.config, metadata=metadata, dtype="float16"
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ctmasknet.errors import ConfigError, WeightsError
 from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN, Model, model_config
 from ctmasknet.registry import VARIANTS, Variant
-from ctmasknet.weights.files import WEIGHTS_NAME, StoredWeights, fingerprint, is_finite, read_tensors
+from ctmasknet.weights.files import WEIGHTS_NAME, StoredWeights, inherited, is_finite, read_tensors, state_digest
 from ctmasknet.weights.hub import HubSource, discard, fetch, hub_source, is_commit
 from ctmasknet.weights.manifest import backbone_entry
 
@@ -53,8 +53,8 @@ def assemble(variant: Variant, stored: StoredWeights, options: Mapping[str, Any]
     model.metadata = dict(stored.metadata)
     if new_heads:
         # Untrained heads: what was measured no longer holds; the terms of the rest still do.
-        model.metadata = {key: value for key, value in stored.metadata.items() if key == "license"}
-    model.loaded = (fingerprint(model.state_dict()), dict(model.metadata))
+        model.metadata = inherited(stored.metadata, stored.variant)
+    model.loaded = (state_digest(model.state_dict()), dict(model.metadata))
     return model.eval()
 
 

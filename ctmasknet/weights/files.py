@@ -6,19 +6,18 @@ import hashlib
 import json
 import math
 import os
-import tempfile
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ctmasknet.errors import WeightsError
+from ctmasknet.output import json_bytes, write_files
 from ctmasknet.registry import VARIANTS
 
 WEIGHTS_NAME, CONFIG_NAME, CARD_NAME = "model.safetensors", "config.json", "README.md"
@@ -33,7 +32,9 @@ _METADATA_TYPES: dict[str, type] = {
     "license": str,
     "note": str,
     "caveat": str,
+    "derived_from": list,
 }
+_TERMS = ("license", "caveat")
 
 
 @dataclass(frozen=True)
@@ -63,34 +64,38 @@ def write_weights(
     config: Mapping[str, Any],
     metadata: Mapping[str, Any] | None = None,
     card: str | None = None,
+    golden: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """Write `model.safetensors`, `config.json` and, if given, the card `README.md` into `folder`.
+    """Write `model.safetensors`, `config.json` and what else is given into `folder`: all of them or, on failure, none.
 
     Args:
         tensors: the state dict; floating-point values are stored as `dtype`.
         metadata: plain values under the keys classes, operating_point, metrics, training, dataset, license, note (for
-            the card) and caveat (one line, shown with every prediction).
+            the card), caveat (one line, shown with every prediction) and derived_from (see `inherited`).
+        card: text of `README.md`.
+        golden: content of `golden.safetensors`.
 
     Raises:
-        WeightsError: the folder cannot be written.
+        OutputError: the folder cannot be written.
     """
     folder = Path(folder)
-    stored = {
+    facts = {"library": "ctmasknet", "format": _FORMAT, "variant": variant, "config": dict(config)}
+    contents = {folder / WEIGHTS_NAME: save(as_stored(tensors, dtype), metadata={"format": "pt"})}
+    if golden is not None:
+        contents[folder / GOLDEN_NAME] = save(dict(golden))
+    if card is not None:
+        contents[folder / CARD_NAME] = card.encode()
+    contents[folder / CONFIG_NAME] = json_bytes(facts | {"metadata": dict(metadata or {})}, indent=2)
+    write_files(contents)
+    return folder
+
+
+def as_stored(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """A state dict on the CPU, its floating-point values as `dtype`."""
+    return {
         key: (t.to(dtype) if t.is_floating_point() else t).detach().cpu().contiguous() for key, t in tensors.items()
     }
-    facts = {"library": "ctmasknet", "format": _FORMAT, "variant": variant, "config": dict(config)}
-    facts |= {"metadata": dict(metadata or {})}
-    text = json.dumps(facts, indent=2, allow_nan=False) + "\n"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_file(folder / WEIGHTS_NAME, lambda path: save_file(stored, path, metadata={"format": "pt"}))
-        if card is not None:
-            replace_file(folder / CARD_NAME, lambda path: path.write_text(card, encoding="utf-8"))
-        replace_file(folder / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
-    except (OSError, SafetensorError) as error:
-        raise WeightsError(f"{folder}: weights cannot be written ({error}). Choose another folder.") from None
-    return folder
 
 
 def read_weights(path: str | os.PathLike[str]) -> StoredWeights:
@@ -130,13 +135,29 @@ def is_finite(tensor: Tensor) -> bool:
     return tensor.numel() == 0 or all(math.isfinite(float(extreme)) for extreme in torch.aminmax(tensor))
 
 
-def fingerprint(tensors: Mapping[str, Tensor]) -> int:
-    """A checksum of keys and values, to tell whether weights have changed in memory; not for security."""
-    total = 0
-    for key, tensor in sorted(tensors.items()):
-        total = zlib.crc32(key.encode(), total)
-        total = zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data, total)
-    return total
+def state_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Hexadecimal SHA-256 over a state dict: of each tensor, by name, its name in UTF-8 and its little-endian bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def inherited(metadata: Mapping[str, Any], variant: str | None) -> dict[str, Any]:
+    """What still holds of weights once their values have changed, or once others are trained from them.
+
+    Args:
+        metadata: of the weights before.
+        variant: which they were weights of.
+
+    Returns:
+        Their `license` and `caveat`; and `derived_from`, a list of what they were (`variant`, `license`, `caveat`,
+        `dataset`, as far as known), with what they in turn came from before them.
+    """
+    before = {"variant": variant} | {key: metadata[key] for key in (*_TERMS, "dataset") if key in metadata}
+    terms = {key: metadata[key] for key in _TERMS if key in metadata}
+    return terms | {"derived_from": [*metadata.get("derived_from", ()), before]}
 
 
 def sha256_of(path: Path) -> str:
@@ -146,20 +167,6 @@ def sha256_of(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file that then takes the place of `path`, whole or not at all."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        # mkstemp makes files private; weights are for sharing.
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _refuse_pickle(file: Path) -> None:
@@ -211,12 +218,3 @@ def _check_operating_point(path: Path, point: dict[str, Any]) -> None:
             raise WeightsError(f"{path}: unknown field 'operating_point.{key}'")
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
             raise WeightsError(f"{path}: operating_point.{key} must be a number in 0..1")
-
-
-def state_digest(tensors: Mapping[str, Tensor]) -> str:
-    """Hexadecimal SHA-256 over a state dict: of each tensor, by name, its name in UTF-8 and its little-endian bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -19,7 +19,6 @@ import re
 import tempfile
 import textwrap
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,30 +26,31 @@ from typing import Any
 import torch
 from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCardData, constants
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ctmasknet.errors import ConfigError, WeightsError
 from ctmasknet.example import example_slice
 from ctmasknet.models import Model
+from ctmasknet.models.inference import heads_set_to
 from ctmasknet.registry import DISCLAIMER, Variant, get_variant
-from ctmasknet.weights.assemble import assemble
+from ctmasknet.weights.assemble import assemble, build
 from ctmasknet.weights.files import (
     CARD_NAME,
     CONFIG_NAME,
     GOLDEN_NAME,
     WEIGHTS_NAME,
     StoredWeights,
-    fingerprint,
+    as_stored,
+    inherited,
     read_weights,
-    replace_file,
     sha256_of,
+    state_digest,
     write_weights,
 )
 from ctmasknet.weights.hub import HubSource, explained, hub_source
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
-_INHERITED = ("license", "classes")  # what still holds of weights that were trained further
 
 
 @dataclass(frozen=True)
@@ -90,29 +90,46 @@ def save_pretrained(
     """Write a model with its config, card and golden file; see `Shareable.save_pretrained`."""
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype={dtype!r}: use {' or '.join(map(repr, _DTYPES))}")
-    metadata = _still_true(model)
+    metadata = still_true(model)
     if metrics is not None:
         metadata["metrics"] = _numbers(metrics)
     if dataset is not None:
         metadata["dataset"] = dataset
     if license is not None:
         metadata["license"] = license
-    options = model.config.to_dict()
-    written = write_weights(
+    tensors, options = model.state_dict(), model.config.to_dict()
+    return write_pretrained(folder, tensors, variant=model.variant, config=options, metadata=metadata, dtype=dtype)
+
+
+def write_pretrained(
+    folder: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    *,
+    variant: Variant,
+    config: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+    dtype: str = "float32",
+) -> Path:
+    """Write weights with their config, card and golden file, all of them or none; see `write_weights`.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    stored = as_stored(tensors, _DTYPES[dtype])
+    with torch.random.fork_rng(devices=[]):  # what random values the model starts from is nobody's affair
+        model = build(variant, config).eval()
+    model.load_state_dict(stored)  # the golden outputs belong to the values as stored
+    card = model_card(variant, config, metadata)
+    return write_weights(
         folder,
-        model.state_dict(),
-        variant=model.variant.name,
-        config=options,
+        stored,
+        variant=variant.name,
+        config=config,
         metadata=metadata,
-        card=model_card(model.variant, options, metadata),
+        card=card,
+        golden=golden_outputs(model),
         dtype=_DTYPES[dtype],
     )
-    copy: Any = model
-    if dtype != "float32":  # the outputs belong to the values as stored
-        copy = deepcopy(model).cpu()
-        copy.load_state_dict(read_weights(written).tensors)
-    write_golden(copy, written)
-    return written
 
 
 def push_to_hub(model: Model, repository: str, *, private: bool = False, **options: Any) -> Published:
@@ -139,28 +156,26 @@ def push_folder(folder: str | os.PathLike[str], repository: str, *, private: boo
     stored = check_folder(folder)
     source = stored.path.parent
     variant = get_variant(stored.variant or "")
-    card_file = source / CARD_NAME
+    card_file, golden = source / CARD_NAME, source / GOLDEN_NAME
     own = card_file.read_text(encoding="utf-8") if card_file.is_file() else None
     card = own or model_card(variant, stored.config, stored.metadata)
-    with tempfile.TemporaryDirectory() as temporary:
-        golden = source / GOLDEN_NAME
-        if not golden.is_file():
-            golden = write_golden(assemble(variant, stored, {}), Path(temporary))
-        operations = [
-            CommitOperationAdd(CARD_NAME, card.replace(FOLDER, repository).encode()),
-            CommitOperationAdd(CONFIG_NAME, str(source / CONFIG_NAME)),
-            CommitOperationAdd(GOLDEN_NAME, str(golden)),
-            CommitOperationAdd(WEIGHTS_NAME, str(stored.path)),
-        ]
-        if constants.HF_HUB_OFFLINE:
-            raise WeightsError(f"{repository}: HF_HUB_OFFLINE forbids to publish")
-        api = HfApi()
-        explained(target, lambda: api.create_repo(repository, private=private, exist_ok=True))
-        message = f"{variant.name} {stored.metadata.get('note', '')}".strip()[:72]
-        try:
-            commit = explained(target, lambda: api.create_commit(repository, operations, commit_message=message))
-        except ValueError as error:  # the client's word for a card whose metadata the Hub refuses
-            raise WeightsError(f"{card_file}: the Hub refuses the card: {' '.join(str(error).split())}") from None
+    operations = [
+        CommitOperationAdd(CARD_NAME, card.replace(FOLDER, repository).encode()),
+        CommitOperationAdd(CONFIG_NAME, str(source / CONFIG_NAME)),
+        CommitOperationAdd(
+            GOLDEN_NAME, str(golden) if golden.is_file() else save(golden_outputs(assemble(variant, stored, {})))
+        ),
+        CommitOperationAdd(WEIGHTS_NAME, str(stored.path)),
+    ]
+    if constants.HF_HUB_OFFLINE:
+        raise WeightsError(f"{repository}: HF_HUB_OFFLINE forbids publishing")
+    api = HfApi()
+    explained(target, lambda: api.create_repo(repository, private=private, exist_ok=True))
+    message = f"{variant.name} {stored.metadata.get('note', '')}".strip()[:72]
+    try:
+        commit = explained(target, lambda: api.create_commit(repository, operations, commit_message=message))
+    except ValueError as error:  # the client's word for a card whose metadata the Hub refuses
+        raise WeightsError(f"{card_file}: the Hub refuses the card: {' '.join(str(error).split())}") from None
     there = explained(target, lambda: api.get_paths_info(repository, [WEIGHTS_NAME], revision=commit.oid))
     sha256 = sha256_of(stored.path)
     lfs = getattr(there[0], "lfs", None) if there else None
@@ -194,14 +209,18 @@ def _target(repository: str) -> HubSource:
     return source
 
 
-def _still_true(model: Model) -> dict[str, Any]:
-    """Metadata that hold for the values as they are now."""
+def still_true(model: Model) -> dict[str, Any]:
+    """A model's metadata, as far as they hold for its values as they are now; of changed ones, see `inherited`.
+
+    What was set in `model.metadata` after the weights were loaded stays in any case, and so do the classes.
+    """
     if model.loaded is None:
         return dict(model.metadata)
-    checksum, said = model.loaded
-    if fingerprint(model.state_dict()) == checksum:
+    digest, said = model.loaded
+    if state_digest(model.state_dict()) == digest:
         return dict(model.metadata)
-    return {key: value for key, value in model.metadata.items() if key in _INHERITED or value != said.get(key)}
+    since = {key: value for key, value in model.metadata.items() if key == "classes" or value != said.get(key)}
+    return inherited(said, model.variant.name) | since
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -239,8 +258,9 @@ def model_card(variant: Variant, config: Mapping[str, Any], metadata: Mapping[st
         "",
         DISCLAIMER,
     ]
-    if metadata.get("note"):
-        lines += ["", str(metadata["note"])]
+    for key in ("note", "caveat"):
+        if metadata.get(key):
+            lines += ["", str(metadata[key])]
     lines += [
         "",
         "## Use",
@@ -258,20 +278,30 @@ def model_card(variant: Variant, config: Mapping[str, Any], metadata: Mapping[st
     if metadata.get("classes"):
         lines += ["", "Classes: " + ", ".join(f"{i} {name}" for i, name in enumerate(metadata["classes"])) + "."]
     if metadata.get("operating_point"):
-        point = metadata["operating_point"]
-        lines += [
-            "",
-            f"Operating point, used by `Predictor`: score above {point['score_threshold']}, NMS at "
-            f"{point['nms_threshold']}.",
-        ]
-    if metadata.get("dataset"):
-        lines += ["", "## Data", "", str(metadata["dataset"])]
+        words = {"score_threshold": "score above", "nms_threshold": "NMS at"}
+        point = ", ".join(f"{words[key]} {value}" for key, value in metadata["operating_point"].items())
+        lines += ["", f"Operating point, used by `Predictor`: {point}."]
+    if metadata.get("dataset") or metadata.get("derived_from"):
+        lines += ["", "## Data", ""]
+        lines += [str(metadata["dataset"])] if metadata.get("dataset") else ["Not stated."]
+        lines += [line for before in metadata.get("derived_from", ()) for line in ("", _said_of(before))]
     if metadata.get("training"):
         lines += ["", "## Training", "", *_table("setting", metadata["training"])]
     if metadata.get("metrics"):
         lines += ["", "## Measured", "", *_table("metric", metadata["metrics"])]
     lines += ["", "## Licence", "", f"{metadata.get('license', 'not stated')} (weights)."]
+    terms = {before["license"] for before in metadata.get("derived_from", ()) if "license" in before}
+    if terms - {metadata.get("license")}:
+        lines += ["", f"The weights that training started from are {', '.join(sorted(terms))}: those terms apply, too."]
     return "\n".join(lines) + "\n"
+
+
+def _said_of(before: Mapping[str, Any]) -> str:
+    """An entry of `derived_from` as a sentence or two."""
+    said = f"Training started from weights of {before['variant'] or 'an unknown variant'}"
+    said += f" ({before.get('license', 'licence not stated')})."
+    said += f" Theirs: {before['dataset']}" if "dataset" in before else ""
+    return said + (f" {before['caveat']}" if "caveat" in before else "")
 
 
 def _card_header(variant: Variant, metadata: Mapping[str, Any]) -> ModelCardData:
@@ -317,20 +347,11 @@ AREA_TOLERANCE = 0.05, 8.0  # fraction of the area, plus pixels
 _NMS_THRESHOLD = 0.5
 
 
-def write_golden(model: Model, folder: Path) -> Path:
-    """Write `golden.safetensors` for the weights `model` holds; the model is left as it is.
-
-    Raises:
-        WeightsError: the folder cannot be written.
-    """
+def golden_outputs(model: Model) -> dict[str, Tensor]:
+    """The content of a golden file: a picture and what the model, on the CPU in float32, makes of it."""
     image = torch.from_numpy(example_slice().image[::2, ::2].copy())
-    recorded = {key: t[:RECORDED].contiguous() for key, t in _golden_outputs(model, image, RECORDED).items()}
-    path = folder / GOLDEN_NAME
-    try:
-        replace_file(path, lambda temporary: save_file({"image": image, **recorded}, temporary))
-    except (OSError, SafetensorError) as error:
-        raise WeightsError(f"{path}: cannot be written ({error}). Choose another folder.") from None
-    return path
+    found = {key: t[:RECORDED].contiguous() for key, t in _outputs(model, image, RECORDED).items()}
+    return {"image": image, **found}
 
 
 def check_golden(model: Model, path: Path) -> None:
@@ -351,7 +372,7 @@ def check_golden(model: Model, path: Path) -> None:
     image = recorded.pop("image", None)
     if image is None or image.dim() != 2 or image.dtype != torch.uint8:
         raise WeightsError(f"{path}: holds no (H, W) uint8 image: not a golden file of this library")
-    found = _golden_outputs(model, image, 2 * RECORDED)
+    found = _outputs(model, image, 2 * RECORDED)
     if set(found) != set(recorded):
         raise WeightsError(f"{path}: holds {', '.join(sorted(recorded))}, not {', '.join(sorted(found))}")
     per_region = [key for key in recorded if key not in ("logits", "probabilities")]
@@ -365,19 +386,17 @@ def check_golden(model: Model, path: Path) -> None:
         )
 
 
-def _golden_outputs(model: Model, image: Tensor, count: int) -> dict[str, Tensor]:
-    """What is recorded, of a copy of the model on the CPU."""
-    model = deepcopy(model).cpu().float().eval()
-    model.backbone.autocast_dtype = None
-    if model.variant.task == "segmentation":
-        heads = model.roi_heads
-        heads.score_thresh, heads.nms_thresh, heads.detections_per_img = 0.0, _NMS_THRESHOLD, count
+def _outputs(model: Model, image: Tensor, count: int) -> dict[str, Tensor]:
+    inputs = [(image.float() / 255).expand(3, -1, -1)]
     with torch.inference_mode():
-        result = model([(image.float() / 255).expand(3, -1, -1)])[0]
-    if model.variant.task == "segmentation":
-        areas = (result["masks"] > 0.5).flatten(1).sum(1).float()
-        return {key: result[key].clone() for key in ("boxes", "scores", "labels")} | {"areas": areas.clone()}
-    return {key: result[key][:count].clone() for key in ("logits", "probabilities", "boxes", "scores", "labels")}
+        if model.variant.task == "classification":
+            result, kept = model(inputs)[0], ("logits", "probabilities", "boxes", "scores", "labels")
+            return {key: result[key][:count].clone() for key in kept}
+        settings = {"score_thresh": 0.0, "nms_thresh": _NMS_THRESHOLD, "detections_per_img": count}
+        with heads_set_to(model.roi_heads, **settings):
+            result = model(inputs)[0]
+    areas = (result["masks"] > 0.5).flatten(1).sum(1).float()
+    return {key: result[key].clone() for key in ("boxes", "scores", "labels")} | {"areas": areas.clone()}
 
 
 def _difference(recorded: dict[str, Tensor], found: dict[str, Tensor]) -> str | None:
