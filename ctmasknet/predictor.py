@@ -290,6 +290,7 @@ class Predictor:
             roi_batch=roi_batch,
             class_names=names,
             image=source.pixels,
+            units=source.units,
             source=source.source,
             score_threshold=self.score_threshold,
             has_segmentation=found is not None,

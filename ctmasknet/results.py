@@ -67,6 +67,8 @@ class Prediction:
         score_map: (H, W) float32, raw mask logits of all RoIs, whatever their score, pasted into the slice and
             combined by their maximum; 0 where no RoI says lesion. None if it was not asked for
             (``Predictor(score_map=True)``) or no segmenter ran.
+        units: what the slice's values were taken for, if it does not say it itself: ``"hu"``, ``"hu+1024"`` (HU + 1024,
+            put right) or ``"range"``.
     """
 
     image_size: tuple[int, int]
@@ -83,6 +85,7 @@ class Prediction:
     has_segmentation: bool = True
     caveats: tuple[str, ...] = ()
     score_map: npt.NDArray[np.float32] | None = field(default=None, repr=False)
+    units: str | None = None
 
     @property
     def lesion_mask(self) -> npt.NDArray[np.bool_]:
@@ -157,6 +160,7 @@ class Prediction:
         return {
             "source": self.source,
             "summary": self.summary,
+            "units": self.units,
             "image_size": [int(side) for side in self.image_size],
             "has_segmentation": self.has_segmentation,
             "score_threshold": None if self.score_threshold is None else float(self.score_threshold),
@@ -372,6 +376,7 @@ class VolumePrediction:
         return {
             "source": self.source,
             "read_as": self.volume.kind,
+            "units": self.volume.units,
             "summary": self.summary,
             "shape": list(self.volume.shape),
             "spacing_mm": list(self.volume.spacing),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import gzip
 import io
 import itertools
@@ -192,6 +193,55 @@ def test_units_range_stretches_over_the_whole_scan(tmp_path):
     values = block_volume().astype(float)
     expected = (values - values.min()) / (values.max() - values.min())
     assert_allclose(volume.read(2).pixels, expected[::-1, ::-1, 2].T, atol=1e-6)
+
+
+def no_rescale(folder: Path, stored: np.ndarray) -> Path:
+    write_series(folder, np.moveaxis(stored, 2, 0).astype(np.int16), RescaleSlope=None, RescaleIntercept=None)
+    return folder
+
+
+def saved(path: Path, stored: np.ndarray) -> Path:
+    nibabel.save(nibabel.Nifti1Image(stored, PLAIN), path)
+    return path
+
+
+def test_hu_stored_from_0_are_put_right_if_they_are_declared(tmp_path, predictor):
+    stored = (block_volume() + 1024).astype(np.uint16)
+    for wrong, right in (
+        (saved(tmp_path / "a.nii.gz", stored), saved(tmp_path / "b.nii.gz", block_volume())),
+        (no_rescale(tmp_path / "c", stored), no_rescale(tmp_path / "d", block_volume())),
+    ):
+        with pytest.raises(InputError, match='units="hu"'):
+            open_volume(wrong)
+        result, expected = predictor.volume(wrong, units="hu"), predictor.volume(right, units="hu")
+        assert np.count_nonzero(result.mask) == 24
+        assert_array_equal(result.mask, expected.mask)
+        assert (result.volume.units, expected.volume.units) == ("hu+1024", "hu")
+        assert any("HU + 1024" in problem for problem in result.problems)
+        assert not any("1024" in problem for problem in expected.problems)
+        assert (result.to_dict()["units"], expected.to_dict()["units"]) == ("hu+1024", "hu")
+        assert result.volume.read(2).units == "hu+1024"
+    assert open_volume(tmp_path / "b.nii.gz").units is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda hu: np.clip((hu + 1350) / 1500 * 255, 0, 255).astype(np.uint8),
+        lambda hu: np.clip((hu + 1350) / 1500, 0, 1).astype(np.float32),
+        lambda hu: np.clip(hu, -160, 240),
+        lambda hu: hu - 1024,
+    ],
+    ids=["8 bits", "scaled", "clipped", "shifted twice"],
+)
+def test_values_that_cannot_be_hu_are_refused_even_if_declared(tmp_path, change):
+    stored = change(block_volume())
+    scans = [saved(tmp_path / "a.nii.gz", stored)]
+    if stored.dtype != np.float32:  # DICOM stores integers
+        scans.append(no_rescale(tmp_path / "b", stored))
+    for scan in scans:
+        with pytest.raises(InputError, match=r'no Hounsfield units.*units="range"'):
+            open_volume(scan, units="hu")
 
 
 def test_a_truncated_nifti_loses_its_last_slices_and_says_so(tmp_path, predictor):
@@ -505,19 +555,18 @@ def test_without_nibabel_the_extra_is_named(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_leaves_no_file_that_looks_finished(tmp_path, predictor, monkeypatch):
-    import errno
-
     nibabel.save(nifti(), tmp_path / "a.nii")
     result = predictor.volume(tmp_path / "a.nii")
-    plain = Path.write_bytes
+    plain, opened = Path.open, itertools.count()
 
-    def full(path: Path, data: bytes) -> int:
-        if data[:4] == b"\x89PNG":
-            plain(path, data[:10])
+    class Full(io.FileIO):
+        def write(self, data: object) -> int:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return plain(path, data)
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    def full_at_the_second(path: Path, mode: str = "r", *options: object) -> object:
+        return Full(path, mode) if mode == "xb" and next(opened) == 1 else plain(path, mode, *options)
+
+    monkeypatch.setattr(Path, "open", full_at_the_second)
     with pytest.raises(InputError, match="disk space"):
         result.save(tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import os
 import struct
@@ -198,19 +199,38 @@ def test_rounding_past_0_and_1_is_clipped() -> None:
     assert (pixels.min(), pixels.max()) == (0, 1)
 
 
-@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.uint16, np.int64, np.float16, np.float64])
-def test_other_units_must_be_declared(dtype: Any) -> None:
-    values = np.linspace(-120 if np.dtype(dtype).kind != "u" else 0, 120, H * W).round().astype(dtype).reshape(H, W)
+@pytest.mark.parametrize(
+    ("dtype", "stored_from"), [(np.int16, 0), (np.uint16, 1024), (np.int64, 0), (np.float64, 1024)]
+)
+def test_other_units_must_be_declared_and_hu_plus_1024_is_put_right(dtype: Any, stored_from: int) -> None:
+    hu = np.linspace(-1000, 300, H * W).round().reshape(H, W)
+    values = (hu + stored_from).astype(dtype)
     refused(values, "array", 'units="hu"', 'units="range"')
-    expected = np.interp(values.astype(float), [-1350, 150], [0, 1])
-    assert_allclose(read_slice(values, units="hu").pixels, expected, atol=1e-6)
-    low, high = float(values.min()), float(values.max())
-    assert_allclose(read_slice(values, units="range").pixels, (values.astype(float) - low) / (high - low), atol=1e-6)
+    result = read_slice(values, units="hu")
+    assert_allclose(result.pixels, np.interp(hu, [-1350, 150], [0, 1]), atol=1e-6)
+    assert result.units == ("hu+1024" if stored_from else "hu")
+    stretched = read_slice(values, units="range")
+    assert_allclose(stretched.pixels, (hu + 1000) / 1300, atol=1e-6)
+    assert stretched.units == "range"
 
 
-def test_uint8_arrays_declared_as_hu_are_hu() -> None:
-    values = np.full((H, W), 100, np.uint8)
-    assert_allclose(read_slice(values, units="hu").pixels, 1450 / 1500, atol=1e-6)
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.linspace(0, 255, H * W).astype(np.uint8),  # 8 bits
+        np.linspace(-120, 120, H * W).astype(np.int8),
+        np.linspace(0, 1, H * W),  # scaled
+        np.linspace(-160, 240, H * W),  # clipped to another window
+        np.linspace(-2048, -700, H * W),  # 1024 subtracted twice
+        np.linspace(0, 65535, H * W),  # stretched to 16 bits
+        np.full(H * W, -3000.0),
+    ],
+)
+def test_values_without_air_and_tissue_are_no_hu_even_if_declared(values: np.ndarray, tmp_path: Path) -> None:
+    refused(values.reshape(H, W), "array", "no Hounsfield units", 'units="range"', units="hu")
+    path = save(Image.fromarray(values.reshape(H, W).astype(np.float32)), tmp_path / "a.tif")
+    refused(path, "no Hounsfield units", units="hu")
+    assert read_slice(path, units="range").units == "range"
 
 
 def test_the_lung_window_is_minus_1350_to_150_hu() -> None:
@@ -276,7 +296,7 @@ def test_nan_is_refused_in_every_unit(units: str) -> None:
 
 def test_missing_directory_and_empty_files_are_named(tmp_path: Path) -> None:
     refused(tmp_path / "nothing.png", "no such file")
-    refused(tmp_path, "directory")
+    refused(tmp_path, "directory", "Predictor.volume")
     (tmp_path / "empty.png").touch()
     refused(tmp_path / "empty.png", "empty")
     refused("a\0b.png", "path")
@@ -287,6 +307,35 @@ def test_missing_directory_and_empty_files_are_named(tmp_path: Path) -> None:
 def test_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     refused(tmp_path / "pipe.png", "regular file")
+
+
+@pytest.mark.parametrize("name", ["scan.nii.gz", "scan.nii", "scan"])
+def test_a_whole_scan_names_what_predicts_it(tmp_path: Path, name: str) -> None:
+    nibabel = pytest.importorskip("nibabel")
+    image = nibabel.Nifti1Image(np.zeros((H, W, 3), np.int16), np.eye(4))
+    (tmp_path / name).write_bytes(gzip.compress(image.to_bytes()) if name.endswith(".gz") else image.to_bytes())
+    refused(tmp_path / name, "NIfTI holds a whole scan", "Predictor.volume")
+
+
+def test_a_tiff_whose_pages_are_a_loop_is_damaged(tmp_path: Path, grey: np.ndarray) -> None:
+    path = save(Image.fromarray(grey), tmp_path / "loop.tif")
+    data = bytearray(path.read_bytes())
+    (directory,) = struct.unpack_from("<I", data, 4)
+    (entries,) = struct.unpack_from("<H", data, directory)
+    struct.pack_into("<I", data, directory + 2 + 12 * entries, directory)  # the next page is this one
+    path.write_bytes(data)
+    refused(path, "damaged TIFF", "lead back")
+
+
+def test_a_name_that_is_no_unicode_is_a_name(tmp_path: Path, grey: np.ndarray) -> None:
+    raw = os.fsencode(tmp_path) + b"/n\xff\xfe.png"
+    try:
+        Path(os.fsdecode(raw)).write_bytes(encoded(Image.fromarray(grey), "png"))
+    except OSError:
+        pytest.skip("the file system takes Unicode only")
+    result = read_slice(os.fsdecode(raw))
+    assert os.fsencode(result.source) == raw
+    assert_array_equal(result.pixels, grey.astype(np.float32) / 255)
 
 
 def test_an_unreadable_file_says_so(tmp_path: Path, grey: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -553,7 +602,11 @@ def test_dicom_without_hu_is_refused_with_the_remedy(tmp_path: Path, shift: int,
     refused(path, words, 'units="hu"', 'units="range"')
     low, high = float(stored.min()), float(stored.max())
     assert_allclose(read_slice(path, units="range").pixels, (stored - low) / (high - low), atol=1e-6)
-    assert read_slice(path, units="hu").pixels.max() == 1
+    as_hu = read_slice(path, units="hu")
+    assert as_hu.units == ("hu+1024" if shift == 1024 else "hu")
+    assert as_hu.pixels.max() == 1
+    if shift in (0, 1024):
+        assert_allclose(as_hu.pixels, WINDOWED, atol=1e-6)
 
 
 def test_dicom_localizers_frames_colours_and_sizes_are_refused(tmp_path: Path, grey: np.ndarray) -> None:
@@ -708,3 +761,4 @@ def test_a_real_malformed_file_is_explained_and_can_be_stretched() -> None:
     refused(path, "modality is NM", 'units="hu"', 'units="range"')
     pixels = read_slice(path, units="range").pixels
     assert (pixels.shape, pixels.min(), pixels.max()) == ((630, 630), 0, 1)
+    assert read_slice(path, units="hu").units == "hu+1024"

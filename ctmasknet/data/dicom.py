@@ -10,7 +10,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ctmasknet.data.slices import open_file, pixels_of_frame, reading, require_dicom_slice, starts_as_dicom
+from ctmasknet.data.slices import (
+    of_the_middle,
+    open_file,
+    pixels_of_frame,
+    reading,
+    require_dicom_slice,
+    starts_as_dicom,
+    taken_for,
+)
 from ctmasknet.errors import InputError, import_extra
 
 Floats = npt.NDArray[np.float64]
@@ -44,6 +52,7 @@ class DicomStack(NamedTuple):
     affine: Floats  # (4, 4), indices -> mm, RAS+
     names: dict[int, str]
     problems: list[str]
+    units: str | None  # see `Slice.units`
     plane: Callable[[int], npt.NDArray[np.float32]]  # place on the grid -> (columns, rows) in 0..1
 
 
@@ -291,18 +300,28 @@ def _stack(
     affine[:2] = 0 - affine[:2]
     at = dict(zip(places, planes, strict=True))
 
-    def plane_of(index: int) -> npt.NDArray[np.float32]:
+    def read(index: int, offset: float | None) -> tuple[npt.NDArray[np.float32], float]:
         plane = at[index]
-        if dataset is not None:
-            with reading(plane.name, "DICOM"):
-                return pixels_of_frame(dataset, plane.name, units, plane.frame).T
-        pydicom = import_extra("pydicom", "io", "reading DICOM files")
-        with open_file(plane.path) as stream, reading(plane.name, "DICOM"):
-            return pixels_of_frame(pydicom.dcmread(stream, force=True), plane.name, units, plane.frame).T
+        with reading(plane.name, "DICOM"):
+            if dataset is not None:
+                return pixels_of_frame(dataset, plane.name, units, plane.frame, offset)
+            with open_file(plane.path) as stream:
+                frame = import_extra("pydicom", "io", "reading DICOM files").dcmread(stream, force=True)
+            return pixels_of_frame(frame, plane.name, units, plane.frame, offset)
+
+    offset = of_the_middle(len(places), lambda number: read(places[number], None)[1]) if units == "hu" else None
 
     rows, columns = group.size
     names = {index: plane.name for index, plane in at.items()}
-    return DicomStack(kind, (columns, rows, places[-1] + 1), affine, names, problems, plane_of)
+    return DicomStack(
+        kind=kind,
+        shape=(columns, rows, places[-1] + 1),
+        affine=affine,
+        names=names,
+        problems=problems,
+        units=taken_for(units, offset or 0),
+        plane=lambda index: read(index, offset)[0].T,
+    )
 
 
 def _even_grid(

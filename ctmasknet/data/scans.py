@@ -22,13 +22,18 @@ import numpy.typing as npt
 
 from ctmasknet.data.dicom import DicomStack, Floats, is_dicom, is_dicom_head, open_dicom_file, open_series
 from ctmasknet.data.slices import (
+    NIFTI_MAGIC,
+    NIFTI_SUFFIXES,
     Slice,
+    hu_offset,
     not_hu,
+    of_the_middle,
     open_file,
     reading,
     require_chest_hu,
     require_finite,
     require_size,
+    taken_for,
     window,
 )
 from ctmasknet.errors import ConfigError, InputError, import_extra
@@ -54,6 +59,7 @@ class Volume:
         problems: what is wrong with the scan, one line each: gaps, duplicates, files left out.
         header: the header of the NIfTI file it was read from; None for DICOM.
         threads: how many threads may usefully call `read` at once.
+        units: what its values were taken for, if the scan does not say it itself: see `Slice.units`.
     """
 
     source: str
@@ -64,6 +70,7 @@ class Volume:
     problems: tuple[str, ...]
     header: Any = field(repr=False)
     threads: int
+    units: str | None
     plane: Callable[[int], npt.NDArray[np.float32]] = field(repr=False)
 
     @cached_property
@@ -111,7 +118,7 @@ class Volume:
         name = self.names[index]
         pixels = self._view(self.plane(index))
         require_size(pixels.shape[0], pixels.shape[1], name)
-        return Slice(np.ascontiguousarray(pixels, np.float32), name, self.kind)
+        return Slice(np.ascontiguousarray(pixels, np.float32), name, self.kind, self.units)
 
     def slices(self) -> Iterator[tuple[int, Slice | InputError]]:
         """Every slice with its index, in the order of the grid, or why it cannot be read; read a little ahead."""
@@ -171,6 +178,12 @@ class Volume:
         return (nibabel.Nifti2Image if two else nibabel.Nifti1Image)(mask, None, header)
 
 
+def report_units(units: str | None, problems: list[str], name: str) -> None:
+    """Say that values declared to be HU were put right."""
+    if units == "hu+1024":
+        problems.append(f"{name}: its values are HU + 1024, not HU; 1024 was subtracted")
+
+
 def report_shape(affine: Floats, axis: int, problems: list[str], name: str) -> None:
     """Say what the models were not trained on: pixels that are not square, slices that are not axial."""
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
@@ -218,13 +231,14 @@ def open_volume(
         head = stream.read(348)
     if is_dicom_head(head, name):
         return _over_grid(name, open_dicom_file(name, units, spacing))
-    if name.lower().endswith(NIFTI_SUFFIXES) or head[:4] in (b"\x5c\x01\0\0", b"\0\0\x01\x5c"):
+    if name.lower().endswith(NIFTI_SUFFIXES) or head.startswith(NIFTI_MAGIC):
         return open_nifti(name, units, spacing)
     raise InputError(f"{name}: not a scan. Give a folder with a DICOM series, a DICOM file, or a NIfTI file.")
 
 
 def _over_grid(name: str, stack: DicomStack) -> Volume:
     report_shape(stack.affine, 2, stack.problems, name)
+    report_units(stack.units, stack.problems, name)
     return Volume(
         source=name,
         kind=stack.kind,
@@ -234,6 +248,7 @@ def _over_grid(name: str, stack: DicomStack) -> Volume:
         problems=tuple(stack.problems),
         header=None,
         threads=2,
+        units=stack.units,
         plane=stack.plane,
     )
 
@@ -250,7 +265,6 @@ def is_scan(path: Path) -> bool:
         return int(header.get("NumberOfFrames") or 1) > 1
 
 
-NIFTI_SUFFIXES = (".nii", ".nii.gz", ".hdr", ".img")
 _TO_MM = {"meter": 1000.0, "micron": 0.001}
 
 
@@ -277,18 +291,24 @@ def open_nifti(name: str, units: str | None, spacing: tuple[float, float, float]
     first, second = (length for index, length in enumerate(grid) if index != axis)
     require_size(first, second, name)
     values_of = _nifti_planes(image, grid, axis, name)
-    low, high = (0.0, 0.0)
-    if units == "range":
-        low, high = _range(values_of, grid[axis], name)
-    elif units is None:
-        _require_hu(values_of, grid[axis], name)
+
+    def hu_of_plane(index: int) -> float:
+        values = values_of(index)
+        if units == "hu":
+            return hu_offset(values, name)
+        require_chest_hu(values.ravel(), values, name, False)
+        return 0.0
+
+    low, high = _range(values_of, grid[axis], name) if units == "range" else (0.0, 0.0)
+    offset = 0.0 if units == "range" else of_the_middle(grid[axis], hu_of_plane)
     report_shape(affine, axis, problems, name)
+    report_units(taken_for(units, offset), problems, name)
 
     def plane_of(index: int) -> npt.NDArray[np.float32]:
         values = values_of(index)
         if units == "range":
             return np.clip((values - low) / ((high - low) or 1), 0, 1).astype(np.float32)
-        return window(values)
+        return window(values - offset)
 
     return Volume(
         source=name,
@@ -299,6 +319,7 @@ def open_nifti(name: str, units: str | None, spacing: tuple[float, float, float]
         problems=tuple(problems),
         header=header,
         threads=1,  # one stream
+        units=taken_for(units, offset),
         plane=plane_of,
     )
 
@@ -354,19 +375,6 @@ def _nifti_planes(image: Any, grid: tuple[int, int, int], axis: int, name: str) 
             return values
 
     return values_of
-
-
-def _require_hu(values_of: Callable[[int], Floats], count: int, name: str) -> None:
-    """Refuse a scan unless a slice near its middle can be HU of a chest; the ends may be blank."""
-    reasons = []
-    for index in sorted({count // 2, count // 4, 3 * count // 4}, key=lambda index: abs(index - count // 2)):
-        try:
-            values = values_of(index)
-            require_chest_hu(values.ravel(), values, name, False)
-            return
-        except InputError as error:
-            reasons.append(error)
-    raise reasons[0]
 
 
 def _range(values_of: Callable[[int], Floats], count: int, name: str) -> tuple[float, float]:

@@ -12,7 +12,7 @@ import os
 import stat
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,10 +33,13 @@ MIN_SIDE = 32  # pixels; two cells of the models' stride 16, less cannot be a ch
 MAX_SIDE = 4096  # pixels; eight times a CT slice, more is a mistake or an attack
 UNITS = (None, "hu", "range")
 
-# What a chest CT in HU must look like; see require_chest_hu.
+# What a chest CT in HU must look like; see require_chest_hu and hu_offset.
 PADDING_BELOW = -1500.0  # HU; no matter is that thin, scanners write -2000, -2048, -3024 outside the circle
 AIR_BELOW = -500.0  # HU; air and lung
 DENSER_THAN_BONE = 1500.0  # HU
+SOFT_TISSUE = (-200.0, 200.0)  # HU; fat to contrast-enhanced organs
+LEAST_SHARE = 0.01  # of the pixels must be air, and soft tissue; a chest slice holds ten times that of each
+STORED_OFFSET = 1024.0  # HU; many files store HU + 1024, so as to need no sign
 
 FLOAT_SLACK = 1e-4  # resampling overshoots 0..1 by rounding; more than this is another unit
 PHOTOMETRIC_TAG = 262  # TIFF 6.0; 0 is white-is-zero, which Pillow inverts at 8 bits only
@@ -69,9 +72,11 @@ REFUSED_MAGIC = {
     b"PK\x03\x04": "ZIP",
     b"\x1f\x8b": "gzip",
     b"\x93NUMPY": "NumPy",
-    b"\x5c\x01\x00\x00": "NIfTI",
     b"NRRD": "NRRD",
 }
+
+NIFTI_SUFFIXES = (".nii", ".nii.gz", ".hdr", ".img")
+NIFTI_MAGIC = (b"\x5c\x01\0\0", b"\0\0\x01\x5c", b"\x1c\x02\0\0", b"\0\0\x02\x1c")  # sizes of its two headers
 
 Source = str | os.PathLike[str] | Image.Image | np.ndarray | torch.Tensor
 
@@ -85,11 +90,14 @@ class Slice:
         source: the path as given, or ``"PIL image"``, ``"array"``, ``"tensor"``.
         kind: ``"png"``, ``"jpeg"``, ``"webp"``, ``"tiff"``, ``"dicom"``,
             ``"pil"``, ``"array"``, ``"tensor"``.
+        units: what the values were taken for where the source does not say it itself: ``"hu"``, ``"hu+1024"``
+            (declared to be HU, found to be HU + 1024 and put right) or ``"range"``; None if it does.
     """
 
     pixels: np.ndarray
     source: str
     kind: str
+    units: str | None = None
 
 
 def read_slice(source: Source, *, units: str | None = None) -> Slice:
@@ -106,8 +114,9 @@ def read_slice(source: Source, *, units: str | None = None) -> Slice:
             - None: 8-bit pixels and floats in 0..1 are taken as they are. Images of 16 or 32 bits are
               stretched from their own minimum..maximum to 0..1, with a UserWarning. A CT DICOM file is
               rescaled to HU and put into the lung window. Everything else is an error.
-            - ``"hu"``: values are Hounsfield units (for DICOM: after rescale, if the file has one) and are
-              put into the lung window. Not for 8-bit pictures, which cannot hold HU.
+            - ``"hu"``: values are Hounsfield units (for DICOM: after rescale, if the file has one), or HU + 1024,
+              which is recognised, and are put into the lung window. Values that hold no air and soft tissue
+              where HU have them are an error, and so are 8-bit pictures, which cannot hold HU.
             - ``"range"``: the slice's own minimum..maximum is stretched to 0..1; a constant slice gives
               zeros. DICOM files stored as MONOCHROME1 are inverted, as every viewer shows them.
 
@@ -122,11 +131,11 @@ def read_slice(source: Source, *, units: str | None = None) -> Slice:
     if units not in UNITS:
         raise ConfigError(f'units={units!r} is unknown. Use None, "hu" or "range".')
     if isinstance(source, Image.Image):
-        return Slice(_pixels_of_image(source, "PIL image", units), "PIL image", "pil")
+        return _read_image(source, "PIL image", "pil", units)
     if isinstance(source, torch.Tensor):
-        return Slice(_pixels_of_array(_to_numpy(source), "tensor", units), "tensor", "tensor")
+        return _read_array(_to_numpy(source), "tensor", units)
     if isinstance(source, np.ndarray):
-        return Slice(_pixels_of_array(source, "array", units), "array", "array")
+        return _read_array(source, "array", units)
     if isinstance(source, str | os.PathLike):
         return _read_file(os.fsdecode(source), units)
     raise InputError(
@@ -153,8 +162,8 @@ def _read_file(name: str, units: str | None) -> Slice:
         kind = _kind_of(stream.read(132), name)
         stream.seek(0)
         if kind == "dicom":
-            return Slice(_pixels_of_dicom(stream, name, units), name, kind)
-        return Slice(_pixels_of_image(_open_image(stream, kind, name), name, units), name, kind)
+            return _read_dicom(stream, name, units)
+        return _read_image(_open_image(stream, kind, name), name, kind, units)
 
 
 def open_file(name: str) -> BinaryIO:
@@ -169,7 +178,10 @@ def open_file(name: str) -> BinaryIO:
     except (OSError, ValueError) as error:  # ValueError: a null byte, or not encodable
         raise InputError(f"{name!r}: cannot be opened ({_reason(error)}). Check the path.") from error
     if stat.S_ISDIR(status.st_mode):
-        raise InputError(f"{name}: a directory, not a slice. Give one image or DICOM file inside it.")
+        raise InputError(
+            f"{name}: a directory, not a slice. Give one image or DICOM file inside it, or predict a folder with a "
+            "DICOM series as a scan: Predictor.volume(path)."
+        )
     if stat.S_ISREG(status.st_mode):
         raise InputError(f"{name}: the file is empty. Copy or export it again.")
     # Opening a pipe would wait for ever.
@@ -188,6 +200,8 @@ def _kind_of(head: bytes, name: str) -> str:
         return "tiff"
     if head[128:132] == b"DICM" or name.lower().endswith(".dcm"):
         return "dicom"
+    if name.lower().endswith(NIFTI_SUFFIXES) or head.startswith(NIFTI_MAGIC):
+        raise InputError(f"{name}: NIfTI holds a whole scan, not a slice. Predict it as one: Predictor.volume(path).")
     for magic, refused in REFUSED_MAGIC.items():
         if head.startswith(magic):
             raise InputError(
@@ -215,14 +229,16 @@ def _open_image(stream: BinaryIO, kind: str, name: str) -> Image.Image:
         return image
 
 
-def _pixels_of_image(image: Image.Image, source: str, units: str | None) -> np.ndarray:
-    """A PIL image, decoded or not -> (H, W) float32 in 0..1."""
+def _read_image(image: Image.Image, source: str, kind: str, units: str | None) -> Slice:
+    """A PIL image, decoded or not -> the slice."""
     require_size(image.height, image.width, source)
     with reading(source, "image"):
         frames = getattr(image, "n_frames", 1)
         image.load()
     if frames > 1:
         raise InputError(f"{source}: {frames} pages or frames, one slice is expected. Split them.")
+    if isinstance(image, TiffImageFile) and image.tag_v2.next:  # Pillow goes round once and counts one
+        raise InputError(f"{source}: damaged TIFF, its pages lead back to themselves. Copy or export it again.")
     if image.mode in ("L", "LA", "RGB", "RGBX", "RGBA", "P", "PA"):
         if units == "hu":
             raise InputError(
@@ -232,7 +248,7 @@ def _pixels_of_image(image: Image.Image, source: str, units: str | None) -> np.n
         values = np.asarray(image.convert("RGBA") if image.mode in ("P", "PA") else image)
         if image.mode == "LA":
             values = values[..., 0]
-        return _scale(_grey(values) / 255, source, units)
+        return _slice(_grey(values) / 255, source, kind, units)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         if isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC_TAG) == 0:
             raise InputError(f"{source}: white-is-zero TIFF of more than 8 bits. Save it as black-is-zero.")
@@ -246,7 +262,7 @@ def _pixels_of_image(image: Image.Image, source: str, units: str | None) -> np.n
                 UserWarning,
                 stacklevel=3,
             )
-        return _scale(values, source, units or "range")
+        return _slice(values, source, kind, units or "range")
     raise InputError(
         f"{source}: colour mode {image.mode} is not supported. Save it as 8-bit grey or RGB, or 16-bit grey."
     )
@@ -262,8 +278,8 @@ def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
         ) from error
 
 
-def _pixels_of_array(values: np.ndarray, source: str, units: str | None) -> np.ndarray:
-    """An array of a supported shape and any dtype -> (H, W) float32 in 0..1."""
+def _read_array(values: np.ndarray, source: str, units: str | None) -> Slice:
+    """An array of a supported shape and any dtype -> the slice."""
     shape = tuple(values.shape)
     if values.ndim == 3 and shape[-1] in (1, 3, 4):
         height, width = shape[:2]
@@ -282,9 +298,9 @@ def _pixels_of_array(values: np.ndarray, source: str, units: str | None) -> np.n
         values = values.transpose(1, 2, 0)
     require_finite(values, source)
     if units is not None:
-        return _scale(_grey(values), source, units)
+        return _slice(_grey(values), source, source, units)
     if values.dtype == np.uint8:
-        return _scale(_grey(values) / 255, source, None)
+        return _slice(_grey(values) / 255, source, source, None)
     if values.dtype.kind != "f":
         raise InputError(
             f'{source}: dtype {values.dtype} does not tell its units. Pass units="hu" for Hounsfield units, '
@@ -296,7 +312,7 @@ def _pixels_of_array(values: np.ndarray, source: str, units: str | None) -> np.n
             f"{source}: values from {low:g} to {high:g} are outside 0..1. "
             'Pass units="hu" for Hounsfield units, units="range" to stretch them to 0..1, or scale them.'
         )
-    return _scale(_grey(values), source, None)
+    return _slice(_grey(values), source, source, None)
 
 
 def _grey(values: np.ndarray) -> np.ndarray:
@@ -306,20 +322,29 @@ def _grey(values: np.ndarray) -> np.ndarray:
     return values.astype(np.float64)
 
 
-def _scale(values: np.ndarray, source: str, units: str | None) -> np.ndarray:
-    """(H, W) values -> (H, W) float32 in 0..1, by `units`; None clips values that are in 0..1 already."""
+def _slice(values: np.ndarray, source: str, kind: str, units: str | None) -> Slice:
+    """(H, W) values -> the slice, by `units`; None clips values that are in 0..1 already."""
     if units == "hu":
-        return window(values)
-    if units == "range":
-        low, high = values.min(), values.max()
-        # Halves first: the difference of two large floats may overflow.
-        span = high / 2 - low / 2
-        return ((values / 2 - low / 2) / span if span > 0 else np.zeros_like(values)).astype(np.float32)
-    return np.clip(values, 0.0, 1.0).astype(np.float32)
+        offset = hu_offset(values, source)
+        return Slice(window(values - offset), source, kind, taken_for(units, offset))
+    return Slice(_stretch(values) if units else np.clip(values, 0, 1).astype(np.float32), source, kind, units)
 
 
-def _pixels_of_dicom(stream: BinaryIO, name: str, units: str | None) -> np.ndarray:
-    """A single-frame DICOM file -> (H, W) float32 in 0..1."""
+def _stretch(values: np.ndarray) -> np.ndarray:
+    """Values -> float32, their own minimum..maximum to 0..1; constant ones become 0."""
+    low, high = values.min(), values.max()
+    # Halves first: the difference of two large floats may overflow.
+    span = high / 2 - low / 2
+    return ((values / 2 - low / 2) / span if span > 0 else np.zeros_like(values)).astype(np.float32)
+
+
+def taken_for(units: str | None, offset: float) -> str | None:
+    """`Slice.units` for the units that were asked for and the offset that was found."""
+    return "hu+1024" if offset else units
+
+
+def _read_dicom(stream: BinaryIO, name: str, units: str | None) -> Slice:
+    """A single-frame DICOM file -> the slice."""
     pydicom = import_extra("pydicom", "io", "reading DICOM files")
     with reading(name, "DICOM"):
         if not starts_as_dicom(stream.read(140)):
@@ -335,7 +360,8 @@ def _pixels_of_dicom(stream: BinaryIO, name: str, units: str | None) -> np.ndarr
             )
         require_dicom_slice(header, name, units)
         stream.seek(0)
-        return pixels_of_frame(pydicom.dcmread(stream, force=True), name, units)
+        pixels, offset = pixels_of_frame(pydicom.dcmread(stream, force=True), name, units)
+        return Slice(pixels, name, "dicom", taken_for(units, offset))
 
 
 def starts_as_dicom(head: bytes) -> bool:
@@ -355,16 +381,21 @@ def require_dicom_slice(header: Any, name: str, units: str | None, frame: int = 
         require_ct(header, rescale_of(header, frame), name)
 
 
-def pixels_of_frame(dataset: Any, name: str, units: str | None, frame: int = 0) -> np.ndarray:
-    """One frame of a pydicom dataset -> (H, W) float32 in 0..1.
+def pixels_of_frame(
+    dataset: Any, name: str, units: str | None, frame: int = 0, offset: float | None = None
+) -> tuple[np.ndarray, float]:
+    """One frame of a pydicom dataset -> (H, W) float32 in 0..1, and what was subtracted from its HU.
 
     Rescale, then padding, then the lung window or the stretch. MONOCHROME1 says how values are to be *shown*,
     the smallest as white, after rescale and display window (DICOM PS3.3 C.7.6.3.1.2). HU come out of the
     rescale, before that, so they are never inverted; only units="range", a way of showing, inverts. A
     MONOCHROME1 CT that is dense all along its edge was stored upside down, against the standard: refused.
 
+    Args:
+        offset: to subtract with units="hu", where the scan has told it; None looks at this frame alone.
+
     Raises:
-        InputError: damaged pixels, not finite, all padding, or (without `units`) no HU of a chest.
+        InputError: damaged pixels, not finite, all padding, or no HU of a chest.
     """
     inverted = is_monochrome1(dataset, name)
     stored = _decode(import_extra("pydicom", "io", "reading DICOM files"), dataset, name, frame)
@@ -375,15 +406,18 @@ def pixels_of_frame(dataset: Any, name: str, units: str | None, frame: int = 0) 
     if padding.all():
         raise InputError(f"{name}: every pixel is padding, there is no slice. Export it again.")
     if units == "range":
-        values = np.where(padding, values[~padding].min(), values)
-        stretched = _scale(values, name, "range")
-        if not inverted or not stretched.any():
-            return stretched
-        return np.where(padding, np.float32(0), 1 - stretched)
+        stretched = _stretch(np.where(padding, values[~padding].min(), values))
+        if inverted and stretched.any():
+            stretched = np.where(padding, np.float32(0), 1 - stretched)
+        return stretched, 0.0
     if units is None:
         require_chest_hu(values[~padding], values, name, inverted)
+        offset = 0.0
+    elif offset is None:
+        offset = hu_offset(values[~padding], name)
+    values -= offset
     # Padding written with the value of air (stored 0, -1024 HU) cannot be told from air, nor need it be.
-    return window(np.where(padding & (values > AIR_BELOW), LUNG_WINDOW[0], values))
+    return window(np.where(padding & (values > AIR_BELOW), LUNG_WINDOW[0], values)), offset
 
 
 def is_monochrome1(header: Any, name: str) -> bool:
@@ -436,12 +470,50 @@ def require_chest_hu(image: np.ndarray, values: np.ndarray, name: str, monochrom
     matter = image[image >= PADDING_BELOW]
     if matter.size == 0 or matter.min() > AIR_BELOW:
         low = matter.min() if matter.size else image.min()
-        raise InputError(not_hu(name, f"the lowest value is {low:g} HU, but a chest holds air (-1000 HU)"))
+        maybe = "; it may be HU + 1024, which is put right" if _is_chest(image - STORED_OFFSET) else ""
+        raise InputError(not_hu(name, f"the lowest value is {low:g} HU, but a chest holds air (-1000 HU){maybe}"))
     if np.median(matter) > DENSER_THAN_BONE:
         raise InputError(not_hu(name, f"half of it is above {DENSER_THAN_BONE:g} HU, denser than bone"))
     edge = np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])
     if monochrome1 and np.median(edge) > -AIR_BELOW:
         raise InputError(not_hu(name, f"MONOCHROME1, and its edge is at {np.median(edge):g} HU, where air must be"))
+
+
+def hu_offset(values: np.ndarray, name: str) -> float:
+    """What to subtract from values that somebody declared to be HU: 0, or 1024 where they are HU + 1024.
+
+    Raises:
+        InputError: air and soft tissue are in neither place, as in 8-bit, scaled or clipped values.
+    """
+    for offset in (0.0, STORED_OFFSET):
+        if _is_chest(values - offset):
+            return offset
+    raise InputError(
+        f"{name}: values from {values.min():g} to {values.max():g} are no Hounsfield units of a chest, which holds air "
+        '(-1000 HU) and soft tissue (0 HU), nor HU + 1024. Pass units="range" to stretch them, or give the original.'
+    )
+
+
+def of_the_middle(count: int, judge: Callable[[int], float]) -> float:
+    """What `judge` says of a slice near the middle of `count`, since the ends of a scan may be blank.
+
+    Raises:
+        InputError: three slices are refused; the reason is that of the middle one.
+    """
+    refusals = []
+    for index in sorted({count // 2, count // 4, 3 * count // 4}, key=lambda index: abs(index - count // 2)):
+        try:
+            return judge(index)
+        except InputError as error:
+            refusals.append(error)
+    raise refusals[0]
+
+
+def _is_chest(hu: np.ndarray) -> bool:
+    """Do these values, in any number, hold air and soft tissue?"""
+    matter = hu[hu >= PADDING_BELOW]
+    air, (low, high) = matter <= AIR_BELOW, SOFT_TISSUE
+    return matter.size > 0 and min(air.mean(), ((low <= matter) & (matter <= high)).mean()) >= LEAST_SHARE
 
 
 def not_hu(name: str, what: str) -> str:
