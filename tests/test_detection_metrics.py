@@ -12,13 +12,17 @@ import pytest
 import torch
 from torchvision.ops import batched_nms, masks_to_boxes
 
-from ctmasknet.errors import ConfigError, DataError
+from ctmasknet.errors import DataError
 from ctmasknet.evaluation.metrics import (
+    NMS_THRESHOLDS,
+    SCORE_THRESHOLDS,
     CocoMetrics,
-    OperatingPointSearch,
     SegmentationMetrics,
+    coco_row,
     mask_iou,
+    operating_points,
     released_average_precision,
+    segmentation_rows,
 )
 
 GOLDEN = Path(__file__).parent / "data" / "released_ap.npz"
@@ -40,7 +44,7 @@ def ap(gt: np.ndarray, pred: np.ndarray, scores: list[float], iou: float = 0.5, 
 
 
 def random_image(seed: int, instances: int, predictions: int, size: int = 64) -> dict[str, Any]:
-    """Blocky lesions and noisy copies of them, in the keyword arguments of `OperatingPointSearch.update`."""
+    """Blocky lesions and noisy copies of them, in the keyword arguments of `CocoMetrics.update`, but for `gt_boxes`."""
     rng = np.random.default_rng(seed)
 
     def block(x: int, y: int, w: int, h: int) -> np.ndarray:
@@ -226,8 +230,8 @@ def test_segmentation_metrics_merge_to_the_same_figures_in_any_order() -> None:
     for index, image in enumerate(images):
         whole.update(**image, image_id=str(index))
         (first, second)[index % 2].update(**image, image_id=str(index))
-    second.merge(json.loads(json.dumps(first.state_dict())))
-    assert second.compute() == whole.compute()
+    second.add(json.loads(json.dumps(first.rows)))
+    assert second.compute() == pytest.approx(whole.compute(), abs=1e-12)
 
 
 def test_an_image_cannot_count_twice() -> None:
@@ -237,7 +241,7 @@ def test_an_image_cannot_count_twice() -> None:
     with pytest.raises(DataError, match=r"a\.png"):
         metrics.update(**image, image_id="a.png")
     with pytest.raises(DataError, match=r"a\.png"):
-        metrics.merge(metrics.state_dict())
+        metrics.add(metrics.rows)
     metrics.update(**image)
     metrics.update(**image)  # unnamed images are taken as they come
 
@@ -298,46 +302,73 @@ def coco_update(metrics: CocoMetrics, image: dict[str, Any]) -> None:
     metrics.update(gt_boxes=boxes_of(image["gt_masks"]), **image)
 
 
-@pytest.fixture
-def coco_images() -> list[dict[str, Any]]:
-    pytest.importorskip("torchmetrics")
-    pytest.importorskip("faster_coco_eval")
-    return [random_image(seed, seed % 5, 2 + seed) for seed in range(12)]
+def coco_figures(images: list[dict[str, Any]]) -> dict[str, float]:
+    """The figures by pycocotools, named as ours."""
+    found = {kind: coco_by_pycocotools(images, iou) for kind, iou in (("box", "bbox"), ("mask", "segm"))}
+    names = ("ap", "ap50", "ap75")
+    return {f"{kind}_{name}": figures[i] for kind, figures in found.items() for i, name in enumerate(names)}
 
 
-def test_coco_metrics_equal_pycocotools(coco_images: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("ties", [False, True])
+def test_coco_metrics_equal_pycocotools(ties: bool) -> None:
+    for seed in range(0, 60, 12):
+        images = [random_image(seed + i, i % 5, 2 + i) for i in range(12)]
+        if ties:
+            for image in images:
+                image["scores"] = image["scores"].round(1).clip(min=np.float32(0.1))
+        metrics = CocoMetrics()
+        for image in images:
+            coco_update(metrics, image)
+        expected = coco_figures(images)
+        assert 0.1 < expected["mask_ap50"] < 1
+        assert metrics.compute() == pytest.approx(expected, abs=1e-12)
+
+
+def test_coco_metrics_count_the_hundred_best_of_a_class_as_pycocotools_does() -> None:
+    images = [random_image(seed, 4, 300, size=48) for seed in range(2)]
     metrics = CocoMetrics()
-    for image in coco_images:
+    for image in images:
         coco_update(metrics, image)
-    result = metrics.compute()
-    for kind, iou_type in (("box", "bbox"), ("mask", "segm")):
-        expected = coco_by_pycocotools(coco_images, iou_type)
-        assert 0.1 < expected[1] < 1
-        ours = [result[f"{kind}_{name}"] for name in ("ap", "ap50", "ap75")]
-        assert ours == pytest.approx(expected, abs=1e-6)
+    assert metrics.compute() == pytest.approx(coco_figures(images), abs=1e-12)
 
 
-def test_coco_metrics_merge_and_forget_what_was_computed_before(coco_images: list[dict[str, Any]]) -> None:
+def test_weights_count_like_repeated_images() -> None:
+    images = [random_image(seed, seed % 5, 3 + seed) for seed in range(8)]
+    weights = np.array([0, 2, 1, 3, 0, 1, 1, 2])
+    repeated = [image for image, count in zip(images, weights, strict=True) for _ in range(count)]
+    coco, lesions, again = CocoMetrics(), SegmentationMetrics(), SegmentationMetrics()
+    for image in images:
+        coco_update(coco, image)
+        lesions.update(**without_boxes(image))
+    for image in repeated:
+        again.update(**without_boxes(image))
+    assert coco.statistic()(weights.astype(float)) == pytest.approx(coco_figures(repeated), abs=1e-12)
+    expected = again.compute()
+    assert expected.pop("images") == 10
+    assert lesions.statistic()(weights.astype(float)) == pytest.approx(expected)
+
+
+def test_coco_metrics_merge() -> None:
+    images = [random_image(seed, seed % 5, 2 + seed) for seed in range(12)]
     whole, first, second = CocoMetrics(), CocoMetrics(), CocoMetrics()
-    for index, image in enumerate(coco_images):
+    for index, image in enumerate(images):
         coco_update(whole, image)
         coco_update((first, second)[index % 2], image)
     before = first.compute()
-    first.merge(second.state_dict())
+    first.add(json.loads(json.dumps(second.rows)))
     assert first.compute() == pytest.approx(whole.compute(), abs=1e-9)
     assert first.compute() != before
 
 
-def test_coco_metrics_ignore_scores_up_to_the_threshold(coco_images: list[dict[str, Any]]) -> None:
+def test_coco_metrics_ignore_scores_up_to_the_threshold() -> None:
     image = random_image(1, 3, 3)
     metrics = CocoMetrics()
     coco_update(metrics, {**image, "scores": np.full(3, 0.05, np.float32)})
     assert metrics.compute()["mask_ap50"] == 0
 
 
-def test_coco_metrics_without_lesions_are_not_available(coco_images: list[dict[str, Any]]) -> None:
+def test_coco_metrics_without_lesions_are_not_available() -> None:
     metrics = CocoMetrics()
-    assert set(metrics.compute().values()) == {None}
     coco_update(metrics, random_image(0, 0, 3))
     coco_update(metrics, random_image(0, 0, 0))
     assert set(metrics.compute().values()) == {None}
@@ -357,63 +388,45 @@ def at_point(image: dict[str, Any], score_threshold: float, nms_threshold: float
     return {"gt_masks": image["gt_masks"], "gt_labels": image["gt_labels"], **kept}
 
 
+def search_row(image: dict[str, Any], name: str) -> dict[str, Any]:
+    """What `operating_points` takes of an image whose detections saw no NMS."""
+    points = []
+    for nms in NMS_THRESHOLDS:
+        kept = at_point(image, -1, nms)
+        points.append(segmentation_rows(**kept, score_thresholds=SCORE_THRESHOLDS))
+    return {"image_id": name, "points": points, "coco": []}
+
+
 def test_every_operating_point_has_the_figures_of_a_run_at_that_point() -> None:
     images = [random_image(seed, seed % 4, 5 * (seed % 5)) for seed in range(10)]
-    search = OperatingPointSearch(score_thresholds=(0.1, 0.5, 0.8), nms_thresholds=(0.3, 0.75))
-    for image in images:
-        search.update(**image)
-    table = search.table()
-    assert len(table) == 6
-    for row in table:
+    table = operating_points([search_row(image, str(index)) for index, image in enumerate(images)])
+    assert len(table) == len(NMS_THRESHOLDS) * len(SCORE_THRESHOLDS)
+    for point in table[::5]:
         reference = SegmentationMetrics()
         for image in images:
-            reference.update(**at_point(image, row["score_threshold"], row["nms_threshold"]))
+            reference.update(**at_point(image, point["score_threshold"], point["nms_threshold"]))
         expected = reference.compute()
-        assert row["ap50"] == pytest.approx(expected["ap50"], abs=1e-12)
-        assert row["dice_pooled"] == pytest.approx(expected["dice_pooled"], abs=1e-12)
-        assert row["objective"] == pytest.approx(row["ap50"] + row["dice_pooled"])
-    assert search.best()["objective"] == max(row["objective"] for row in table)
+        assert {key: point[key] for key in expected} == pytest.approx(expected, abs=1e-12)
+        assert point["objective"] == pytest.approx(point["ap50"] + point["dice_pooled"])
+    assert table[0]["objective"] == max(point["objective"] for point in table)
 
 
 def test_the_best_operating_point_drops_the_false_alarm() -> None:
-    search = OperatingPointSearch()
-    boxes = np.float32([[0, 0, 10, 1], [0, 0, 9, 1], [50, 0, 90, 1]])
-    pred = strip((0, 10), (0, 9), (50, 90))
-    search.update(strip((0, 10)), [1], boxes, pred, [1, 1, 1], np.float32([0.72, 0.71, 0.48]))
-    best = search.best()
+    image = {
+        "gt_masks": strip((0, 10)),
+        "gt_labels": np.array([1]),
+        "boxes": np.array([[0, 0, 10, 1], [0, 0, 9, 1], [50, 0, 90, 1]], np.float32),
+        "pred_masks": strip((0, 10), (0, 9), (50, 90)),
+        "pred_labels": np.array([1, 1, 1]),
+        "scores": np.array([0.72, 0.71, 0.48], np.float32),
+    }
+    best = operating_points([search_row(image, "a")])[0]
     assert best["score_threshold"] == 0.7  # the highest of the equally good ones
     assert best["objective"] == 2
 
 
-def test_operating_point_search_merges() -> None:
-    images = [random_image(seed, 1 + seed % 3, 8) for seed in range(6)]
-    whole, first, second = OperatingPointSearch(), OperatingPointSearch(), OperatingPointSearch()
-    for index, image in enumerate(images):
-        whole.update(**image)
-        (first, second)[index % 2].update(**image)
-    first.merge(json.loads(json.dumps(second.state_dict())))
-    for merged, direct in zip(first.table(), whole.table(), strict=True):
-        assert merged == pytest.approx(direct, abs=1e-12)
-    with pytest.raises(ConfigError, match="different thresholds"):
-        first.merge(OperatingPointSearch(nms_thresholds=(0.4,)).state_dict())
-
-
-def test_nms_after_nms_is_not_nms_at_the_lower_threshold() -> None:
-    """Three boxes in a row: why `OperatingPointSearch` is exact only for detections made without NMS."""
-    boxes = torch.tensor([[0.0, 0, 100, 1], [33, 0, 133, 1], [44, 0, 144, 1]])  # IoU 0.50, 0.80; 0.39 apart
-    scores, labels = torch.tensor([0.9, 0.8, 0.7]), torch.ones(3, dtype=torch.int64)
-    high = batched_nms(boxes, scores, labels, 0.75)
-    twice = high[batched_nms(boxes[high], scores[high], labels[high], 0.45)]
-    assert batched_nms(boxes, scores, labels, 0.45).tolist() == [0, 2]
-    assert twice.tolist() == [0]
-
-
-def test_bad_candidates_and_an_empty_validation_set() -> None:
-    with pytest.raises(ConfigError, match="nms_thresholds"):
-        OperatingPointSearch(nms_thresholds=())
-    with pytest.raises(ConfigError, match="score_thresholds"):
-        OperatingPointSearch(score_thresholds=(0.5, 75))
+def test_an_empty_validation_set_and_boxes_that_do_not_fit() -> None:
     with pytest.raises(DataError, match="empty"):
-        OperatingPointSearch().best()
+        operating_points([])
     with pytest.raises(DataError, match="boxes"):
-        OperatingPointSearch().update(**{**random_image(0, 1, 3), "boxes": np.zeros((2, 4))})
+        coco_row(np.zeros((1, 4)), **{**random_image(0, 1, 3), "boxes": np.zeros((2, 4))})

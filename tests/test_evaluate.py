@@ -29,16 +29,8 @@ from ctmasknet.data.datasets import (
     open_dataset,
 )
 from ctmasknet.evaluation.evaluate import save_rows
-from ctmasknet.evaluation.metrics import (
-    ClassificationMetrics,
-    CocoMetrics,
-    SegmentationMetrics,
-    classification_statistic,
-    coco_matches,
-    coco_statistic,
-    patient_intervals,
-    segmentation_statistic,
-)
+from ctmasknet.evaluation.metrics import SegmentationMetrics, operating_points, patient_intervals
+from ctmasknet.evaluation.rows import search_rows
 from ctmasknet.models import Model
 from ctmasknet.models.inference import PAPER, Protocol, detect_at, score_maps
 from ctmasknet.registry import DEFAULT_CLASSIFIER, DEFAULT_SEGMENTER
@@ -103,6 +95,21 @@ def test_one_pass_gives_what_the_model_gives_when_set_to_each_protocol() -> None
             assert torch.equal(mine["masks"], expected[image]["masks"][:, 0] > 0.5)
 
 
+def test_one_pass_gives_every_candidate_the_figures_of_a_run_at_it(lesions: Path) -> None:
+    data = list(open_dataset("segmentation", lesions, min_area=5))
+    table = operating_points(search_rows(seeing_segmenter(), data))
+    for point in table[:: len(table) // 4]:
+        model = seeing_segmenter(box_score_thresh=point["score_threshold"], box_nms_thresh=point["nms_threshold"])
+        metrics = SegmentationMetrics()
+        for image, target, _ in data:
+            with torch.inference_mode():
+                found = model([input_of(image)])[0]
+            truth = (target["masks"] != 0, target["labels"])
+            metrics.update(*truth, found["masks"][:, 0] > 0.5, found["labels"], found["scores"])
+        expected = metrics.compute()
+        assert {key: point[key] for key in expected} == pytest.approx(expected)
+
+
 def test_score_map_is_the_maximum_of_all_rois_raw_mask_logits(tmp_path: Path) -> None:
     image = phantom(0, size=128).image
     prediction = Predictor(seeing_segmenter(), None, score_map=True)(image)
@@ -131,82 +138,6 @@ def test_score_map_of_a_slice_without_rois_is_zero() -> None:
 
 
 # --- weighted statistics and intervals ----------------------------------------------------------------------
-
-
-def random_detections(seed: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """True and found rectangles of two classes, many overlapping."""
-    rng = np.random.default_rng(seed)
-
-    def some(count: int, scored: bool) -> dict[str, torch.Tensor]:
-        corner, side = rng.integers(0, 20, (count, 2)), rng.integers(4, 12, (count, 2))
-        boxes = np.concatenate([corner, corner + side], 1).astype(np.float32)
-        masks = np.zeros((count, 32, 32), bool)
-        for mask, (x1, y1, x2, y2) in zip(masks, boxes.astype(int), strict=True):
-            mask[y1:y2, x1:x2] = True
-        made = {"boxes": boxes, "masks": masks, "labels": rng.integers(1, 3, count)}
-        if scored:
-            made["scores"] = rng.uniform(0.06, 1, count).astype(np.float32)
-        return {key: torch.from_numpy(value) for key, value in made.items()}
-
-    truth = some(int(rng.integers(0, 5)), False)
-    found = some(int(rng.integers(0, 4)), True)
-    near = {key: value.clone() for key, value in truth.items()}
-    shift = torch.from_numpy(rng.integers(0, 3, len(near["labels"])))
-    for index, offset in enumerate(shift.tolist()):
-        near["boxes"][index, ::2] += offset
-        near["masks"][index] = torch.roll(near["masks"][index], offset, dims=1)
-    near["scores"] = torch.from_numpy(rng.uniform(0.06, 1, len(shift)).astype(np.float32))
-    return truth, {key: torch.cat([found[key], near[key]]) for key in found}
-
-
-def test_coco_statistic_with_equal_weights_is_torchmetrics() -> None:
-    images = [random_detections(seed) for seed in range(12)]
-    reference = CocoMetrics()
-    for truth, found in images:
-        given = (truth["boxes"], truth["masks"], truth["labels"])
-        reference.update(*given, found["boxes"], found["masks"], found["labels"], found["scores"])
-    mine = coco_statistic([coco_matches(*image) for image in images])(np.ones(len(images)))
-    expected = reference.compute()
-    assert expected["mask_ap"] is not None
-    assert 0.1 < expected["mask_ap"] < 0.95
-    assert mine == pytest.approx(expected, abs=1e-6)
-
-
-def test_weights_count_like_repeated_images() -> None:
-    images = [random_detections(seed) for seed in range(8)]
-    weights = np.array([0, 2, 1, 3, 0, 1, 1, 2])
-    repeated = [image for image, count in zip(images, weights, strict=True) for _ in range(count)]
-    matches = [coco_matches(*image) for image in images]
-    again = [coco_matches(*image) for image in repeated]
-    # Equal scores of copies may rank in another order, which moves no figure by more than this.
-    mine, theirs = coco_statistic(matches)(weights.astype(float)), coco_statistic(again)(np.ones(len(again)))
-    assert mine == pytest.approx(theirs, abs=0.02)
-    rows = []
-    for truth, found in images:
-        metrics = SegmentationMetrics()
-        metrics.update(truth["masks"], truth["labels"], found["masks"], found["labels"], found["scores"])
-        rows += metrics.rows
-    collected = SegmentationMetrics()
-    collected.rows = [row for row, count in zip(rows, weights, strict=True) for _ in range(count)]
-    expected = {key: value for key, value in collected.compute().items() if key != "images"}
-    assert segmentation_statistic(rows)(weights.astype(float)) == pytest.approx(expected)
-
-
-def test_classification_statistic_is_the_collectors_and_torchmetrics() -> None:
-    functional = pytest.importorskip("torchmetrics.functional.classification")
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 3, 60)
-    probabilities = rng.dirichlet((1, 1, 1), 60).round(2)  # rounding makes ties
-    probabilities /= probabilities.sum(1, keepdims=True)
-    names = ("control", "pneumonia", "covid")
-    figures = classification_statistic(labels, probabilities, names)(np.ones(60))
-    metrics = ClassificationMetrics(names)
-    metrics.update(probabilities, labels)
-    for key, value in metrics.compute().items():
-        if isinstance(value, dict):
-            assert {name: figures[f"{key}.{name}"] for name in names} == pytest.approx(value)
-    auc = functional.multiclass_auroc(torch.from_numpy(probabilities), torch.from_numpy(labels), 3, average=None)
-    assert [figures[f"auc.{name}"] for name in names] == pytest.approx(auc.tolist(), abs=1e-6)
 
 
 def test_interval_of_a_mean_is_scipys_percentile_bootstrap() -> None:
@@ -291,9 +222,7 @@ def test_rows_go_to_csv(slices: Path, tmp_path: Path) -> None:
 
 
 def test_limit_draws_the_same_slices_for_the_same_seed(lesions: Path) -> None:
-    names = [
-        [r["image_id"] for r in evaluate(segmenter(), lesions, limit=3, seed=s, coco=False).rows] for s in (1, 1, 2)
-    ]
+    names = [[r["image_id"] for r in evaluate(segmenter(), lesions, limit=3, seed=s).rows] for s in (1, 1, 2)]
     assert names[0] == names[1] != names[2]
     assert len(names[0]) == 3
 
@@ -341,14 +270,14 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(lesions: Path, tmp_path:
 
 
 def test_rows_of_other_settings_are_refused(lesions: Path, tmp_path: Path) -> None:
-    evaluate(segmenter(), lesions, out=tmp_path / "rows", limit=2, coco=False)
+    evaluate(segmenter(), lesions, out=tmp_path / "rows", limit=2)
     with pytest.raises(ConfigError, match=r"rows: holds an evaluation with another .*limit"):
-        evaluate(segmenter(), lesions, out=tmp_path / "rows", limit=3, coco=False)
+        evaluate(segmenter(), lesions, out=tmp_path / "rows", limit=3)
     with torch.no_grad():
         other = segmenter()
         next(other.parameters()).add_(1)
     with pytest.raises(ConfigError, match="another weights"):
-        evaluate(other, lesions, out=tmp_path / "rows", limit=2, coco=False)
+        evaluate(other, lesions, out=tmp_path / "rows", limit=2)
 
 
 @pytest.mark.slow
@@ -545,7 +474,7 @@ def test_a_bad_prediction_is_named(
     entries[0] = {key: value for key, value in (entries[0] | change).items() if value is not None}
     (tmp_path / "theirs.json").write_text(json.dumps(entries))
     with pytest.raises(DataError, match=message):
-        evaluate(tmp_path / "theirs.json", truth, min_area=0, coco=False)
+        evaluate(tmp_path / "theirs.json", truth, min_area=0)
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"annotations": 3}'])
@@ -637,7 +566,7 @@ def test_data_without_any_lesion_have_no_sensitivity(tmp_path: Path) -> None:
 
 def test_asking_for_more_slices_than_there_are_warns_and_takes_all(lesions: Path) -> None:
     with pytest.warns(UserWarning, match="50 slices asked for, but there are 6"):
-        assert evaluate(segmenter(), lesions, limit=50, coco=False).images == 6
+        assert evaluate(segmenter(), lesions, limit=50).images == 6
 
 
 @pytest.mark.parametrize(
@@ -676,7 +605,7 @@ def test_cli_evaluates_and_writes_json(small_weights: Path, lesions: Path, tmp_p
     facts = json.loads(out.read_text())
     assert facts["images"] == 2
     assert facts["intervals"]["paper"]["ap50"] is None
-    assert main(["evaluate", str(small_weights), "--data", str(lesions), "--limit", "2", "--json", "--no-coco"]) == 0
+    assert main(["evaluate", str(small_weights), "--data", str(lesions), "--limit", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["metrics"]["paper"] == facts["metrics"]["paper"]
 
 
@@ -700,8 +629,8 @@ def test_cli_predicts_score_maps_and_its_coco_results_can_be_evaluated(
     many = tmp_path / "many"
     assert main(["predict", *slices, "-o", str(many), "--format", "coco", "--threshold", "0.01", *chosen]) == 0
     capsys.readouterr()
-    result = evaluate(many / "coco_results.json", lesions, score_threshold=0.01, coco=False)
+    result = evaluate(many / "coco_results.json", lesions, score_threshold=0.01)
     nms = json.loads((small_weights / "config.json").read_text())["metadata"]["operating_point"]["nms_threshold"]
     model = segmenter(box_score_thresh=0.01, box_nms_thresh=nms)
-    expected = evaluate(model, lesions, coco=False).metrics["operating_point"]
+    expected = evaluate(model, lesions).metrics["operating_point"]
     assert result.metrics["operating_point"] == pytest.approx(expected)

@@ -128,7 +128,7 @@ def test_table2_puts_measured_and_paper_rows_apart(tmp_path: Path) -> None:
             entry = {"image_id": sample.name, "category_id": 1, "score": 0.9, "segmentation": run_length_encode(mask)}
             found.append(entry)
     (tmp_path / "rival.json").write_text(json.dumps(found[1:]))  # one lesion is missed
-    table = table2([evaluate(tmp_path / "rival.json", data, coco=False)])
+    table = table2([evaluate(tmp_path / "rival.json", data)])
     assert column(table, "source") == ["measured"] + 8 * ["paper"]
     assert table.rows[0][0] == "rival"
     # Slice 1 has one lesion, which is the one missed: AP 0, 1 and 1.
@@ -143,7 +143,7 @@ def test_table2_puts_measured_and_paper_rows_apart(tmp_path: Path) -> None:
 def test_table2_has_a_row_for_ggo_and_consolidation_apart(tmp_path: Path) -> None:
     data = lesion_folder(tmp_path / "data", range(1, 3))
     model = create_model("maskrcnn_resnet18_t2", num_classes=3, **QUICK)
-    table = table2([evaluate(model, data, coco=False)])
+    table = table2([evaluate(model, data)])
     assert table.rows[0][0].endswith("GGO and consolidation apart")
 
 
@@ -170,7 +170,7 @@ def test_tables_refuse_evaluations_of_the_other_task(tmp_path: Path) -> None:
 def test_training_minutes_come_from_the_weights_record(tmp_path: Path) -> None:
     model = create_model("maskrcnn_resnet18_t2", **QUICK)
     model.metadata = {"training": {"minutes": 65}}
-    found = evaluate(model, lesion_folder(tmp_path / "data", range(1, 2)), coco=False)
+    found = evaluate(model, lesion_folder(tmp_path / "data", range(1, 2)))
     assert column(table2([found]), "training, min")[0] == 65
 
 

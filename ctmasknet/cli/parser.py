@@ -202,7 +202,7 @@ def build_parser() -> argparse.ArgumentParser:
         "Examples:\n"
         "  ctmasknet evaluate maskrcnn_resnet18_t2 --data lesions/val --json result.json\n"
         "  ctmasknet evaluate ctmasknet_resnet18_t1 --data classes/val --rows work\n"
-        "  ctmasknet evaluate theirs.json --data lesions/val --threshold 0.5",
+        "  ctmasknet evaluate theirs.json --data lesions/val --score-threshold 0.5",
     )
     evaluate.add_argument("model", metavar="MODEL", help="what to measure")
     evaluate.add_argument("--data", nargs="+", required=True, metavar="DIR", help="labelled slices")
@@ -210,10 +210,15 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--min-area", type=int, default=100, metavar="PX", help="smaller lesions do not count")
     evaluate.add_argument("--per-class", type=int, metavar="N", help="classifiers: N slices of each class")
     evaluate.add_argument(
-        "--threshold", type=float, default=0.5, metavar="T", help="predictions: lesions scored above T (default: 0.5)"
+        "--score-threshold",
+        type=float,
+        metavar="T",
+        help="operating point: lesions scored above T (default: the weights' own; of predictions, 0.5)",
+    )
+    evaluate.add_argument(
+        "--nms-threshold", type=float, metavar="T", help="its NMS between lesions (default: the weights' own)"
     )
     evaluate.add_argument("--samples", type=int, default=1000, metavar="N", help="bootstrap resamples (default: 1000)")
-    evaluate.add_argument("--no-coco", action="store_true", help="leave COCO AP out (it needs the extra train)")
     evaluate.add_argument("--batch-size", type=int, metavar="N", help="slices per forward")
     evaluate.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read slices")
     evaluate.add_argument(

@@ -736,21 +736,45 @@ def _annotation_problem(annotation: Any, images: set[Any], labels: dict[Any, int
 
 
 def decode_segmentation(segmentation: Any, size: tuple[int, int], source: str) -> np.ndarray:
-    """COCO polygons, RLE or compressed RLE as a mask (H, W) uint8."""
-    coco = import_extra("faster_coco_eval.core.mask", "train", "decoding COCO masks")
+    """COCO polygons, RLE or compressed RLE as a mask (H, W) uint8.
+
+    Raises:
+        DataError: none of these, or of another size; the text starts with `source`.
+        MissingExtraError: polygons need pycocotools (extra ``train``).
+    """
     height, width = size
     try:
         if not isinstance(segmentation, dict):
             if not all(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in segmentation):
                 raise ValueError("a polygon needs an even number of coordinates, at least 6")
+            coco = import_extra("pycocotools.mask", "train", "decoding COCO polygons")
             return coco.decode(coco.merge(coco.frPyObjects(segmentation, height, width)))
         if list(segmentation["size"]) != [height, width]:
             raise ValueError(f"its RLE is for size {segmentation['size']}, the image is {list(size)}")
-        if isinstance(segmentation["counts"], list):
-            if sum(segmentation["counts"]) != height * width:
-                raise ValueError(f"its RLE covers {sum(segmentation['counts'])} of {height * width} pixels")
-            segmentation = coco.frPyObjects(segmentation, height, width)
-        return coco.decode(segmentation)
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        counts = segmentation["counts"]
+        runs = np.array(_run_lengths(counts) if isinstance(counts, str) else counts, np.int64)
+        if ((runs < 0) | (runs > height * width)).any() or runs.sum() != height * width:
+            raise ValueError(f"its RLE covers {runs.sum()} of {height * width} pixels")
+        return np.repeat(np.arange(len(runs), dtype=np.uint8) % 2, runs).reshape(width, height).T
+    except (ValueError, TypeError, KeyError, OverflowError, RuntimeError) as error:
         what = " ".join(str(error).split())[:120]
         raise DataError(f"{source}: no usable mask ({what}); draw it again or remove it") from error
+
+
+def _run_lengths(text: str) -> list[int]:
+    """COCO's compressed counts: groups of five bits, lowest first, each the difference to the count before the last."""
+    counts: list[int] = []
+    value = shift = 0
+    for code in text.encode("ascii"):
+        bits = code - 48
+        if not 0 <= bits < 64:
+            raise ValueError(f"{chr(code)!r} in its counts is no RLE")
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:  # the last group of a count; its highest bit is the sign
+            value -= (bits & 16) << (shift - 4)
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value = shift = 0
+    if shift:
+        raise ValueError("its counts break off")
+    return counts

@@ -108,7 +108,7 @@ def prepare(config: TrainConfig, device: torch.device, *, rank: int, world: int,
                 draw_example(trained, slice_, data.class_names, score, nms) for slice_ in shown
             ]
             if config.operating_point:
-                setup.finally_validate = lambda trained: final_figures(trained, share, gather)
+                setup.finally_validate = lambda trained: final_figures(trained, share(), gather)
     if kept is None:
         setup.validate = None
     elif config.validation_loss:

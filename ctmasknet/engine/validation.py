@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,13 +14,21 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ctmasknet.data.datasets import ClassificationSample, SegmentationSample
 from ctmasknet.engine.batches import Gather, as_target, model_input
-from ctmasknet.evaluation.metrics import ClassificationMetrics, CocoMetrics, OperatingPointSearch, SegmentationMetrics
+from ctmasknet.evaluation.metrics import (
+    NMS_THRESHOLDS,
+    ClassificationMetrics,
+    CocoMetrics,
+    Row,
+    SegmentationMetrics,
+    operating_points,
+)
+from ctmasknet.evaluation.rows import found_on, search_rows
 from ctmasknet.models import LesionMaskRCNN
+from ctmasknet.models.inference import Protocol
 from ctmasknet.overlay import overlay
 from ctmasknet.results import Prediction
 
 
-@torch.no_grad()
 def validate_segmenter(
     model: LesionMaskRCNN,
     samples: Iterator[SegmentationSample],
@@ -34,55 +42,39 @@ def validate_segmenter(
     Args:
         samples: this process's part of the data.
     """
-    metrics = SegmentationMetrics()
     model.eval()
-    with thresholds(model, score_threshold, nms_threshold):
-        for image, target, name in samples:
-            found = predict_masks(model, image)
-            truth = (target["masks"] != 0, target["labels"])
-            metrics.update(*truth, found["masks"], found["labels"], found["scores"], image_id=name)
-    results = _merged(metrics, SegmentationMetrics(), gather).compute()
+    protocol = Protocol(score_threshold, nms_threshold, model.config.mask_score)
+    own = SegmentationMetrics()
+    for sample in samples:
+        ((found,),) = found_on(model, [sample], [protocol])
+        truth = (sample.target["masks"] != 0, sample.target["labels"])
+        own.update(*truth, found["masks"], found["labels"], found["scores"], image_id=sample.name)
+    results = SegmentationMetrics(_all(own.rows, gather)).compute()
     values = {key: value for key, value in results.items() if value is not None}
     return values | {"score": values["ap50"] + values["dice_pooled"]}
 
 
-@torch.no_grad()
 def final_figures(
-    model: LesionMaskRCNN, share: Callable[[], Iterator[SegmentationSample]], gather: Gather
+    model: LesionMaskRCNN, samples: Iterator[SegmentationSample], gather: Gather
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """The operating point of highest AP@0.5 + pooled Dice, and the metrics of a run at it.
+    """The operating point of highest AP@0.5 + pooled Dice, and the metrics of a run at it, from one pass.
 
     Args:
-        share: gives this process's part of the data anew at every call.
+        samples: this process's part of the data.
 
     Returns:
         Score and NMS threshold as in a model's metadata; metrics as `validate_segmenter` gives them, with COCO box and
         mask AP of the detections above score 0.05.
     """
-    search = OperatingPointSearch()
     model.eval()
-    with thresholds(model, search.score_thresholds[0], search.nms_thresholds[-1]):
-        for image, target, _ in share():
-            found = predict_masks(model, image)
-            truth = (target["masks"] != 0, target["labels"])
-            search.update(*truth, found["boxes"], found["masks"], found["labels"], found["scores"])
-    best = _merged(search, OperatingPointSearch(), gather).best()
-    point = {key: best[key] for key in ("score_threshold", "nms_threshold")}
-    metrics = validate_segmenter(model, share(), gather, **point)
-    return point, metrics | _coco(model, share(), gather, point["nms_threshold"])
-
-
-def _coco(
-    model: LesionMaskRCNN, samples: Iterator[SegmentationSample], gather: Gather, nms_threshold: float
-) -> dict[str, float]:
-    metrics = CocoMetrics()
-    with thresholds(model, metrics.score_threshold, nms_threshold):
-        for image, target, _ in samples:
-            found = predict_masks(model, image)
-            truth = (target["boxes"], target["masks"] != 0, target["labels"])
-            metrics.update(*truth, found["boxes"], found["masks"], found["labels"], found["scores"])
-    results = _merged(metrics, CocoMetrics(), gather).compute()
-    return {f"coco_{key}": value for key, value in results.items() if value is not None}
+    rows = _all([row for sample in samples for row in search_rows(model, [sample])], gather)
+    best = operating_points(rows)[0]
+    score = best.pop("objective")
+    point = {key: best.pop(key) for key in ("score_threshold", "nms_threshold")}
+    nms = NMS_THRESHOLDS.index(point["nms_threshold"])
+    coco = CocoMetrics([{"image_id": row["image_id"]} | row["coco"][nms] for row in rows]).compute()
+    figures = best | {f"coco_{key}": value for key, value in coco.items()} | {"score": score}
+    return point, {key: value for key, value in figures.items() if value is not None}
 
 
 @torch.no_grad()
@@ -91,8 +83,8 @@ def draw_example(
 ) -> np.ndarray:
     """A slice with what the model finds on it, (H, W, 3) uint8."""
     model.eval()
-    with thresholds(model, score, nms):
-        found = {key: value.numpy() for key, value in predict_masks(model, sample.image).items()}
+    ((tensors,),) = found_on(model, [sample], [Protocol(score, nms, model.config.mask_score)])
+    found = {key: value.numpy() for key, value in tensors.items()}
     image = sample.image[0].cpu().numpy().astype(np.float32) / np.float32(255)
     prediction = Prediction(
         image_size=(image.shape[0], image.shape[1]),
@@ -121,7 +113,7 @@ def validate_classifier(
     for image, label, name in samples:
         probabilities = model([model_input(image, device)])[0]["probabilities"]
         metrics.update(probabilities[None].cpu(), torch.tensor([label]), [name])
-    results = _merged(metrics, ClassificationMetrics(class_names), gather).compute()
+    results = ClassificationMetrics(class_names, _all(metrics.rows, gather)).compute()
     values = {"accuracy": results["accuracy"], "images": results["n"]}
     for figure in ("sensitivity", "auc"):
         for name, value in results[figure].items():
@@ -151,25 +143,6 @@ def validation_losses(model: nn.Module, samples: Iterator[Any], gather: Gather) 
     return {f"val_{key}": sum(share[0].get(key, 0.0) for share in shares) / total for key in keys}
 
 
-def predict_masks(model: LesionMaskRCNN, image: Tensor) -> dict[str, Tensor]:
-    """Detections of a (1, H, W) uint8 slice on the CPU, masks (N, H, W) bool."""
-    found = model([model_input(image, next(model.parameters()).device)])[0]
-    found["masks"] = found["masks"][:, 0] > 0.5
-    return {key: value.cpu() for key, value in found.items()}
-
-
-@contextmanager
-def thresholds(model: LesionMaskRCNN, score: float, nms: float) -> Iterator[None]:
-    """`model` with other score and NMS thresholds for a while."""
-    heads = model.roi_heads
-    own = heads.score_thresh, heads.nms_thresh
-    heads.score_thresh, heads.nms_thresh = score, nms
-    try:
-        yield
-    finally:
-        heads.score_thresh, heads.nms_thresh = own
-
-
 @contextmanager
 def _training_without_statistics(model: nn.Module) -> Iterator[None]:
     model.train()
@@ -182,8 +155,6 @@ def _training_without_statistics(model: nn.Module) -> Iterator[None]:
         model.eval()
 
 
-def _merged(metrics: Any, empty: Any, gather: Gather) -> Any:
-    """The collectors of all processes as one."""
-    for state in gather(metrics.state_dict()):
-        empty.merge(state)
-    return cast(Any, empty)
+def _all(rows: list[Row], gather: Gather) -> list[Row]:
+    """The rows of all processes."""
+    return [row for share in gather(rows) for row in share]

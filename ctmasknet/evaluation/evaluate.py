@@ -28,31 +28,26 @@ from ctmasknet.evaluation.metrics import (
     MIN_PATIENTS,
     ClassificationMetrics,
     CocoMetrics,
-    Interval,
+    Collector,
+    Figures,
+    Row,
     SegmentationMetrics,
-    classification_statistic,
-    coco_statistic,
+    nested,
     patient_intervals,
-    segmentation_statistic,
 )
 from ctmasknet.evaluation.rows import (
     ClassifierSubject,
     ImportedDetections,
     ImportedProbabilities,
-    Row,
     SegmenterSubject,
     Subject,
-    coco_state,
     task_of_predictions,
 )
 from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN, Model
 from ctmasknet.output import Log, json_bytes, read_logs, write_files
 from ctmasknet.predictor import Precision
-from ctmasknet.registry import VARIANTS
+from ctmasknet.registry import VARIANTS, Task
 from ctmasknet.zoo import choose_device, open_model
-
-Figures = dict[str, Any]
-"""Figure name -> number, or None where undefined; per class a dict from class name to number."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,8 +146,8 @@ def evaluate(
     limit: int | None = None,
     per_class: int | None = None,
     seed: int = 0,
-    score_threshold: float = 0.5,
-    coco: bool = True,
+    score_threshold: float | None = None,
+    nms_threshold: float | None = None,
     samples: int = 1000,
     out: PathLike | None = None,
     device: str | torch.device | None = None,
@@ -176,8 +171,8 @@ def evaluate(
         limit: at most so many slices, drawn at random by `seed`; a warning says if there are fewer.
         per_class: classification: equally many slices of each class, at most so many, drawn by `seed`.
         seed: of the draws and the bootstrap.
-        score_threshold: predictions only: the operating point (a model brings its own).
-        coco: also COCO AP, which needs the extra ``train``.
+        score_threshold, nms_threshold: segmenters: the operating point, each by itself; None takes the weights' own.
+            Of predictions, those scored above `score_threshold` (None: 0.5); their NMS is their own.
         samples: bootstrap resamples, 0 for no intervals.
         out: folder for the rows. Called again with the same settings, slices in there are not computed
             again: a killed evaluation goes on.
@@ -201,8 +196,9 @@ def evaluate(
         raise ConfigError("give limit or per_class, not both")
     if precision not in ("auto", "float32", "bfloat16"):
         raise ConfigError(f"precision={precision!r}: use 'auto', 'float32' or 'bfloat16'")
-    if not 0 <= score_threshold <= 1:
-        raise ConfigError(f"score_threshold={score_threshold}: must lie in 0..1")
+    for name, value in (("score_threshold", score_threshold), ("nms_threshold", nms_threshold)):
+        if value is not None and not 0 <= value <= 1:
+            raise ConfigError(f"{name}={value}: must lie in 0..1")
     autocast = torch.bfloat16 if precision == "bfloat16" else None
     where = choose_device(device)
     workforce = processes(cpu=where.type == "cpu")
@@ -216,14 +212,16 @@ def evaluate(
         if task == "classification":
             subject = ImportedProbabilities(path, source)
         else:
-            subject = ImportedDetections(path, source, score_threshold=score_threshold, coco=coco)
+            if nms_threshold is not None:
+                raise ConfigError("nms_threshold is for models: predictions keep the NMS they were made with")
+            subject = ImportedDetections(path, source, 0.5 if score_threshold is None else score_threshold)
     else:
         opened = open_model(model, device=where)
         name = title_of(model, opened)
         if isinstance(opened, LesionMaskRCNN):
-            subject = SegmenterSubject(opened, name, coco=coco, autocast=autocast)
+            subject = SegmenterSubject(opened, name, score_threshold, nms_threshold, autocast)
         else:
-            subject = ClassifierSubject(opened, name, autocast=autocast)
+            subject = ClassifierSubject(opened, name, autocast)
         told_apart = classes or ("both" if len(subject.class_names) == 3 else "merge")
         source, data_names = _open(data, subject.task, told_apart, min_area, names)
         _check_classes(subject, source, data_names)
@@ -250,8 +248,16 @@ def evaluate(
     )
     patients = [source.patients[index] for index in chosen]
     rows = [row | {"patient": patient} for row, patient in zip(rows, patients, strict=True)]
-    summarise = _segmentation if subject.task == "segmentation" else _classification
-    metrics, intervals = summarise(rows, subject.class_names, samples, seed)
+    collected, mixed = _collected(rows, subject.task, subject.class_names)
+    metrics: dict[str, Figures] = {group: metric.compute() for group, (metric, _) in collected.items()}
+    if mixed:
+        metrics.setdefault("patient", {})["mixed_patients"] = mixed
+    intervals = {
+        group: nested(
+            patient_intervals([row["patient"] for row in own], metric.statistic(), samples=samples, seed=seed)
+        )
+        for group, (metric, own) in collected.items()
+    }
     known = None if any(patient is None for patient in patients) else len(set(patients))
     return Evaluation(
         task=subject.task,
@@ -374,50 +380,18 @@ def _measure(
     return [done[source.names[index]] for index in chosen]
 
 
-def _segmentation(
-    rows: list[Row], class_names: tuple[str, ...], samples: int, seed: int
-) -> tuple[dict[str, Figures], dict[str, Figures]]:
-    patients = [row["patient"] for row in rows]
-    metrics: dict[str, Figures] = {}
-    intervals: dict[str, Figures] = {}
-    for group in ("paper", "operating_point"):
-        collected = SegmentationMetrics()
-        collected.merge({"rows": [row[group] | {"image_id": row["image_id"]} for row in rows]})
-        metrics[group] = dict(collected.compute())
-        statistic = segmentation_statistic([row[group] for row in rows])
-        intervals[group] = dict(patient_intervals(patients, statistic, samples=samples, seed=seed))
-    if all("coco" in row for row in rows):
-        coco = CocoMetrics()
-        coco.merge(coco_state(rows))
-        metrics["coco"] = dict(coco.compute())
-        matches = coco_statistic([row["matches"] for row in rows])
-        intervals["coco"] = dict(patient_intervals(patients, matches, samples=samples, seed=seed))
-    return metrics, intervals
-
-
-def _classification(
-    rows: list[Row], class_names: tuple[str, ...], samples: int, seed: int
-) -> tuple[dict[str, Figures], dict[str, Figures]]:
-    metrics: dict[str, Figures] = {}
-    intervals: dict[str, Figures] = {}
-    groups = {"slice": rows}
-    mixed = 0
+def _collected(
+    rows: list[Row], task: Task, class_names: tuple[str, ...]
+) -> tuple[dict[str, tuple[Collector, list[Row]]], int]:
+    """Per group of figures the metrics and the rows they are of; and the number of patients left out."""
+    if task == "segmentation":
+        kinds = {"paper": SegmentationMetrics, "operating_point": SegmentationMetrics, "coco": CocoMetrics}
+        own = {group: [row[group] | {"image_id": row["image_id"]} for row in rows] for group in kinds}
+        return {group: (kind(own[group]), rows) for group, kind in kinds.items()}, 0
+    groups, mixed = {"slice": rows}, 0
     if all(row["patient"] is not None for row in rows):
         groups["patient"], mixed = _by_patient(rows)
-    for group, members in groups.items():
-        if not members:
-            continue
-        labels = np.array([row["label"] for row in members])
-        probabilities = np.array([row["probabilities"] for row in members])
-        collected = ClassificationMetrics(class_names)
-        collected.update(probabilities, labels, [row["image_id"] for row in members])
-        metrics[group] = collected.compute()
-        statistic = classification_statistic(labels, probabilities, class_names)
-        flat = patient_intervals([row["patient"] for row in members], statistic, samples=samples, seed=seed)
-        intervals[group] = _nested(flat)
-    if mixed:
-        metrics.setdefault("patient", {})["mixed_patients"] = mixed
-    return metrics, intervals
+    return {group: (ClassificationMetrics(class_names, own), own) for group, own in groups.items() if own}, mixed
 
 
 def _by_patient(rows: list[Row]) -> tuple[list[Row], int]:
@@ -431,18 +405,6 @@ def _by_patient(rows: list[Row]) -> tuple[list[Row], int]:
             mean = np.mean([row["probabilities"] for row in own], axis=0).tolist()
             patients.append({"image_id": patient, "patient": patient, "label": own[0]["label"], "probabilities": mean})
     return patients, len(slices) - len(patients)
-
-
-def _nested(flat: dict[str, Interval | None]) -> Figures:
-    """``{"sensitivity.covid": x}`` -> ``{"sensitivity": {"covid": x}}``."""
-    nested: Figures = {}
-    for name, value in flat.items():
-        figure, dot, label = name.partition(".")
-        if dot:
-            nested.setdefault(figure, {})[label] = value
-        else:
-            nested[figure] = value
-    return nested
 
 
 def _plain(value: Any) -> Any:
@@ -461,7 +423,7 @@ def _flat_row(row: Row) -> Row:
     for key, value in row.items():
         if key in ("paper", "operating_point"):
             flat |= {f"{key}_{name}": _cell(inner) for name, inner in value.items()}
-        elif key not in ("coco", "matches"):
+        elif key != "coco":
             flat[key] = _cell(value)
     return flat
 

@@ -1,4 +1,7 @@
-"""Every metric: lesion segmentation, the choice of an operating point, slice classification, and 95% intervals.
+"""Every metric, each once: lesions found, the operating point, slices classified, and 95% intervals over patients.
+
+A collector keeps a row of plain values per image. `statistic` makes of the rows a function that gives the figures for a
+weight per image; `compute` is that function for weights of one, and the bootstrap draws other weights.
 
 Masks are (N, H, W) bool, labels (N,) integers (0 is background and never occurs), scores (N,) in 0..1, boxes
 (N, 4) xyxy in pixels; all as numpy arrays or torch tensors on any device.
@@ -6,21 +9,37 @@ Masks are (N, H, W) bool, labels (N,) integers (0 is background and never occurs
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor
-from torchvision.ops import batched_nms, box_iou
 
-from ctmasknet.errors import ConfigError, DataError, import_extra
+from ctmasknet.errors import ConfigError, DataError
 
 Array: TypeAlias = np.ndarray | torch.Tensor
+Row: TypeAlias = dict[str, Any]
+"""What is kept of an image: plain values, ready for JSON."""
+Figures: TypeAlias = dict[str, Any]
+"""Figure name -> number, or None where undefined; per class a dict from class name to number."""
+Interval: TypeAlias = tuple[float, float]
+Statistic: TypeAlias = Callable[[np.ndarray], dict[str, float | None]]
+"""Weight of each of N images (float64) -> figures by name; ``"sensitivity.covid"`` is one of a class."""
 
 IOU_THRESHOLDS: tuple[float, ...] = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 SCORE_THRESHOLDS: tuple[float, ...] = tuple(round(0.05 * step, 2) for step in range(1, 19))  # 0.05 … 0.9
+"""Candidates for the score threshold of an operating point."""
+NMS_THRESHOLDS: tuple[float, ...] = (0.3, 0.5, 0.75)
+"""Candidates for its NMS threshold."""
+COCO_SCORE = 0.05
+"""COCO AP counts what is scored above this (torchvision's default)."""
+MIN_PATIENTS = 5
+"""Fewer patients give no interval: their resamples hardly differ."""
+
+_COCO_IOU = np.linspace(0.5, 0.95, 10)  # pycocotools' own: one differs from the decimal number by a rounding
+_COCO_RECALL = np.linspace(0, 1, 101)
+_COCO_DETECTIONS = 100  # per image and class
+_DEFINED = 0.9  # share of the resamples in which a figure must be defined to get an interval
 
 
 def released_average_precision(
@@ -82,30 +101,65 @@ def mask_iou(a: Array, b: Array) -> np.ndarray:
     return np.divide(intersection, union, out=np.zeros_like(intersection), where=union > 0)
 
 
-def _add_rows(rows: list[dict[str, Any]], more: Sequence[dict[str, Any]]) -> None:
-    """Append rows of images that are not there yet; an `image_id` of None is never the same as another.
+class Collector:
+    """Rows of plain values, one per image, and figures made of them.
 
-    Raises:
-        DataError: an image is in both, or twice in `more`; `rows` stays as it was.
-    """
-    seen = {row["image_id"] for row in rows} - {None}
-    for row in more:
-        if row["image_id"] in seen:
-            raise DataError(f"{row['image_id']}: evaluated twice; give every image once, under a unique image_id")
-        if row["image_id"] is not None:
-            seen.add(row["image_id"])
-    rows.extend(more)
+    Memory does not grow with the masks, rows can be resampled by patient, and those of several processes are joined
+    by `add`.
 
-
-class SegmentationMetrics:
-    """Per-image rows of segmentation quality, and their summary.
-
-    `rows` holds a few numbers per image: memory does not grow with the masks, and a caller can resample
-    images or patients (bootstrap).
+    Attributes:
+        rows: per image a dict; ``image_id`` is its unique name, or None.
     """
 
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
+    def __init__(self, rows: Sequence[Row] = ()) -> None:
+        self.rows: list[Row] = []
+        self.add(rows)
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Append rows that another collector made; an `image_id` of None is never the same as another.
+
+        Raises:
+            DataError: an image is in both, or twice in `rows`; what was collected stays as it was.
+        """
+        seen = {row["image_id"] for row in self.rows} - {None}
+        for row in rows:
+            if row["image_id"] in seen:
+                raise DataError(f"{row['image_id']}: evaluated twice; give every image once, under a unique image_id")
+            if row["image_id"] is not None:
+                seen.add(row["image_id"])
+        self.rows.extend(rows)
+
+    def statistic(self) -> Statistic:
+        """The figures as a function of a weight per row."""
+        raise NotImplementedError
+
+    def compute(self) -> Figures:
+        """The figures of all rows.
+
+        Raises:
+            DataError: no image was added.
+        """
+        if not self.rows:
+            raise DataError("no image was evaluated: the data set is empty")
+        return nested(self.statistic()(np.ones(len(self.rows))))
+
+
+class SegmentationMetrics(Collector):
+    """Lesions found on slices: AP of the released protocol, Dice, sensitivity, false positives.
+
+    Figures:
+
+    - ``ap50``, ``ap75``, ``ap``: released-protocol AP at IoU 0.5, 0.75 and the mean over 0.5, 0.55 … 0.95, each the
+      mean over images (an image without lesions and predictions counts 1).
+    - ``dice_pooled``, ``iou_pooled``: of the union of all predicted and the union of all true masks, whatever their
+      class, with the pixels of all images pooled; 1 if there are neither. Masks are binary: this is no Dice averaged
+      over the thresholds of a grey map.
+    - ``dice_mean``: mean over images of the same Dice per image; an image with neither counts 1.
+    - ``lesion_sensitivity``: fraction of true lesions that some prediction of their class overlaps with mask IoU > 0.5,
+      however low its score; None without any lesion.
+    - ``false_positives_per_slice``: mean number of predictions whose mask IoU is > 0.5 with no lesion of their class;
+      a second prediction on a found lesion is not one.
+    """
 
     def update(
         self,
@@ -125,99 +179,90 @@ class SegmentationMetrics:
         Raises:
             DataError: shapes or types that do not fit together, or an image seen before.
         """
-        image = _check(gt_masks, gt_labels, pred_masks, pred_labels, scores)
-        iou = mask_iou(image.pred_masks, image.gt_masks)
-        matched = (iou > 0.5) & (image.pred_labels[:, None] == image.gt_labels[None, :])
-        gt_union, pred_union = _union(image.gt_masks), _union(image.pred_masks)
-        both = 0 if gt_union is None or pred_union is None else np.count_nonzero(gt_union & pred_union)
-        ap = _average_precision(iou, image.gt_labels, image.pred_labels, image.scores, IOU_THRESHOLDS)
-        row = {
-            "image_id": image_id,
-            "ap": ap.tolist(),
-            "intersection": int(both),
-            "pred_pixels": 0 if pred_union is None else int(np.count_nonzero(pred_union)),
-            "gt_pixels": 0 if gt_union is None else int(np.count_nonzero(gt_union)),
-            "lesions": len(image.gt_masks),
-            "lesions_found": int(matched.any(axis=0).sum()),
-            "predictions": len(image.pred_masks),
-            "false_positives": int((~matched.any(axis=1)).sum()),
-        }
-        _add_rows(self.rows, [row])
+        (row,) = segmentation_rows(gt_masks, gt_labels, pred_masks, pred_labels, scores)
+        self.add([{"image_id": image_id} | row])
 
-    def compute(self) -> dict[str, float | None]:
-        """Summary over all images.
+    def compute(self) -> Figures:
+        """The figures, and ``images``, the number of rows."""
+        return super().compute() | {"images": len(self.rows)}
 
-        Returns:
-            - ``ap50``, ``ap75``, ``ap``: released-protocol AP at IoU 0.5, 0.75 and the mean over 0.5, 0.55 …
-              0.95, each the mean over images (an image without lesions and predictions counts 1).
-            - ``dice_pooled``, ``iou_pooled``: of the union of all predicted and the union of all true masks,
-              whatever their class, with the pixels of all images pooled; 1 if there are neither.
-            - ``dice_mean``: mean over images of the same Dice per image; an image with neither counts 1.
-            - ``lesion_sensitivity``: fraction of true lesions that some prediction of their class overlaps
-              with mask IoU > 0.5, however low its score; None without any lesion.
-            - ``false_positives_per_slice``: mean number of predictions whose mask IoU is > 0.5 with no lesion
-              of their class; a second prediction on a found lesion is not one.
-            - ``images``: their number.
+    def statistic(self) -> Statistic:
+        """As `Collector.statistic`."""
+        keys = ("intersection", "pred_pixels", "gt_pixels", "lesions", "lesions_found", "false_positives")
+        both, found, true, lesions, hits, alarms = (np.array([r[k] for r in self.rows], np.float64) for k in keys)
+        ap = np.array([row["ap"] for row in self.rows], np.float64).reshape(len(self.rows), -1)
+        pixels = found + true
+        dice = np.divide(2 * both, pixels, out=np.ones(len(self.rows)), where=pixels > 0)
 
-        Raises:
-            DataError: no image was added.
-        """
-        if not self.rows:
-            raise DataError("no image was evaluated: the data set is empty")
-        both, pred, gt = (sum(row[key] for row in self.rows) for key in ("intersection", "pred_pixels", "gt_pixels"))
-        lesions = sum(row["lesions"] for row in self.rows)
-        found = sum(row["lesions_found"] for row in self.rows)
-        return {
-            "ap50": _mean([row["ap"][0] for row in self.rows]),
-            "ap75": _mean([row["ap"][5] for row in self.rows]),
-            "ap": _mean([value for row in self.rows for value in row["ap"]]),
-            "dice_pooled": _dice(both, pred, gt),
-            "dice_mean": _mean([_dice(r["intersection"], r["pred_pixels"], r["gt_pixels"]) for r in self.rows]),
-            "iou_pooled": both / (pred + gt - both) if pred + gt else 1.0,
-            "lesion_sensitivity": found / lesions if lesions else None,
-            "false_positives_per_slice": sum(row["false_positives"] for row in self.rows) / len(self.rows),
-            "images": len(self.rows),
-        }
+        def figures(weights: np.ndarray) -> dict[str, float | None]:
+            total = weights.sum()
+            average = weights @ ap / total
+            shared, area, number = weights @ both, weights @ pixels, weights @ lesions
+            return {
+                "ap50": float(average[0]),
+                "ap75": float(average[5]),
+                "ap": float(average.mean()),
+                "dice_pooled": float(2 * shared / area) if area else 1.0,
+                "dice_mean": float(weights @ dice / total),
+                "iou_pooled": float(shared / (area - shared)) if area else 1.0,
+                "lesion_sensitivity": float(weights @ hits / number) if number else None,
+                "false_positives_per_slice": float(weights @ alarms / total),
+            }
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything collected, as plain Python values (JSON-ready)."""
-        return {"rows": [dict(row) for row in self.rows]}
-
-    def merge(self, state: dict[str, Any]) -> None:
-        """Add the images of another collector's `state_dict`; the summary does not depend on the order.
-
-        Raises:
-            DataError: an image is in both.
-        """
-        _add_rows(self.rows, state["rows"])
+        return figures
 
 
-class CocoMetrics:
-    """COCO box and mask AP by torchmetrics and faster-coco-eval (extra ``train``).
+def segmentation_rows(
+    gt_masks: Array,
+    gt_labels: Array,
+    pred_masks: Array,
+    pred_labels: Array,
+    scores: Array,
+    score_thresholds: Sequence[float] = (-np.inf,),
+) -> list[Row]:
+    """What `SegmentationMetrics` keeps of one image, for each of several score thresholds.
 
-    Masks are kept run-length encoded. As in COCO, at most the 100 best detections of an image and class
-    count, and classes are averaged.
+    Args:
+        score_thresholds: in rising order; predictions with score > threshold count, all of them by default.
+
+    Raises:
+        DataError: shapes or types that do not fit together.
     """
-
-    def __init__(self, score_threshold: float = 0.05) -> None:
-        """Detections with score > `score_threshold` count (torchvision's default 0.05).
-
-        Raises:
-            MissingExtraError: torchmetrics or faster-coco-eval is not installed.
-        """
-        import_extra("faster_coco_eval", "train", "COCO AP")
-        detection = import_extra("torchmetrics.detection", "train", "COCO AP")
-        self.score_threshold = score_threshold
-        # Processes are merged explicitly, as in the other collectors: compute() must not wait for ranks.
-        self.metric = detection.MeanAveragePrecision(
-            iou_type=("bbox", "segm"),
-            # torchmetrics' own are rounded to float32: an IoU of exactly 0.6 would fail where COCO passes it.
-            iou_thresholds=list(IOU_THRESHOLDS),
-            rec_thresholds=np.linspace(0, 1, 101).tolist(),
-            backend="faster_coco_eval",
-            sync_on_compute=False,
+    image = _check(gt_masks, gt_labels, pred_masks, pred_labels, scores)
+    iou = mask_iou(image.pred_masks, image.gt_masks)
+    matched = (iou > 0.5) & (image.pred_labels[:, None] == image.gt_labels[None, :])
+    # level: how many of the thresholds a prediction passes, compared in float32 as the models do.
+    level = np.searchsorted(np.array(score_thresholds, np.float32), image.scores.astype(np.float32)).astype(np.uint8)
+    # highest: per pixel, the level of the best mask on it.
+    highest = np.zeros((image.pred_masks if len(image.pred_masks) else image.gt_masks).shape[1:], np.uint8)
+    for index in np.argsort(level):
+        np.copyto(highest, level[index], where=image.pred_masks[index])
+    true = image.gt_masks.any(axis=0) if len(image.gt_masks) else np.zeros_like(highest, bool)
+    rows = []
+    for step in range(len(score_thresholds)):
+        chosen = level > step
+        labels = image.gt_labels, image.pred_labels[chosen]
+        rows.append(
+            {
+                "ap": _average_precision(iou[chosen], *labels, image.scores[chosen], IOU_THRESHOLDS).tolist(),
+                "intersection": int(np.count_nonzero(highest[true] > step)),
+                "pred_pixels": int(np.count_nonzero(highest > step)),
+                "gt_pixels": int(np.count_nonzero(true)),
+                "lesions": len(image.gt_masks),
+                "lesions_found": int(matched[chosen].any(axis=0).sum()),
+                "predictions": int(chosen.sum()),
+                "false_positives": int((~matched[chosen].any(axis=1)).sum()),
+            }
         )
-        self.metric.warn_on_many_detections = False
+    return rows
+
+
+class CocoMetrics(Collector):
+    """COCO box and mask AP of detections scored above `COCO_SCORE`, as pycocotools computes it.
+
+    Figures: ``{box,mask}_{ap,ap50,ap75}``, AP over IoU 0.5:0.95, at 0.5, at 0.75; all None without lesions. At most the
+    100 best detections of an image and class count, and classes are averaged.
+    """
 
     def update(
         self,
@@ -228,193 +273,247 @@ class CocoMetrics:
         pred_masks: Array,
         pred_labels: Array,
         scores: Array,
+        *,
+        image_id: str | None = None,
     ) -> None:
-        """Add one image; boxes (N, 4) xyxy, the others as in `released_average_precision`.
+        """Add one image; boxes (N, 4) xyxy, the others as in `SegmentationMetrics.update`.
 
         Raises:
-            DataError: shapes or types that do not fit together.
+            DataError: shapes or types that do not fit together, or an image seen before.
         """
-        image = _check(gt_masks, gt_labels, pred_masks, pred_labels, scores)
-        keep = _above(image.scores, self.score_threshold)
-        truth = {
-            "boxes": torch.from_numpy(_boxes(gt_boxes, len(image.gt_masks), "gt_boxes")),
-            "masks": torch.from_numpy(image.gt_masks.copy()),  # may be read-only
-            "labels": torch.from_numpy(image.gt_labels),
+        row = coco_row(gt_boxes, gt_masks, gt_labels, boxes, pred_masks, pred_labels, scores)
+        self.add([{"image_id": image_id} | row])
+
+    def statistic(self) -> Statistic:
+        """As `Collector.statistic`."""
+        images = [row["classes"] for row in self.rows]
+        tables = [_ClassTable.of(images, label) for label in sorted({label for image in images for label in image})]
+
+        def figures(weights: np.ndarray) -> dict[str, float | None]:
+            found: dict[str, float | None] = {}
+            for kind in ("box", "mask"):
+                per_class = [ap for table in tables if (ap := table.average_precision(kind, weights)) is not None]
+                average = np.mean(per_class, axis=0) if per_class else None
+                found[f"{kind}_ap"] = None if average is None else float(average.mean())
+                found[f"{kind}_ap50"] = None if average is None else float(average[0])
+                found[f"{kind}_ap75"] = None if average is None else float(average[5])
+            return found
+
+        return figures
+
+
+def coco_row(
+    gt_boxes: Array,
+    gt_masks: Array,
+    gt_labels: Array,
+    boxes: Array,
+    pred_masks: Array,
+    pred_labels: Array,
+    scores: Array,
+) -> Row:
+    """What `CocoMetrics` keeps of one image: of each class how many lesions, and its detections.
+
+    Of each detection there are the score and a bit per IoU threshold (bit 0 is 0.5) that is 1 if it is right.
+
+    Raises:
+        DataError: shapes or types that do not fit together.
+    """
+    image = _check(gt_masks, gt_labels, pred_masks, pred_labels, scores)
+    overlap = {
+        "box": _box_iou(
+            _boxes(boxes, len(image.pred_masks), "boxes"), _boxes(gt_boxes, len(image.gt_masks), "gt_boxes")
+        ),
+        "mask": mask_iou(image.pred_masks, image.gt_masks),
+    }
+    counts = image.scores.astype(np.float32) > np.float32(COCO_SCORE)
+    classes = {}
+    for label in np.union1d(image.pred_labels[counts], image.gt_labels).tolist():
+        mine, true = np.flatnonzero(counts & (image.pred_labels == label)), np.flatnonzero(image.gt_labels == label)
+        mine = mine[np.argsort(-image.scores[mine], kind="stable")][:_COCO_DETECTIONS]
+        classes[str(label)] = {
+            "lesions": len(true),
+            "scores": image.scores[mine].tolist(),
+            **{kind: _right(iou[np.ix_(mine, true)]) for kind, iou in overlap.items()},
         }
-        detections = {
-            "boxes": torch.from_numpy(_boxes(boxes, len(image.pred_masks), "boxes")[keep]),
-            "masks": torch.from_numpy(image.pred_masks[keep]),
-            "labels": torch.from_numpy(image.pred_labels[keep]),
-            "scores": torch.from_numpy(image.scores[keep].astype(np.float32)),
-        }
-        self.metric.update([detections], [truth])
-
-    def compute(self) -> dict[str, float | None]:
-        """``{box,mask}_{ap,ap50,ap75}``: AP over IoU 0.5:0.95, at 0.5, at 0.75; all None without lesions."""
-        names = {
-            f"{ours}_{ap}": f"{theirs}_{key}"
-            for ours, theirs in (("box", "bbox"), ("mask", "segm"))
-            for ap, key in (("ap", "map"), ("ap50", "map_50"), ("ap75", "map_75"))
-        }
-        if not any(len(labels) for labels in self.metric.groundtruth_labels):
-            return dict.fromkeys(names)
-        values = self.metric.compute()
-        return {name: float(values[key]) for name, key in names.items()}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything collected: lists of small CPU tensors and encoded masks, one entry per image."""
-        return {name: list(value) for name, value in self.metric.metric_state.items()}
-
-    def merge(self, state: dict[str, Any]) -> None:
-        """Add the images of another collector's `state_dict`."""
-        for name, values in state.items():
-            getattr(self.metric, name).extend(values)
-        self.metric.update([], [])  # an update without images: torchmetrics forgets the result it had cached
+    return {"classes": classes}
 
 
-class OperatingPointSearch:
-    """The score and NMS threshold that suit a validation set, from one pass over it.
+def operating_points(rows: Sequence[Row]) -> list[Figures]:
+    """How each candidate for an operating point does on a validation set, best first.
 
-    Objective: released-protocol AP at IoU 0.5 (mean over images) + pooled Dice of the unions of masks, both
-    as in `SegmentationMetrics`: one rewards lesions told apart, the other the area found. It keeps counts
-    only.
+    The objective is released-protocol AP at IoU 0.5 + pooled Dice, both as in `SegmentationMetrics`: one rewards
+    lesions told apart, the other the area found. Among equals, the higher score, then NMS, threshold comes first.
 
-    Feed it detections made at the lowest score threshold. With detections made without NMS
-    (``box_nms_thresh=1``) the figures are those of a model run at each point. With detections made at NMS
-    0.75 they are exact for 0.75 and close for lower thresholds, because greedy NMS is not transitive: a box
-    that a middle one removed at 0.75 stays at 0.5 if a third removes the middle one itself. Detections cut
-    off by ``box_detections_per_img`` are missing likewise. So report the figures of a run at the chosen
-    point.
+    Args:
+        rows: per image ``points``: for each of `NMS_THRESHOLDS` what `segmentation_rows` gives at `SCORE_THRESHOLDS`;
+            and ``coco``, for each what `coco_row` gives (`evaluation.rows.search_rows` makes them).
+
+    Returns:
+        Per candidate ``score_threshold``, ``nms_threshold``, ``objective`` and the figures of `SegmentationMetrics`.
+
+    Raises:
+        DataError: no images.
+    """
+    table = []
+    for n, nms in enumerate(NMS_THRESHOLDS):
+        for s, score in enumerate(SCORE_THRESHOLDS):
+            figures = SegmentationMetrics(
+                [{"image_id": row["image_id"]} | row["points"][n][s] for row in rows]
+            ).compute()
+            objective = figures["ap50"] + figures["dice_pooled"]
+            table.append({"score_threshold": score, "nms_threshold": nms, "objective": objective} | figures)
+    return sorted(table, key=lambda p: (p["objective"], p["score_threshold"], p["nms_threshold"]), reverse=True)
+
+
+class ClassificationMetrics(Collector):
+    """Slices classified (paper, Table 3); the class called is the one of highest probability (the first of equals).
+
+    Figures: ``accuracy``, the fraction called right; and per class, against the rest, ``sensitivity``, ``specificity``,
+    ``precision``, ``f1`` and ``auc`` (ROC), in 0..1 or None where undefined: sensitivity, F1 and AUC of a class without
+    images, specificity and AUC without images of other classes, precision of a class never called.
     """
 
-    def __init__(
-        self,
-        score_thresholds: Sequence[float] = SCORE_THRESHOLDS,
-        nms_thresholds: Sequence[float] = (0.3, 0.5, 0.75),
-    ) -> None:
-        """Candidates, in 0..1; detections with score > threshold count.
+    def __init__(self, class_names: Sequence[str], rows: Sequence[Row] = ()) -> None:
+        """Names of the K classes, in the order of the model's outputs.
 
         Raises:
-            ConfigError: no candidates, more than 255 score thresholds, or one outside 0..1.
+            ConfigError: fewer than two names, or a name twice.
+            DataError: as `add`.
         """
-        for name, values in (("score_thresholds", score_thresholds), ("nms_thresholds", nms_thresholds)):
-            if not 0 < len(values) < 256 or not all(0 <= value <= 1 for value in values):
-                raise ConfigError(f"{name}={values!r}: give 1 to 255 numbers in 0..1")
-        self.score_thresholds = tuple(sorted(float(value) for value in score_thresholds))
-        self.nms_thresholds = tuple(sorted(float(value) for value in nms_thresholds))
-        shape = (len(self.nms_thresholds), len(self.score_thresholds))
-        self.images = 0
-        self.gt_pixels = 0
-        self.ap50_sum = np.zeros(shape)
-        self.intersection = np.zeros(shape, np.int64)
-        self.pred_pixels = np.zeros(shape, np.int64)
+        if len(class_names) < 2 or len(set(class_names)) != len(class_names):
+            raise ConfigError(f"class_names={list(class_names)!r}: give two or more different names")
+        self.class_names = tuple(class_names)
+        super().__init__(rows)
 
-    def update(
-        self,
-        gt_masks: Array,
-        gt_labels: Array,
-        boxes: Array,
-        pred_masks: Array,
-        pred_labels: Array,
-        scores: Array,
-    ) -> None:
-        """Add one image; boxes (P, 4) xyxy, the others as in `released_average_precision`.
+    def update(self, probabilities: Array, labels: Array, image_ids: Sequence[str] | None = None) -> None:
+        """Add N images.
+
+        Args:
+            probabilities: (N, K) in 0..1, each row adding up to 1.
+            labels: (N,) integers, the true class of each.
+            image_ids: N unique names; the same name twice raises, so that no image counts twice.
 
         Raises:
-            DataError: shapes or types that do not fit together.
+            DataError: shapes or values that do not fit, or an image seen before.
         """
-        image = _check(gt_masks, gt_labels, pred_masks, pred_labels, scores)
-        box = _boxes(boxes, len(image.pred_masks), "boxes")
-        iou = mask_iou(image.pred_masks, image.gt_masks)
-        gt_union = _union(image.gt_masks)
-        # level: how many of the score thresholds a detection passes; it counts at threshold s if level > s.
-        thresholds = np.array(self.score_thresholds, np.float32)
-        level = np.searchsorted(thresholds, image.scores.astype(np.float32)).astype(np.uint8)
-        self.images += 1
-        self.gt_pixels += 0 if gt_union is None else int(np.count_nonzero(gt_union))
-        for n, nms_threshold in enumerate(self.nms_thresholds):
-            kept = _nms(box, image, nms_threshold)
-            for s in range(len(self.score_thresholds)):
-                chosen = kept[level[kept] > s]
-                self.ap50_sum[n, s] += _average_precision(
-                    iou[chosen], image.gt_labels, image.pred_labels[chosen], image.scores[chosen], (0.5,)
-                )[0]
-            if len(kept) == 0:
-                continue
-            # highest: per pixel, the level of the best mask on it.
-            highest = np.zeros(image.pred_masks.shape[1:], np.uint8)
-            for index in kept[np.argsort(level[kept])]:
-                np.copyto(highest, level[index], where=image.pred_masks[index])
-            self.pred_pixels[n] += self._pixels_per_threshold(highest)
-            if gt_union is not None:
-                self.intersection[n] += self._pixels_per_threshold(highest[gt_union])
+        probability, label = _numpy(probabilities).astype(np.float64), _numpy(labels)
+        classes = len(self.class_names)
+        if probability.ndim != 2 or probability.shape[1] != classes:
+            raise DataError(f"probabilities: expected shape (N, {classes}), got {probability.shape}")
+        # 1e-2 leaves room for half precision; logits fail.
+        if not ((probability >= 0) & (probability <= 1)).all() or (abs(probability.sum(axis=1) - 1) > 1e-2).any():
+            raise DataError("probabilities: each row must lie in 0..1 and add up to 1; apply softmax to logits first")
+        if label.shape != (len(probability),) or (len(label) and label.dtype.kind not in "ui"):
+            raise DataError(f"labels: expected {len(probability)} integers, got shape {label.shape} {label.dtype}")
+        if ((label < 0) | (label >= classes)).any():
+            raise DataError(f"labels: expected 0..{classes - 1} ({', '.join(self.class_names)}), got {label.tolist()}")
+        if image_ids is not None and len(image_ids) != len(probability):
+            raise DataError(f"image_ids: expected {len(probability)} names, got {len(image_ids)}")
+        names = [None] * len(probability) if image_ids is None else image_ids
+        self.add(
+            [
+                {"image_id": name, "label": int(true), "probabilities": row.tolist()}
+                for name, true, row in zip(names, label, probability, strict=True)
+            ]
+        )
 
-    def best(self) -> dict[str, float]:
-        """The candidate of highest objective; among equals, the highest score, then NMS, threshold.
+    def compute(self) -> Figures:
+        """The figures, ``n``, the number of rows, and ``confusion``: K lists of K counts, rows the true class."""
+        figures, classes = super().compute(), len(self.class_names)
+        confusion = np.bincount(self._cells(*self._arrays()), minlength=classes**2).reshape(classes, classes)
+        return figures | {"n": len(self.rows), "confusion": confusion.tolist()}
 
-        Returns:
-            ``score_threshold``, ``nms_threshold``, ``ap50``, ``dice_pooled``, and their sum, ``objective``.
+    def statistic(self) -> Statistic:
+        """As `Collector.statistic`."""
+        labels, probabilities = self._arrays()
+        cells, classes = self._cells(labels, probabilities), len(self.class_names)
+        ranked = []
+        for index in range(classes):
+            order = probabilities[:, index].argsort(kind="stable")
+            edges = np.flatnonzero(np.diff(probabilities[order, index], prepend=-1.0))  # where a new score begins
+            ranked.append((order, labels[order] == index, edges))
 
-        Raises:
-            DataError: no image was added.
-        """
-        return max(self.table(), key=lambda row: (row["objective"], row["score_threshold"], row["nms_threshold"]))
+        def figures(weights: np.ndarray) -> dict[str, float | None]:
+            confusion = np.bincount(cells, weights, classes**2).reshape(classes, classes)
+            total = float(confusion.sum())
+            found: dict[str, float | None] = {"accuracy": float(confusion.trace()) / total}
+            for index, name in enumerate(self.class_names):
+                right = float(confusion[index, index])
+                positives, called = float(confusion[index].sum()), float(confusion[:, index].sum())
+                negatives = total - positives
+                found[f"sensitivity.{name}"] = right / positives if positives else None
+                found[f"specificity.{name}"] = (negatives - called + right) / negatives if negatives else None
+                found[f"precision.{name}"] = right / called if called else None
+                found[f"f1.{name}"] = 2 * right / (positives + called) if positives else None
+                order, positive, edges = ranked[index]
+                found[f"auc.{name}"] = _auc(weights[order], positive, edges)
+            return found
 
-    def table(self) -> list[dict[str, float]]:
-        """All candidates, with the keys of `best`.
+        return figures
 
-        Raises:
-            DataError: no image was added.
-        """
-        if self.images == 0:
-            raise DataError("no image to choose an operating point on: the validation set is empty")
-        rows = []
-        for n, nms_threshold in enumerate(self.nms_thresholds):
-            for s, score_threshold in enumerate(self.score_thresholds):
-                ap50 = float(self.ap50_sum[n, s]) / self.images
-                dice = _dice(int(self.intersection[n, s]), int(self.pred_pixels[n, s]), self.gt_pixels)
-                rows.append(
-                    {
-                        "score_threshold": score_threshold,
-                        "nms_threshold": nms_threshold,
-                        "ap50": ap50,
-                        "dice_pooled": dice,
-                        "objective": ap50 + dice,
-                    }
-                )
-        return rows
+    def _arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Labels (N,) and probabilities (N, K)."""
+        labels = np.array([row["label"] for row in self.rows], np.int64)
+        return labels, np.array([row["probabilities"] for row in self.rows]).reshape(-1, len(self.class_names))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything collected, as plain Python values (JSON-ready)."""
-        return {
-            "score_thresholds": list(self.score_thresholds),
-            "nms_thresholds": list(self.nms_thresholds),
-            "images": self.images,
-            "gt_pixels": self.gt_pixels,
-            "ap50_sum": self.ap50_sum.tolist(),
-            "intersection": self.intersection.tolist(),
-            "pred_pixels": self.pred_pixels.tolist(),
-        }
+    def _cells(self, labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+        """(N,) where in the flat confusion matrix each image counts."""
+        return labels * len(self.class_names) + probabilities.argmax(axis=1)
 
-    def merge(self, state: dict[str, Any]) -> None:
-        """Add the counts of another search's `state_dict`.
 
-        Raises:
-            ConfigError: the other search had other candidates.
-        """
-        candidates = tuple(state["score_thresholds"]), tuple(state["nms_thresholds"])
-        if candidates != (self.score_thresholds, self.nms_thresholds):
-            raise ConfigError("operating point searches with different thresholds cannot be merged")
-        self.images += state["images"]
-        self.gt_pixels += state["gt_pixels"]
-        self.ap50_sum += np.asarray(state["ap50_sum"])
-        self.intersection += np.asarray(state["intersection"], np.int64)
-        self.pred_pixels += np.asarray(state["pred_pixels"], np.int64)
+def patient_intervals(
+    patients: Sequence[str | None],
+    statistic: Statistic,
+    *,
+    samples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> dict[str, Interval | None]:
+    """Percentile bootstrap intervals, patients drawn with replacement: slices of one patient are alike.
 
-    def _pixels_per_threshold(self, highest: np.ndarray) -> np.ndarray:
-        """(S,) number of pixels of `highest` (any shape, uint8 levels) above each score threshold."""
-        histogram = np.bincount(highest.ravel(), minlength=len(self.score_thresholds) + 1)
-        return histogram[1:][::-1].cumsum()[::-1]
+    Args:
+        patients: of each of N slices; None where unknown.
+        statistic: takes N weights (how often each slice's patient was drawn).
+        samples: resamples.
+        seed: fixes them.
+        level: coverage, in 0..1.
+
+    Returns:
+        Lower and upper bound per figure; None with fewer than `MIN_PATIENTS` patients, an unknown patient, or
+        a figure that is undefined in more than a tenth of the resamples.
+    """
+    names = statistic(np.ones(len(patients))) if len(patients) else {}
+    if any(patient is None for patient in patients) or len(set(patients)) < MIN_PATIENTS or samples < 1:
+        return dict.fromkeys(names)
+    _, index = np.unique(np.array([str(patient) for patient in patients]), return_inverse=True)
+    count = int(index.max()) + 1
+    generator = np.random.default_rng(seed)
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(samples):
+        drawn = np.bincount(generator.integers(count, size=count), minlength=count)
+        for name, value in statistic(drawn[index].astype(np.float64)).items():
+            if value is not None:
+                found[name].append(value)
+    tail = 100 * (1 - level) / 2
+    intervals: dict[str, Interval | None] = {}
+    for name, values in found.items():
+        enough = names[name] is not None and len(values) >= _DEFINED * samples
+        intervals[name] = (
+            (float(np.percentile(values, tail)), float(np.percentile(values, 100 - tail))) if enough else None
+        )
+    return intervals
+
+
+def nested(flat: Mapping[str, Any]) -> Figures:
+    """``{"sensitivity.covid": x}`` -> ``{"sensitivity": {"covid": x}}``."""
+    figures: Figures = {}
+    for name, value in flat.items():
+        figure, dot, label = name.partition(".")
+        if dot:
+            figures.setdefault(figure, {})[label] = value
+        else:
+            figures[figure] = value
+    return figures
 
 
 def _average_precision(
@@ -440,9 +539,81 @@ def _average_precision(
     threshold_index, instance = np.nonzero(best_iou[None, :] > thresholds[:, None])
     correct[threshold_index, predictions - 1 - best[instance]] = True
     precision = correct.cumsum(axis=1) / np.arange(1, predictions + 1)
-    envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
     # Recall rises by 1 / instances at each correct prediction and nowhere else.
-    return np.where(correct, envelope, 0.0).sum(axis=1) / instances
+    return np.where(correct, _envelope(precision.T).T, 0.0).sum(axis=1) / instances
+
+
+def _envelope(precision: np.ndarray) -> np.ndarray:
+    """(P, T) precision by rank, made non-increasing from the last rank on."""
+    return np.maximum.accumulate(precision[::-1], axis=0)[::-1]
+
+
+def _right(iou: np.ndarray) -> list[int]:
+    """COCO's greedy matching: in order of score, each detection takes the free lesion of highest IoU (P, G)."""
+    bits = [0] * len(iou)
+    for step, threshold in enumerate(_COCO_IOU):
+        free = np.ones(iou.shape[1], bool)
+        for rank, row in enumerate(iou):
+            candidates = np.where(free, row, -1.0)[::-1]  # the last of equals, as pycocotools
+            if len(candidates) and candidates.max() >= threshold:
+                free[len(candidates) - 1 - candidates.argmax()] = False
+                bits[rank] |= 1 << step
+    return bits
+
+
+class _ClassTable(NamedTuple):
+    """One class over all N images, its P detections in falling order of score.
+
+    Attributes:
+        lesions: (N,) their number.
+        image: (P,) index of the image.
+        box, mask: (P, T) 1 where a detection is right.
+    """
+
+    lesions: np.ndarray
+    image: np.ndarray
+    box: np.ndarray
+    mask: np.ndarray
+
+    @classmethod
+    def of(cls, images: Sequence[Row], label: str) -> _ClassTable:
+        own = [(index, image[label]) for index, image in enumerate(images) if label in image]
+        scores = np.array([score for _, found in own for score in found["scores"]])
+        order = np.argsort(-scores, kind="stable")
+        lesions = np.zeros(len(images))
+        lesions[[index for index, _ in own]] = [found["lesions"] for _, found in own]
+        image = np.array([index for index, found in own for _ in found["scores"]], np.int64)[order]
+        bits = (np.array([v for _, found in own for v in found[kind]], np.int64)[order] for kind in ("box", "mask"))
+        return cls(lesions, image, *((b[:, None] >> np.arange(len(_COCO_IOU))) & 1 for b in bits))
+
+    def average_precision(self, kind: str, weights: np.ndarray) -> np.ndarray | None:
+        """(T,) AP at every IoU threshold; None without lesions."""
+        lesions = float(weights @ self.lesions)
+        if lesions == 0:
+            return None
+        weight = weights[self.image]
+        right = np.cumsum(getattr(self, kind) * weight[:, None], axis=0)
+        seen = np.cumsum(weight)[:, None]
+        envelope = _envelope(np.divide(right, seen, out=np.zeros_like(right), where=seen > 0))
+        reached = [np.searchsorted(recall, _COCO_RECALL) for recall in (right / lesions).T]
+        return np.array([np.append(column, 0.0)[at].mean() for column, at in zip(envelope.T, reached, strict=True)])
+
+
+def _auc(weights: np.ndarray, positive: np.ndarray, edges: np.ndarray) -> float | None:
+    """Area under the ROC curve as the Mann-Whitney statistic, ties counting half; None if one side is empty.
+
+    Args:
+        weights: (N,), in rising order of score.
+        positive: (N,) bool.
+        edges: where in it each of the different scores begins.
+    """
+    above = np.add.reduceat(weights * positive, edges)
+    below = np.add.reduceat(weights * ~positive, edges)
+    positives, negatives = above.sum(), below.sum()
+    if positives == 0 or negatives == 0:
+        return None
+    before = np.cumsum(below) - below
+    return float((above * (before + below / 2)).sum() / (positives * negatives))
 
 
 def _intersections(a: np.ndarray, b: np.ndarray, chunk: int = 1 << 17) -> np.ndarray:
@@ -464,32 +635,13 @@ def _areas(masks: np.ndarray) -> np.ndarray:
     return np.array([np.count_nonzero(mask) for mask in masks], np.float64)
 
 
-def _union(masks: np.ndarray) -> np.ndarray | None:
-    """(H, W) bool; None for no masks, whose image size may be unknown."""
-    return np.asarray(masks.any(axis=0)) if len(masks) else None
-
-
-def _dice(intersection: int, pred_pixels: int, gt_pixels: int) -> float:
-    return 2 * intersection / (pred_pixels + gt_pixels) if pred_pixels + gt_pixels else 1.0
-
-
-def _mean(values: list[float]) -> float:
-    return math.fsum(values) / len(values)  # fsum: the same figure in whatever order processes were merged
-
-
-def _nms(boxes: np.ndarray, image: _Image, threshold: float) -> np.ndarray:
-    """Indices that survive NMS per class, in falling order of score."""
-    kept = batched_nms(
-        torch.from_numpy(boxes),
-        torch.from_numpy(image.scores.astype(np.float32)),
-        torch.from_numpy(image.pred_labels),
-        threshold,
-    )
-    return kept.numpy()
-
-
-def _above(scores: np.ndarray, threshold: float) -> np.ndarray:
-    return scores.astype(np.float32) > np.float32(threshold)  # as the models compare, in float32
+def _box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(N, M) IoU of boxes, 0 where both have no area."""
+    corner, far = np.maximum(a[:, None, :2], b[None, :, :2]), np.minimum(a[:, None, 2:], b[None, :, 2:])
+    shared = (far - corner).clip(min=0).prod(axis=2)
+    area_a, area_b = ((box[:, 2:] - box[:, :2]).prod(axis=1) for box in (a, b))
+    union = area_a[:, None] + area_b[None, :] - shared
+    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
 
 
 class _Image(NamedTuple):
@@ -545,348 +697,7 @@ def _labels(value: Array, count: int, name: str) -> np.ndarray:
 
 
 def _boxes(value: Array, count: int, name: str) -> np.ndarray:
-    boxes = _numpy(value).astype(np.float32)
+    boxes = _numpy(value).astype(np.float64)
     if boxes.shape != (count, 4):
         raise DataError(f"{name}: expected boxes of shape ({count}, 4), one per mask, got {boxes.shape}")
     return boxes
-
-
-class ClassificationMetrics:
-    """Per-image rows of class probabilities, and their summary."""
-
-    def __init__(self, class_names: Sequence[str]) -> None:
-        """Names of the K classes, in the order of the model's outputs.
-
-        Raises:
-            ConfigError: fewer than two names, or a name twice.
-        """
-        if len(class_names) < 2 or len(set(class_names)) != len(class_names):
-            raise ConfigError(f"class_names={list(class_names)!r}: give two or more different names")
-        self.class_names = tuple(class_names)
-        self.rows: list[dict[str, Any]] = []
-
-    def update(self, probabilities: Array, labels: Array, image_ids: Sequence[str] | None = None) -> None:
-        """Add N images.
-
-        Args:
-            probabilities: (N, K) in 0..1, each row adding up to 1.
-            labels: (N,) integers, the true class of each.
-            image_ids: N unique names; the same name twice raises, so that no image counts twice.
-
-        Raises:
-            DataError: shapes or values that do not fit, or an image seen before.
-        """
-        probability, label = _numpy(probabilities).astype(np.float64), _numpy(labels)
-        classes = len(self.class_names)
-        if probability.ndim != 2 or probability.shape[1] != classes:
-            raise DataError(f"probabilities: expected shape (N, {classes}), got {probability.shape}")
-        # 1e-2 leaves room for half precision; logits fail.
-        if not ((probability >= 0) & (probability <= 1)).all() or (abs(probability.sum(axis=1) - 1) > 1e-2).any():
-            raise DataError("probabilities: each row must lie in 0..1 and add up to 1; apply softmax to logits first")
-        if label.shape != (len(probability),) or (len(label) and label.dtype.kind not in "ui"):
-            raise DataError(f"labels: expected {len(probability)} integers, got shape {label.shape} {label.dtype}")
-        if ((label < 0) | (label >= classes)).any():
-            raise DataError(f"labels: expected 0..{classes - 1} ({', '.join(self.class_names)}), got {label.tolist()}")
-        if image_ids is not None and len(image_ids) != len(probability):
-            raise DataError(f"image_ids: expected {len(probability)} names, got {len(image_ids)}")
-        names = [None] * len(probability) if image_ids is None else image_ids
-        _add_rows(
-            self.rows,
-            [
-                {"image_id": name, "label": int(true), "probabilities": row.tolist()}
-                for name, true, row in zip(names, label, probability, strict=True)
-            ],
-        )
-
-    def compute(self) -> dict[str, Any]:
-        """Summary over all images; the class called is the one of highest probability (the first of equals).
-
-        Returns:
-            - ``n``: number of images; ``accuracy``: fraction called right.
-            - ``confusion``: K lists of K counts, rows the true class, columns the class called.
-            - ``sensitivity``, ``specificity``, ``precision``, ``f1``, ``auc`` (ROC): dict from class name to
-              a number in 0..1, that class against the rest, or None where undefined: sensitivity, F1 and AUC
-              of a class without images, specificity and AUC without images of other classes, precision of a
-              class never called.
-
-        Raises:
-            DataError: no image was added.
-        """
-        if not self.rows:
-            raise DataError("no image was evaluated: the data set is empty")
-        labels = np.array([row["label"] for row in self.rows])
-        probabilities = np.array([row["probabilities"] for row in self.rows])
-        classes = len(self.class_names)
-        confusion = np.zeros((classes, classes), np.int64)
-        np.add.at(confusion, (labels, probabilities.argmax(axis=1)), 1)
-        result: dict[str, Any] = {
-            "n": len(labels),
-            "accuracy": int(confusion.trace()) / len(labels),
-            "confusion": confusion.tolist(),
-            "sensitivity": {},
-            "specificity": {},
-            "precision": {},
-            "f1": {},
-            "auc": {},
-        }
-        for index, name in enumerate(self.class_names):
-            true_positives = int(confusion[index, index])
-            positives, called = int(confusion[index].sum()), int(confusion[:, index].sum())
-            negatives = len(labels) - positives
-            true_negatives = negatives - (called - true_positives)
-            result["sensitivity"][name] = true_positives / positives if positives else None
-            result["specificity"][name] = true_negatives / negatives if negatives else None
-            result["precision"][name] = true_positives / called if called else None
-            result["f1"][name] = 2 * true_positives / (positives + called) if positives else None
-            result["auc"][name] = _auc(probabilities[:, index], labels == index)
-        return result
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything collected, as plain Python values (JSON-ready)."""
-        return {"class_names": list(self.class_names), "rows": [dict(row) for row in self.rows]}
-
-    def merge(self, state: dict[str, Any]) -> None:
-        """Add the images of another collector's `state_dict`; the summary does not depend on the order.
-
-        Raises:
-            ConfigError: the other collector has other classes.
-            DataError: an image is in both.
-        """
-        if tuple(state["class_names"]) != self.class_names:
-            raise ConfigError(f"cannot merge metrics of classes {state['class_names']} and {list(self.class_names)}")
-        _add_rows(self.rows, state["rows"])
-
-
-def _auc(scores: np.ndarray, positive: np.ndarray) -> float | None:
-    """Area under the ROC curve as the Mann-Whitney statistic, ties counting half; None if one side is empty.
-
-    Args:
-        scores: (N,) float.
-        positive: (N,) bool.
-    """
-    positives, negatives = int(positive.sum()), int((~positive).sum())
-    if positives == 0 or negatives == 0:
-        return None
-    _, group, size = np.unique(scores, return_inverse=True, return_counts=True)
-    rank = (size.cumsum() - (size - 1) / 2)[group]  # from 1; the mean rank among equals
-    return float((rank[positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))
-
-
-_MAX_DETECTIONS = 100  # per image and class, as in COCO
-_RECALL = np.linspace(0, 1, 101)
-
-
-def segmentation_statistic(rows: Sequence[dict[str, Any]]) -> Statistic:
-    """Figures of `SegmentationMetrics.compute` from its rows."""
-    ap = np.array([row["ap"] for row in rows], np.float64).reshape(len(rows), -1)
-    column = {
-        key: np.array([row[key] for row in rows], np.float64)
-        for key in ("intersection", "pred_pixels", "gt_pixels", "lesions", "lesions_found", "false_positives")
-    }
-    both, pixels = column["intersection"], column["pred_pixels"] + column["gt_pixels"]
-    dice = np.divide(2 * both, pixels, out=np.ones(len(rows)), where=pixels > 0)
-
-    def statistic(weights: np.ndarray) -> dict[str, float | None]:
-        total = weights.sum()
-        average = weights @ ap / total
-        shared, area, lesions = weights @ both, weights @ pixels, weights @ column["lesions"]
-        return {
-            "ap50": float(average[0]),
-            "ap75": float(average[5]),
-            "ap": float(average.mean()),
-            "dice_pooled": float(2 * shared / area) if area else 1.0,
-            "dice_mean": float(weights @ dice / total),
-            "iou_pooled": float(shared / (area - shared)) if area else 1.0,
-            "lesion_sensitivity": float(weights @ column["lesions_found"] / lesions) if lesions else None,
-            "false_positives_per_slice": float(weights @ column["false_positives"] / total),
-        }
-
-    return statistic
-
-
-def coco_matches(target: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, Any]:
-    """Which detections of an image COCO counts as right, as plain values.
-
-    Args:
-        target, found: boxes (N, 4), masks (N, H, W) bool, labels (N,); `found` with scores (N,), above the
-            score threshold of the evaluation.
-
-    Returns:
-        Per class and kind (box, mask): for each of the best 100 detections, score and a bit per IoU threshold
-        (bit 0 is 0.5) that says whether it is right; and the number of lesions per class.
-    """
-    overlap = {
-        "box": box_iou(found["boxes"].double(), target["boxes"].double()).numpy(),
-        "mask": mask_iou(found["masks"], target["masks"]),
-    }
-    scores = found["scores"].numpy()
-    labels, true_labels = found["labels"].numpy(), target["labels"].numpy()
-    classes = {}
-    for label in np.union1d(labels, true_labels).tolist():
-        mine, true = np.flatnonzero(labels == label), np.flatnonzero(true_labels == label)
-        mine = mine[np.argsort(-scores[mine], kind="stable")][:_MAX_DETECTIONS]
-        classes[str(label)] = {
-            "lesions": len(true),
-            "scores": [float(score) for score in scores[mine]],
-            **{kind: _right(iou[np.ix_(mine, true)]) for kind, iou in overlap.items()},
-        }
-    return classes
-
-
-def _right(iou: np.ndarray) -> list[int]:
-    """COCO's greedy matching: in order of score, each detection takes the free lesion of highest IoU."""
-    bits = [0] * len(iou)
-    for step, threshold in enumerate(IOU_THRESHOLDS):
-        free = np.ones(iou.shape[1], bool)
-        for rank, row in enumerate(iou):
-            candidates = np.where(free, row, -1.0)
-            if len(candidates) and candidates.max() >= threshold:
-                free[candidates.argmax()] = False
-                bits[rank] |= 1 << step
-    return bits
-
-
-def coco_statistic(matches: Sequence[dict[str, Any]]) -> Statistic:
-    """Figures of `CocoMetrics.compute` from the `coco_matches` of every image."""
-    tables = [_class_table(matches, label) for label in sorted({key for image in matches for key in image})]
-
-    def statistic(weights: np.ndarray) -> dict[str, float | None]:
-        figures: dict[str, float | None] = {}
-        for kind in ("box", "mask"):
-            per_class = [_coco_ap(table, kind, weights) for table in tables]
-            present = np.array([ap for ap in per_class if ap is not None]).reshape(-1, len(IOU_THRESHOLDS))
-            average = present.mean(axis=0) if len(present) else None
-            figures[f"{kind}_ap"] = None if average is None else float(average.mean())
-            figures[f"{kind}_ap50"] = None if average is None else float(average[0])
-            figures[f"{kind}_ap75"] = None if average is None else float(average[5])
-        return figures
-
-    return statistic
-
-
-def _class_table(matches: Sequence[dict[str, Any]], label: str) -> dict[str, np.ndarray]:
-    """One class over all images, detections in falling order of score: image, and right per IoU threshold."""
-    own = [(index, image[label]) for index, image in enumerate(matches) if label in image]
-    scores = np.array([score for _, found in own for score in found["scores"]])
-    order = np.argsort(-scores, kind="stable")
-    lesions = np.zeros(len(matches))
-    lesions[[index for index, _ in own]] = [found["lesions"] for _, found in own]
-    image = np.array([index for index, found in own for _ in found["scores"]], np.int64)[order]
-    table = {"lesions": lesions, "image": image}
-    for kind in ("box", "mask"):
-        bits = np.array([value for _, found in own for value in found[kind]], np.int64)[order]
-        table[kind] = (bits[:, None] >> np.arange(len(IOU_THRESHOLDS))) & 1
-    return table
-
-
-def _coco_ap(table: dict[str, np.ndarray], kind: str, weights: np.ndarray) -> np.ndarray | None:
-    """(T,) AP of a class at every IoU threshold; None without lesions."""
-    lesions = float(weights @ table["lesions"])
-    if lesions == 0:
-        return None
-    weight = weights[table["image"]]
-    right = np.cumsum(table[kind] * weight[:, None], axis=0)
-    seen = np.cumsum(weight)[:, None]
-    precision = np.divide(right, seen, out=np.zeros_like(right), where=seen > 0)
-    envelope = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
-    ap = np.zeros(right.shape[1])
-    for step in range(right.shape[1]):
-        # A hair's breadth, so that a recall of exactly 0.3 is not missed for rounding.
-        index = np.searchsorted(right[:, step] / lesions, _RECALL - 1e-12)
-        ap[step] = np.append(envelope[:, step], 0.0)[index].mean()
-    return ap
-
-
-def classification_statistic(labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str]) -> Statistic:
-    """Figures of `ClassificationMetrics.compute`, named ``"accuracy"`` and ``"sensitivity.covid"``.
-
-    Args:
-        labels: (N,) true classes.
-        probabilities: (N, K).
-    """
-    called = probabilities.argmax(axis=1)
-    order = [np.argsort(probabilities[:, index], kind="stable") for index in range(len(class_names))]
-    edges = [
-        np.flatnonzero(np.diff(probabilities[order[index], index], prepend=-1.0)) for index in range(len(class_names))
-    ]
-
-    def statistic(weights: np.ndarray) -> dict[str, float | None]:
-        total = float(weights.sum())
-        figures: dict[str, float | None] = {"accuracy": float(weights[called == labels].sum()) / total}
-        for index, name in enumerate(class_names):
-            true = labels == index
-            positives, calls = float(weights[true].sum()), float(weights[called == index].sum())
-            right = float(weights[true & (called == index)].sum())
-            negatives = total - positives
-            figures[f"sensitivity.{name}"] = right / positives if positives else None
-            figures[f"specificity.{name}"] = (negatives - calls + right) / negatives if negatives else None
-            figures[f"precision.{name}"] = right / calls if calls else None
-            figures[f"f1.{name}"] = 2 * right / (positives + calls) if positives else None
-            figures[f"auc.{name}"] = _weighted_auc(weights[order[index]], true[order[index]], edges[index])
-        return figures
-
-    return statistic
-
-
-def _weighted_auc(weights: np.ndarray, positive: np.ndarray, edges: np.ndarray) -> float | None:
-    """Weighted Mann-Whitney statistic of rising scores; `edges` are where a new score begins."""
-    above = np.add.reduceat(weights * positive, edges)
-    below = np.add.reduceat(weights * ~positive, edges)
-    positives, negatives = above.sum(), below.sum()
-    if positives == 0 or negatives == 0:
-        return None
-    before = np.cumsum(below) - below
-    return float((above * (before + below / 2)).sum() / (positives * negatives))
-
-
-MIN_PATIENTS = 5
-"""Fewer patients give no interval: their resamples hardly differ."""
-
-Interval: TypeAlias = tuple[float, float]
-Statistic: TypeAlias = Callable[[np.ndarray], dict[str, float | None]]
-
-_DEFINED = 0.9  # share of the resamples in which a figure must be defined to get an interval
-
-
-def patient_intervals(
-    patients: Sequence[str | None],
-    statistic: Statistic,
-    *,
-    samples: int = 1000,
-    seed: int = 0,
-    level: float = 0.95,
-) -> dict[str, Interval | None]:
-    """Percentile bootstrap intervals, patients drawn with replacement.
-
-    Args:
-        patients: of each of N slices; None where unknown.
-        statistic: takes N weights (float64, how often each slice's patient was drawn) and gives figures by
-            name, None where undefined.
-        samples: resamples.
-        seed: fixes them.
-        level: coverage, in 0..1.
-
-    Returns:
-        Lower and upper bound per figure; None with fewer than `MIN_PATIENTS` patients, an unknown patient, or
-        a figure that is undefined in more than a tenth of the resamples.
-    """
-    names = statistic(np.ones(len(patients))) if len(patients) else {}
-    if any(patient is None for patient in patients) or len(set(patients)) < MIN_PATIENTS or samples < 1:
-        return dict.fromkeys(names)
-    _, index = np.unique(np.array([str(patient) for patient in patients]), return_inverse=True)
-    count = int(index.max()) + 1
-    generator = np.random.default_rng(seed)
-    found: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(samples):
-        drawn = np.bincount(generator.integers(count, size=count), minlength=count)
-        for name, value in statistic(drawn[index].astype(np.float64)).items():
-            if value is not None:
-                found[name].append(value)
-    tail = 100 * (1 - level) / 2
-    intervals: dict[str, Interval | None] = {}
-    for name, values in found.items():
-        enough = names[name] is not None and len(values) >= _DEFINED * samples
-        intervals[name] = (
-            (float(np.percentile(values, tail)), float(np.percentile(values, 100 - tail))) if enough else None
-        )
-    return intervals

@@ -30,7 +30,14 @@ from ctmasknet.batch import COCO_IMAGES, COCO_RESULTS
 from ctmasknet.data.datasets import ClassificationSample, SegmentationSample, SliceDataset
 from ctmasknet.data.layouts import CocoRecord, decode_segmentation, half_open_boxes
 from ctmasknet.errors import DataError
-from ctmasknet.evaluation.metrics import CocoMetrics, SegmentationMetrics, coco_matches
+from ctmasknet.evaluation.metrics import (
+    COCO_SCORE,
+    NMS_THRESHOLDS,
+    SCORE_THRESHOLDS,
+    Row,
+    coco_row,
+    segmentation_rows,
+)
 from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN
 from ctmasknet.models.inference import PAPER, detect_at
 from ctmasknet.models.inference import Protocol as Detection
@@ -42,7 +49,8 @@ from ctmasknet.zoo import class_names
 ROI_THRESHOLDS = (0.2, 0.5, 0.9)
 """RoI scores of Tables 4 and 5 and of Figure 4."""
 
-Row = dict[str, Any]
+Found = dict[str, Tensor]
+"""Detections of an image on the CPU: boxes (N, 4), masks (N, H, W) bool, labels (N,), scores (N,)."""
 
 
 class Subject(Protocol):
@@ -66,35 +74,45 @@ class Subject(Protocol):
 
 
 class SegmenterSubject:
-    """A segmenter, read at the paper's settings, at its operating point, and for COCO, in one pass."""
+    """A segmenter, read at the paper's settings, at its operating point, and for COCO, in one pass.
+
+    A threshold of None is the operating point's own.
+    """
 
     task: Task = "segmentation"
 
-    def __init__(self, model: LesionMaskRCNN, name: str, *, coco: bool, autocast: torch.dtype | None) -> None:
+    def __init__(
+        self,
+        model: LesionMaskRCNN,
+        name: str,
+        score_threshold: float | None,
+        nms_threshold: float | None,
+        autocast: torch.dtype | None,
+    ) -> None:
         self.model, self.name, self.class_names = model.eval(), name, class_names(model)
         self.training_minutes = _minutes(model)
         self._autocast = autocast
-        score, nms = operating_point(model)
-        self._rows = SegmentationRows(coco=coco)
-        # COCO AP counts everything above 0.05; NMS is that of the operating point.
-        self._protocols = [PAPER, Detection(score, nms, model.config.mask_score), Detection(0.05, nms)]
-        names = ("paper", "operating_point", "coco")
-        protocols = {key: asdict(value) for key, value in zip(names, self._protocols, strict=True)}
+        own_score, own_nms = operating_point(model)
+        score = own_score if score_threshold is None else score_threshold
+        nms = own_nms if nms_threshold is None else nms_threshold
+        masks = model.config.mask_score
+        # COCO AP counts every score; its NMS is that of the operating point.
+        self._protocols = {
+            "paper": PAPER,
+            "operating_point": Detection(score, nms, masks),
+            "coco": Detection(COCO_SCORE, nms, masks),
+        }
         self.facts = {
             "weights": digest(model),
             "config": model.config.to_dict(),
-            "protocols": protocols,
+            "protocols": {name: asdict(protocol) for name, protocol in self._protocols.items()},
             "precision": str(autocast or torch.float32),
-            "coco": coco,
         }
 
     def rows(self, samples: Sequence[SegmentationSample]) -> list[Row]:
-        device = next(self.model.parameters()).device
-        images = [_input(sample.image, device) for sample in samples]
         with _precision(self.model, self._autocast):
-            results = detect_at(self.model, images, self._protocols if self._rows.coco else self._protocols[:2])
-        found = [[{key: value.cpu() for key, value in one.items()} for one in result] for result in results]
-        return [self._rows(sample, *result) for sample, result in zip(samples, found, strict=True)]
+            results = found_on(self.model, samples, list(self._protocols.values()))
+        return [segmentation_row(sample, *found) for sample, found in zip(samples, results, strict=True)]
 
 
 class ClassifierSubject:
@@ -102,7 +120,7 @@ class ClassifierSubject:
 
     task: Task = "classification"
 
-    def __init__(self, model: COVIDCTMaskNet, name: str, *, autocast: torch.dtype | None) -> None:
+    def __init__(self, model: COVIDCTMaskNet, name: str, autocast: torch.dtype | None) -> None:
         self.model, self.name, self.class_names = model.eval(), name, class_names(model)
         self.training_minutes = _minutes(model)
         self._autocast = autocast
@@ -133,44 +151,49 @@ class ClassifierSubject:
         return rows
 
 
-class SegmentationRows:
-    """Makes the row of a slice out of its lesions and the detections of up to three protocols."""
-
-    def __init__(self, *, coco: bool) -> None:
-        """COCO AP needs the extra ``train``.
-
-        Raises:
-            MissingExtraError: it is not installed.
-        """
-        self.coco = CocoMetrics() if coco else None
-
-    def __call__(
-        self,
-        sample: SegmentationSample,
-        paper: dict[str, Tensor],
-        operating_point: dict[str, Tensor],
-        low: dict[str, Tensor] | None = None,
-    ) -> Row:
-        """Detections on the CPU: boxes (N, 4), masks (N, H, W) bool, labels (N,), scores (N,)."""
-        truth = {**sample.target, "masks": sample.target["masks"] != 0}
-        row: Row = {"image_id": sample.name}
-        for key, found in (("paper", paper), ("operating_point", operating_point)):
-            metrics = SegmentationMetrics()
-            metrics.update(truth["masks"], truth["labels"], found["masks"], found["labels"], found["scores"])
-            row[key] = {name: value for name, value in metrics.rows[0].items() if name != "image_id"}
-        if self.coco is not None and low is not None:
-            given = (truth["boxes"], truth["masks"], truth["labels"])
-            self.coco.update(*given, low["boxes"], low["masks"], low["labels"], low["scores"])
-            row["coco"] = _plain_state(self.coco.state_dict())
-            self.coco.metric.reset()
-            above = low["scores"] > self.coco.score_threshold
-            row["matches"] = coco_matches(truth, {key: value[above] for key, value in low.items()})
-        return row
+@torch.no_grad()
+def found_on(
+    model: LesionMaskRCNN, samples: Sequence[SegmentationSample], protocols: Sequence[Detection]
+) -> list[list[Found]]:
+    """What a segmenter in evaluation mode detects on slices by each protocol, from one pass."""
+    device = next(model.parameters()).device
+    results = detect_at(model, [_input(sample.image, device) for sample in samples], protocols)
+    return [[{key: value.cpu() for key, value in found.items()} for found in result] for result in results]
 
 
-def coco_state(rows: Sequence[Row]) -> dict[str, list[Any]]:
-    """The state of a `CocoMetrics` that has seen the images of `rows`."""
-    return {key: [_restored(key, row["coco"][key]) for row in rows] for key in (rows[0]["coco"] if rows else ())}
+def segmentation_row(sample: SegmentationSample, paper: Found, operating_point: Found, coco: Found) -> Row:
+    """The row of a slice, from its lesions and what was detected by each protocol of `evaluate`."""
+    row: Row = {"image_id": sample.name}
+    for key, found in (("paper", paper), ("operating_point", operating_point)):
+        (row[key],) = segmentation_rows(*_masks_of(sample, found))
+    return row | {"coco": _coco_row(sample, coco)}
+
+
+def search_rows(model: LesionMaskRCNN, samples: Sequence[SegmentationSample]) -> list[Row]:
+    """Per slice what `operating_points` needs to choose among its candidates, and COCO AP at each NMS, from one pass.
+
+    Every candidate has the figures of a run at it.
+    """
+    protocols = [Detection(SCORE_THRESHOLDS[0], nms, model.config.mask_score) for nms in NMS_THRESHOLDS]
+    return [
+        {
+            "image_id": sample.name,
+            "points": [segmentation_rows(*_masks_of(sample, found), SCORE_THRESHOLDS) for found in result],
+            "coco": [_coco_row(sample, found) for found in result],
+        }
+        for sample, result in zip(samples, found_on(model, samples, protocols), strict=True)
+    ]
+
+
+def _masks_of(sample: SegmentationSample, found: Found) -> tuple[Tensor, ...]:
+    """The arguments of `segmentation_rows`."""
+    target = sample.target
+    return target["masks"] != 0, target["labels"], found["masks"], found["labels"], found["scores"]
+
+
+def _coco_row(sample: SegmentationSample, found: Found) -> Row:
+    masks, labels, *predicted = _masks_of(sample, found)
+    return coco_row(sample.target["boxes"], masks, labels, found["boxes"], *predicted)
 
 
 def check_label(sample: ClassificationSample, classes: int) -> None:
@@ -207,39 +230,19 @@ def _precision(model: LesionMaskRCNN | COVIDCTMaskNet, dtype: torch.dtype | None
         model.backbone.autocast_dtype = before
 
 
-def _plain_state(state: dict[str, Any]) -> dict[str, Any]:
-    """The last image of a torchmetrics detection state, as plain values."""
-    return {key: _plain_value(values[-1]) for key, values in state.items()}
-
-
-def _plain_value(value: Tensor | tuple[Any, ...]) -> list[Any]:
-    if isinstance(value, Tensor):
-        return value.tolist()
-    return [[list(size), counts.decode("ascii")] for size, counts in value]
-
-
-def _restored(key: str, values: list[Any]) -> Any:
-    if key.endswith("_mask"):
-        return tuple((tuple(size), counts.encode("ascii")) for size, counts in values)
-    if key.endswith("_box"):
-        return torch.tensor(values, dtype=torch.float32).reshape(-1, 4)
-    return torch.tensor(values, dtype=torch.float32 if key.endswith("_scores") else torch.int64)
-
-
 class ImportedDetections:
     """Lesions that another model found.
 
-    The paper's protocol counts those scored above 0.75, the operating point those above `score_threshold`,
-    COCO all above 0.05; masks and NMS are theirs.
+    The paper's protocol counts those scored above 0.75, the operating point those above `score_threshold`; masks and
+    NMS are theirs.
     """
 
     task: Task = "segmentation"
     training_minutes: float | None = None
 
-    def __init__(self, path: Path, data: SliceDataset[Any], *, score_threshold: float, coco: bool) -> None:
+    def __init__(self, path: Path, data: SliceDataset[Any], score_threshold: float) -> None:
         self.name, self.class_names = path.stem, data.class_names
         self._path, self._threshold = path, score_threshold
-        self._rows = SegmentationRows(coco=coco)
         entries, content = _read(path)
         image_name = _ImageNames(path, content, data)
         labels = _labels(path, content, data)
@@ -255,14 +258,15 @@ class ImportedDetections:
             if "segmentation" not in entry:
                 raise DataError(f"{where}: no segmentation; masks are needed (COCO's segm results)")
             self._of_image[image_name(entry.get("image_id"), where)].append((number, entry, labels[category]))
-        self.facts = {"predictions": _digest(path), "score_threshold": score_threshold, "coco": coco}
+        self.facts = {"predictions": _digest(path), "score_threshold": score_threshold}
 
     def rows(self, samples: Sequence[SegmentationSample]) -> list[Row]:
+        thresholds = (PAPER.score_threshold, self._threshold, COCO_SCORE)
         rows = []
         for sample in samples:
             found = self._detections(sample)
-            above = [_chosen(found, found["scores"] > threshold) for threshold in (0.75, self._threshold, 0.05)]
-            rows.append(self._rows(sample, *above))
+            above = [_chosen(found, found["scores"] > threshold) for threshold in thresholds]
+            rows.append(segmentation_row(sample, *above))
         return rows
 
     def _detections(self, sample: SegmentationSample) -> dict[str, Tensor]:

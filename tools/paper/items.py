@@ -248,7 +248,7 @@ def _evaluations(request: Request, default: str, item: str) -> list[Evaluation]:
         rows = None if request.rows is None else Path(request.rows) / _file_name(weights)
         settings: dict[str, Any] = {"classes": request.classes, "limit": request.limit, "seed": request.seed}
         # The released protocol alone: COCO AP is not in the paper.
-        found.append(evaluate(weights, data, **settings, coco=False, out=rows, device=request.device))
+        found.append(evaluate(weights, data, **settings, out=rows, device=request.device))
     return found
 
 
