@@ -54,7 +54,7 @@ def test_agreement_over_data_sets_gives_ap_of_both_sides_and_the_share_of_the_sa
 
 def own_ap50(lesions):
     """As `evaluate` measures it."""
-    found = evaluate(DEFAULT_SEGMENTER, lesions, coco=False, samples=0, device="cpu", precision="float32")
+    found = evaluate(DEFAULT_SEGMENTER, lesions, samples=0, device="cpu", precision="float32")
     return round(found.metrics["operating_point"]["ap50"], 4)
 
 

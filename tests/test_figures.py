@@ -12,19 +12,14 @@ from PIL import Image
 
 pytest.importorskip("matplotlib")
 
-from paper.figures import (
-    CLASS_STYLE,
-    SliceFigureRow,
-    architecture_figure,
-    roi_boxplots,
-    roi_figure,
-    save_figure,
-    slice_figure,
-    table_figure,
-    tensor_shapes,
-)
-from paper.items import Request, make
-from paper.roi_statistics import RoICounts
+from paper.__main__ import make
+from paper.drawing import CLASS_STYLE, save_figure, table_figure
+from paper.figure1 import architecture_figure, tensor_shapes
+from paper.figure2 import SliceFigureRow, slice_figure
+from paper.figure3 import roi_figure
+from paper.figure4 import roi_boxplots
+from paper.request import Request
+from paper.roi_counts import RoICounts
 from phantom import phantom
 
 from ctmasknet import ConfigError

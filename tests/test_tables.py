@@ -12,10 +12,14 @@ import numpy as np
 import pytest
 import torch
 from engine_data import class_folder, lesion_folder
-from paper.__main__ import main
-from paper.items import ITEMS, Request, make
-from paper.roi_statistics import RoICounts
-from paper.tables import table1, table2, table3, table4, table5
+from paper.__main__ import ITEMS, main, make
+from paper.request import Request
+from paper.roi_counts import RoICounts
+from paper.table1 import table1
+from paper.table2 import table2
+from paper.table3 import table3
+from paper.table4 import table4
+from paper.table5 import table5
 from phantom import phantom
 from torch import nn
 

@@ -18,9 +18,48 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a folder: its modules are those of the package `paper`, beside other tools
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from ctmasknet import CTMaskNetError
-from ctmasknet.output import require_writable
-from paper.items import Request, make
+from ctmasknet.errors import ConfigError, CTMaskNetError, MissingExtraError
+from ctmasknet.evaluation.evaluate import Table
+from ctmasknet.output import PathLike, require_writable
+from paper import contributions, figure1, figure2, figure3, figure4, table1, table2, table3, table4, table5
+from paper.drawing import save_figure, table_figure
+from paper.request import Request
+
+ITEMS = {
+    module.__name__.removeprefix("paper."): module.make
+    for module in (table1, table2, table3, table4, table5, figure1, figure2, figure3, figure4, contributions)
+}
+"""Name on the command line -> what makes it of a `Request`."""
+
+
+def make(item: str, request: Request, out: PathLike, *, name: str | None = None) -> tuple[Table, list[Path]]:
+    """Make a table or a figure of the paper and write it.
+
+    Args:
+        item: one of `ITEMS`.
+        request: of what.
+        out: folder; gets ITEM.md and ITEM.csv, and as ITEM.png the figure, or a picture of the table. Figures
+            come as PDF and SVG too. Without matplotlib tables have no picture.
+        name: of the files in place of `item`.
+
+    Returns:
+        The table and the files written.
+
+    Raises:
+        ConfigError: unknown item, or no data where some are needed.
+        DataError, WeightsError, MissingExtraError: as `evaluate`.
+    """
+    if item not in ITEMS:
+        raise ConfigError(f"{item!r} is not in the paper: use one of {', '.join(ITEMS)}")
+    made = ITEMS[item](request)
+    paths = list(made.table.save(out, name or item))
+    if made.figure is not None:
+        return made.table, paths + save_figure(made.figure, out, name or item)
+    try:
+        picture = table_figure(made.table)
+    except MissingExtraError:
+        return made.table, paths
+    return made.table, paths + save_figure(picture, out, name or item, formats=("png",))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ctmasknet.errors import ConfigError, DataError, import_extra
+from ctmasknet.evaluation.evaluate import evaluate
 from ctmasknet.evaluation.metrics import patient_intervals
 from ctmasknet.evaluation.rows import ROI_THRESHOLDS, Row
+from ctmasknet.registry import DEFAULT_CLASSIFIER, VARIANTS
+from paper.request import Request, file_name, needed, only_one
 
 PAPER_SAMPLE = 475
 """Slices per class in the paper (section 3.2)."""
+
 
 PAPER_PAIRS = ((2, 1), (2, 0), (1, 0))
 """Table 5: COVID-19 / CP, COVID-19 / Normal, CP / Normal, as labels."""
@@ -101,6 +106,17 @@ class RoICounts:
                     row |= {"statistic": float(result.statistic), "p": float(result.pvalue)}
                 rows.append(row)
         return rows
+
+
+def roi_counts(request: Request, item: str) -> tuple[RoICounts, str]:
+    """Of equally many slices of each class, and what to call the model."""
+    data = needed(request, item)
+    (weights,) = only_one(request.weights or (DEFAULT_CLASSIFIER,), item)
+    rows = None if request.rows is None else Path(request.rows) / f"{file_name(weights)}-per-class"
+    per_class = request.limit or PAPER_SAMPLE
+    found = evaluate(weights, data, per_class=per_class, seed=request.seed, samples=0, out=rows, device=request.device)
+    variant = VARIANTS.get(found.model)
+    return RoICounts.of(found.rows, found.class_names), found.model if variant is None else variant.title
 
 
 def _mean_of(values: np.ndarray) -> Any:
