@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from ctmasknet.cli import main
 from ctmasknet.data.check import check_dataset
-from ctmasknet.errors import ConfigError
+from ctmasknet.errors import ConfigError, MissingExtraError
 
 
 def save(path: Path, pixels: np.ndarray) -> Path:
@@ -115,6 +117,47 @@ def test_patients_and_images_in_both_splits_are_found(root: Path):
     assert report.shared_images == [str(root / "imgs" / "2_ann_1_1.png")]
     assert "patient ann is in both splits; keep each patient in one" in report.problems
     assert len(report.problems) == 2
+
+
+def test_two_lists_over_one_folder_are_two_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    lesion = np.pad(np.full((20, 20), 2), 22)
+    for number, name in enumerate(("110_104", "110_99", "7_1", "8_1")):
+        add_slice(tmp_path / "data", name, lesion, level=50 + number)
+    (tmp_path / "train.txt").write_text("110_104.jpg\n7_1.jpg\n")
+    (tmp_path / "val.txt").write_text("110_99.jpg\n8_1.jpg\n")
+    data, train, val = tmp_path / "data", tmp_path / "train.txt", tmp_path / "val.txt"
+    report = check_dataset(data, names=train, against=data, against_names=val)
+    assert report.shared_patients == ["110"]
+    assert report.problems == ["patient 110 is in both splits; keep each patient in one"]
+    assert check_dataset(data, names=["7_1"], against=data, against_names=["8_1"]).ok
+    arguments = ["--names", str(train), "--against", str(data), "--against-names", str(val)]
+    assert main(["data", "check", str(data), *arguments]) == 2
+    assert "patient 110 is in both splits" in capsys.readouterr().out
+
+
+def test_patients_of_one_folder_name_in_two_classes_are_two(tmp_path: Path):
+    for number, folder in enumerate(("train/control/p1", "train/covid/p1", "val/pneumonia/p1", "val/covid/p1")):
+        save(tmp_path / folder / "1.png", blank() + number)
+    report = check_dataset(tmp_path / "train", against=tmp_path / "val")
+    assert report.patients == 2
+    assert report.shared_patients == ["covid/p1"]
+
+
+@pytest.mark.parametrize(("lesion", "suffix", "words"), [(2, "png", "scipy.*[train]"), (0, "dcm", "pydicom.*[io]")])
+def test_a_core_install_is_told_the_extra_only_where_one_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lesion: int, suffix: str, words: str
+):
+    for module in ("scipy", "scipy.ndimage", "pydicom", "pycocotools", "pycocotools.mask"):
+        monkeypatch.setitem(sys.modules, module, None)
+    add_slice(tmp_path, "a", blank())
+    assert check_dataset(tmp_path).slices == 1
+    assert check_dataset(tmp_path / "imgs", task="classification").slices == 0
+    add_slice(tmp_path, "b", blank() + lesion)
+    if suffix == "dcm":
+        (tmp_path / "imgs" / "b.png").unlink()
+        (tmp_path / "imgs" / "b.dcm").write_bytes(bytes(128) + b"DICM")
+    with pytest.raises(MissingExtraError, match=words.replace("[", r"\[").replace("]", r"\]")):
+        check_dataset(tmp_path)
 
 
 def test_slices_without_lesions_only_are_flagged(tmp_path: Path):

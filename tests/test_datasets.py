@@ -163,6 +163,21 @@ def test_patients_come_from_cncb_names_and_from_index_csv(tmp_path: Path):
     }
 
 
+def test_patients_come_from_the_names_of_the_released_lists(tmp_path: Path):
+    root = lesion_root(tmp_path / "data", **{"110_104": square(), "110_99": square(), "7_1": square(), "a_1": square()})
+    names = tmp_path / "train.txt"
+    names.write_text("110_104.jpg\n110_99.jpg\n7_1.jpg\na_1.jpg\n")
+    dataset = open_dataset("segmentation", root, names=names)
+    assert dict(zip(dataset.names, dataset.patients, strict=True)) == {
+        "110_104": "110",
+        "110_99": "110",
+        "7_1": "7",
+        "a_1": None,
+    }
+    (root / "index.csv").write_text("name,patient\n7_1,seven\n")  # who writes one knows better
+    assert open_dataset("segmentation", root, names=["7_1"]).patients == ["seven"]
+
+
 def test_samples_survive_pickling_and_worker_processes(phantoms: Path):
     dataset = pickle.loads(pickle.dumps(open_dataset("segmentation", phantoms)))
     loader = DataLoader(dataset, batch_size=2, num_workers=1, collate_fn=list)
@@ -502,7 +517,7 @@ def test_class_folders_known_by_word_keep_the_papers_numbers(tmp_path: Path):
         "CAP": 1,
         "Normal": 0,
     }
-    assert dataset.patients == ["patient1"] * 3
+    assert dataset.patients == ["CAP/patient1", "COVID-19/patient1", "Normal/patient1"]
 
 
 @pytest.mark.parametrize(

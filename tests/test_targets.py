@@ -112,6 +112,7 @@ def test_without_scipy_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.ndimage", None)
     with pytest.raises(MissingExtraError, match=r"ctmasknet\[train\]"):
         instances(MIXED)
+    assert len(instances(np.where(MIXED > 1, 0, MIXED))["labels"]) == 0  # no lesion, no need of it
 
 
 def test_class_names_follow_the_labels():

@@ -158,6 +158,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     check.add_argument("data", nargs="+", metavar="DIR", help="one root or several")
     check.add_argument("--against", nargs="+", metavar="DIR", help="the other split: report patients in both")
+    check.add_argument("--against-names", metavar="FILE", help="as --names, for --against")
     check.add_argument("--task", choices=("segmentation", "classification"), help="default: tell by looking")
     check.add_argument("--classes", choices=("merge", "both", "ggo"), default="merge", help="default: merge")
     check.add_argument("--min-area", type=int, default=100, metavar="PX", help="default: 100")

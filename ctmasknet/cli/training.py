@@ -75,6 +75,7 @@ def data_check_command(options: argparse.Namespace) -> int:
         options.data,
         task=options.task,
         against=options.against,
+        against_names=options.against_names,
         classes=options.classes,
         min_area=options.min_area,
         names=options.names,

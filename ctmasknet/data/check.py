@@ -25,6 +25,7 @@ from ctmasknet.data.layouts import (
     list_slices,
     read_class_mask,
     read_image,
+    shared_patients,
 )
 from ctmasknet.errors import CTMaskNetError, DataError, MissingExtraError
 from ctmasknet.registry import Task
@@ -123,6 +124,7 @@ def check_dataset(
     *,
     task: Task | None = None,
     against: PathLike | Sequence[PathLike] | None = None,
+    against_names: Names | None = None,
     classes: LesionClasses = "merge",
     min_area: int = 100,
     names: Names | None = None,
@@ -133,6 +135,7 @@ def check_dataset(
         data, classes, min_area, names: as `open_dataset` takes them.
         task: None looks for masks to tell.
         against: the other split; patients and images that occur in both are reported.
+        against_names: as `names`, for the other split. The splits may be two lists over one folder.
 
     Raises:
         ConfigError: unknown `task` or `classes`, a negative `min_area`.
@@ -150,7 +153,8 @@ def check_dataset(
     report.patients = len(patients)
     report.slices_without_patient = sum(record.patient is None for record in found.records)
     if against is not None:
-        _compare(found, list_slices(task, against, classes=classes, min_area=min_area), report)
+        other = list_slices(task, against, classes=classes, min_area=min_area, names=against_names)
+        _compare(found, other, report)
     return report
 
 
@@ -224,9 +228,7 @@ def _judge_classes(found: Listing, report: DataReport) -> None:
 def _compare(found: Listing, other: Listing, report: DataReport) -> None:
     """Fill in what two splits share."""
     report.problems += [str(problem) for problem in other.problems]
-    elsewhere = {record.patient for record in other.records}
-    shared = sorted({record.patient for record in found.records if record.patient is not None} & elsewhere)
-    report.shared_patients = [patient for patient in shared if patient is not None]
+    report.shared_patients = shared_patients(*([record.patient for record in part.records] for part in (found, other)))
     report.problems += [
         f"patient {patient} is in both splits; keep each patient in one" for patient in report.shared_patients
     ]

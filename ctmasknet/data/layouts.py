@@ -68,12 +68,10 @@ def instances(
     Raises:
         DataError: the mask is not two-dimensional or holds other values than 0 to 3.
         ConfigError: unknown `classes` or a negative `min_area`.
-        MissingExtraError: scipy (extra ``train``) is not installed.
+        MissingExtraError: there are lesions, and scipy (extra ``train``) is not installed.
     """
     check_target_options(classes, min_area)
     check_class_mask(class_mask, source)
-    ndimage = import_extra("scipy.ndimage", "train", "splitting masks into instances")
-
     height, width = class_mask.shape
     masks: list[np.ndarray] = [np.zeros((0, height, width), dtype=bool)]
     labels: list[int] = []
@@ -81,6 +79,7 @@ def instances(
         wanted = np.isin(class_mask, values)
         if not wanted.any():
             continue
+        ndimage = import_extra("scipy.ndimage", "train", "splitting masks into instances")
         components, _ = ndimage.label(wanted, structure=np.ones((3, 3), dtype=bool))
         areas = np.bincount(components.ravel())
         areas[0] = 0  # the background is no component
@@ -160,6 +159,7 @@ IMAGE_CLASS_WORDS = {
 """Words in file and folder names, lower case without punctuation, and the image class they mean."""
 
 _CNCB_NAME = re.compile(r"(?P<image_class>[^_]+)_(?P<patient>[^_]+)_(?P<scan>[^_]+)_(?P<slice>[^_]+)")
+_RELEASED_NAME = re.compile(r"(?P<patient>\d+)_\d+")
 _SPLIT_FOLDERS = {"train", "val", "valid", "validation", "test"}
 
 
@@ -314,6 +314,12 @@ def patient_of(name: str) -> str | None:
     return match["patient"]
 
 
+def shared_patients(one: Iterable[str | None], other: Iterable[str | None]) -> list[str]:
+    """The known patients that two splits have in common, sorted."""
+    theirs = set(other)
+    return sorted({patient for patient in one if patient is not None and patient in theirs})
+
+
 def image_class_of(word: str) -> int | None:
     """0 control, 1 pneumonia, 2 COVID-19 for a number or a word that means one; None for any other."""
     plain = re.sub(r"[^a-z0-9]", "", word.lower())
@@ -357,7 +363,8 @@ def list_lesion_folders(roots: Sequence[Path], classes: LesionClasses = "merge",
     """Pair images `root/imgs/NAME.*` with masks of class codes `root/masks/NAME.png` (CNCB folders).
 
     Patients come from CNCB file names, else from an `index.csv` in the root or next to it (columns `name`, `patient`,
-    optionally `split`, equal to the name of the root).
+    optionally `split`, equal to the name of the root), else from names `PATIENT_SLICE` of two numbers, as the
+    released lists have them.
     """
     check_target_options(classes, min_area)
     found = Listing("segmentation", "CNCB folders", list(roots), lesion_class_names(classes))
@@ -378,7 +385,8 @@ def list_lesion_folders(roots: Sequence[Path], classes: LesionClasses = "merge",
                 reason = f"no image imgs/{stem}.*; add it or remove the mask"
                 found.problems.append(Problem("mask without image", str(masks[stem]), reason, stem))
             else:
-                patient = patient_of(stem) or patients.get(stem)
+                released = _RELEASED_NAME.fullmatch(stem)
+                patient = patient_of(stem) or patients.get(stem) or (released["patient"] if released else None)
                 found.records.append(LesionRecord(stem, images[stem], patient, masks[stem], classes, min_area))
     return found
 
@@ -500,9 +508,9 @@ def list_class_folders(roots: Sequence[Path]) -> Listing:
             found.problems.append(_wrong_layout(root, "classification"))
         for folder in folders[root]:
             for path in _image_files(folder, deep=True):
-                # A folder between class and image is a patient's.
+                # A folder between class and image is a patient's; p1 of one class is not p1 of another.
                 below = path.relative_to(folder).parts[:-1]
-                patient = patient_of(path.stem) or (below[0] if below else None)
+                patient = patient_of(path.stem) or (f"{folder.name}/{below[0]}" if below else None)
                 found.records.append(ImageRecord(path.stem, path, patient, numbering[folder.name]))
     return found
 
