@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ctmasknet.data.scans import open_volume
+from ctmasknet.data.scans import Volume, open_volume
 from ctmasknet.data.slices import Slice, read_slice
 from ctmasknet.errors import ConfigError, CTMaskNetError, InputError
 from ctmasknet.models import Model
@@ -151,7 +151,7 @@ class Predictor:
 
     def volume(
         self,
-        path: str | os.PathLike[str],
+        scan: str | os.PathLike[str] | Volume,
         *,
         units: str | None = None,
         series: str | None = None,
@@ -161,7 +161,8 @@ class Predictor:
         """Predict a whole scan, slice by slice (extra ``io``); slices that cannot be used are reported in it.
 
         Args:
-            path: a folder with a DICOM series, a DICOM file of one or many frames, or a NIfTI file.
+            scan: a folder with a DICOM series, a DICOM file of one or many frames, a NIfTI file, or what `open_volume`
+                gave.
             units, series, spacing: see `ctmasknet.data.scans.open_volume`.
             progress: called with the numbers of slices done and in all.
 
@@ -169,7 +170,7 @@ class Predictor:
             InputError: not a scan, not on an even grid, or without a usable slice; names the file and the fix.
             MissingExtraError: pydicom, nibabel or the decoder is not installed.
         """
-        volume = open_volume(path, units=units, series=series, spacing=spacing)
+        volume = scan if isinstance(scan, Volume) else open_volume(scan, units=units, series=series, spacing=spacing)
         results = self.stream(volume.slices())
         return gather(
             volume,

@@ -99,7 +99,6 @@ def build_parser() -> argparse.ArgumentParser:
         "-o", "--out", type=Path, default=Path("ctmasknet-demo"), metavar="DIR", help="default: ctmasknet-demo"
     )
     demo.add_argument("--web", action="store_true", help="serve a page to try it instead (extra demo)")
-    demo.add_argument("--host", metavar="H", help="with --web: where to listen (default: 127.0.0.1, this machine)")
     demo.add_argument("--port", type=int, metavar="N", help="with --web: default: the first free one from 7860 on")
     demo.add_argument("--max-upload-mb", type=int, metavar="MB", help="with --web: of one upload (default: 200)")
     _model_flags(demo)

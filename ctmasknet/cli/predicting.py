@@ -172,7 +172,7 @@ def demo_command(options: argparse.Namespace) -> int:
     """`ctmasknet demo`; the exit code."""
     if options.web:
         return _web(options)
-    for flag in ("host", "port", "max_upload_mb"):
+    for flag in ("port", "max_upload_mb"):
         if getattr(options, flag) is not None:
             raise ConfigError(f"--{flag.replace('_', '-')} goes with --web")
     from ctmasknet.evaluation.metrics import mask_iou
@@ -211,7 +211,7 @@ def demo_command(options: argparse.Namespace) -> int:
 def _web(options: argparse.Namespace) -> int:
     import signal
 
-    from ctmasknet.web import serve
+    from ctmasknet.page import serve
 
     def started(address: str) -> None:
         print(f"{DISCLAIMER} The page: {address} (Ctrl-C ends it)", flush=True)
@@ -223,10 +223,9 @@ def _web(options: argparse.Namespace) -> int:
     serve(
         segmenter=options.segmenter,
         classifier=options.classifier,
-        threshold=options.threshold,
+        score_threshold=options.threshold,
         device=options.device,
         precision=options.precision,
-        host=options.host or "127.0.0.1",
         port=options.port,
         max_upload_mb=200 if options.max_upload_mb is None else options.max_upload_mb,
         on_start=started,

@@ -1,0 +1,369 @@
+"""A page on this machine to try the models (extra ``demo``): `ctmasknet demo --web`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, wraps
+from html import escape
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ctmasknet.data.scans import NIFTI_SUFFIXES, Volume, is_scan, open_volume
+from ctmasknet.data.slices import Slice, read_slice
+from ctmasknet.errors import ConfigError, CTMaskNetError, InputError, import_extra
+from ctmasknet.evaluation.contributions import contribution_figure, roi_contributions
+from ctmasknet.example import SLICE
+from ctmasknet.models.classifier import COVIDCTMaskNet
+from ctmasknet.predictor import Precision, Predictor, operating_point
+from ctmasknet.registry import DEFAULT_CLASSIFIER, DEFAULT_SEGMENTER, DISCLAIMER, class_title, get_variant
+from ctmasknet.results import Prediction, VolumePrediction
+from ctmasknet.weights.manifest import variants_with_weights
+from ctmasknet.zoo import DEFAULT, class_names
+
+log = logging.getLogger(__name__)
+
+NONE = "none"
+OVERLAY, SCORE_MAP, CONTRIBUTIONS, MONTAGE = "Overlay", "Score map", "RoI contributions", "Montage"
+UNITS = {"as the file says": None, "Hounsfield units": "hu", "stretch its own range": "range"}
+MAX_FILES = 2000  # of one upload: a series
+KEPT_SECONDS = 3600  # what a visitor sent, after the last click
+CSS = """
+footer {display: none !important}
+#status {padding: .5em .8em; border-radius: 6px; border: 1px solid var(--border-color-primary)}
+#status:has(strong) {border: 2px solid #D55E00}
+#picture img {max-height: 75vh; object-fit: contain}
+"""
+HELP = """Choose a picture, a DICOM file, all files of a series, or a NIfTI scan: at most {} MB.
+Thresholds take effect at once on a slice, and at the next Predict on a scan."""
+Shown = dict[Any, Any]  # by component of the page
+
+
+@dataclass(eq=False)
+class Case:
+    """What a visitor looks at: a slice, or a scan; its files lie in `folder` until it is dropped."""
+
+    name: str
+    folder: Path
+    content: Slice | Volume
+    notes: tuple[str, ...] = ()
+    predictor: Predictor | None = None  # of the last Predict
+    scan: VolumePrediction | None = None
+    stopped: threading.Event = field(default_factory=threading.Event)
+
+    def slice(self, index: int) -> Slice:
+        """The slice, or the one at `index` of the scan."""
+        if isinstance(self.content, Slice):
+            return self.content
+        if index not in self.content.names:
+            raise InputError(f"{self.name}: there is no slice {index}, a gap in the scan")
+        return replace(self.content.read(index), source=f"{self.name}-{index}")
+
+    def drop(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def open_case(paths: Sequence[str], work: Path, units: str | None, max_bytes: int) -> Case:
+    """Read an upload: one picture, one DICOM file, the files of a series, or a NIfTI file or pair.
+
+    Raises:
+        InputError: nothing of the kind, or more than `max_bytes`; the text names the file as the visitor knows it.
+    """
+    if not paths:
+        raise InputError("nothing to predict: choose a file")
+    name = Path(paths[0]).name if len(paths) == 1 else f"{len(paths)} files"
+    if len(paths) > MAX_FILES or sum(Path(path).stat().st_size for path in paths) > max_bytes:
+        limit = f"{max_bytes // 1_000_000} MB or {MAX_FILES} files"
+        raise InputError(f"{name}: more than {limit} in one upload. Send less, or use ctmasknet predict.")
+    folder = Path(tempfile.mkdtemp(dir=work))
+    try:
+        for number, path in enumerate(paths):
+            target = folder / Path(path).name
+            shutil.copyfile(path, target.with_name(f"{number}-{target.name}") if target.exists() else target)
+        files = sorted(folder.iterdir())
+        header = [file for file in files if file.name.lower().endswith(NIFTI_SUFFIXES)]
+        first = header[0] if header else files[0] if len(files) == 1 else folder
+        if first.is_dir() or is_scan(first):
+            volume = open_volume(first, units=units)
+            problems = tuple(_own(folder, text) for text in volume.problems)
+            names = {index: _own(folder, text) for index, text in volume.names.items()}
+            return Case(name, folder, replace(volume, source=name, names=names, problems=problems), problems)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            one = replace(read_slice(first, units=units), source=name)
+        return Case(name, folder, one, tuple(_own(folder, str(warning.message)) for warning in caught))
+    except CTMaskNetError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise type(error)(_own(folder, str(error))) from None
+
+
+def _own(folder: Path, text: str) -> str:
+    """A message without our folders."""
+    return text.replace(f"{folder}{os.sep}", "").replace(str(folder), "the upload")
+
+
+def draw(view: str, one: Slice, prediction: Prediction, predictor: Predictor) -> Image.Image:
+    """A view of a slice.
+
+    Raises:
+        InputError: the view needs a model that was not chosen.
+    """
+    if view == OVERLAY:
+        return prediction.plot()
+    if view == SCORE_MAP:
+        if predictor.segmenter is None:
+            raise InputError("the score map needs a segmenter: choose one and press Predict")
+        logits = Predictor(predictor.segmenter, None, device=predictor.device, score_map=True)(one).score_map
+        figure = import_extra("matplotlib.figure", "demo", "the page").Figure(figsize=(6, 5), layout="constrained")
+        shown = figure.subplots().imshow(logits, cmap="magma", vmin=0)
+        figure.colorbar(shown, shrink=0.8, label="mask logits, maximum over all RoIs")
+    else:
+        if not isinstance(predictor.classifier, COVIDCTMaskNet):
+            raise InputError("RoI contributions need a classifier: choose one and press Predict")
+        tensor = torch.from_numpy(one.pixels).to(predictor.device).expand(3, -1, -1)
+        found = roi_contributions(predictor.classifier, tensor)
+        figure = contribution_figure(one.pixels, found, class_names(predictor.classifier))
+    stream = BytesIO()
+    figure.savefig(stream, format="png", dpi=160)
+    return Image.open(stream)
+
+
+def _words(name: str, summary: str, notes: Sequence[str]) -> str:
+    return f"<h3>{escape(name)}: {escape(summary)}</h3>" + "".join(f"<p>{escape(note)}</p>" for note in notes)
+
+
+def _grey(one: Slice) -> Image.Image:
+    return Image.fromarray(np.rint(one.pixels * 255).astype(np.uint8))
+
+
+def build(
+    predictor_of: Callable[[str, str], Predictor],
+    offered: Sequence[list[str]],
+    points: Sequence[float | None],
+    work: Path,
+    max_mb: int,
+) -> Any:
+    """The page as `gradio.Blocks`.
+
+    `predictor_of` gives the predictor of a segmenter and a classifier out of those `offered`, of which the first are
+    chosen at first; `points` are score and NMS threshold, None for the weights' own; `work` is where uploads and
+    results lie while they are looked at; an upload holds at most `max_mb`, all files together.
+    """
+    gr = import_extra("gradio", "demo", "the page")
+    progress = gr.Progress()
+
+    def guarded(handle: Callable[..., Iterator[Shown]]) -> Callable[..., Iterator[Shown]]:
+        """Never a traceback on the page: one line of ours, or one that points to the log."""
+
+        @wraps(handle)
+        def safe(*arguments: Any) -> Iterator[Shown]:
+            try:
+                yield from handle(*arguments)
+            except CTMaskNetError as error:
+                yield {status: f"<strong>{escape(str(error))}</strong>"}
+            except Exception:
+                log.exception("%s", handle.__name__)
+                yield {status: "<strong>Something went wrong; the log of the program says what.</strong>"}
+
+        return safe
+
+    @guarded
+    def on_open(paths: list[str] | None, unit: str, before: Case | None) -> Iterator[Shown]:
+        case = open_case(paths or [], work, UNITS[unit], max_mb * 1_000_000)
+        if before is not None:
+            before.drop()
+        scan = isinstance(case.content, Volume)
+        indices = sorted(case.content.names) if isinstance(case.content, Volume) else [0]
+        middle = indices[len(indices) // 2]
+        what = f"a scan of {len(indices)} slices" if scan else "one slice"
+        yield {
+            state: case,
+            status: escape(" ".join([f"{case.name}: {what}. Press Predict.", *case.notes[:5]])),
+            view: gr.update(choices=[MONTAGE] * scan + [OVERLAY, SCORE_MAP, CONTRIBUTIONS], value=OVERLAY),
+            at: gr.update(minimum=indices[0], maximum=max(indices[-1], 1), value=middle, visible=scan),
+            picture: _grey(case.slice(middle)),
+            facts: "",
+            lesions: gr.update(visible=False),
+            files: gr.update(visible=False),
+        }
+
+    def shown(case: Case, predictor: Predictor, what: str, index: int, score: float, nms: float) -> Shown:
+        """Picture and facts; of a single slice also files."""
+        if case.scan is not None and what == MONTAGE:
+            notes = (*case.notes, *case.scan.caveats)
+            words = _words(case.name, case.scan.summary, notes)
+            return {picture: case.scan.plot(), facts: words, lesions: gr.update(visible=False)}
+        predictor.score_threshold, predictor.nms_threshold = score, nms
+        one = case.slice(index)
+        prediction = predictor(one)
+        found = prediction.to_dict()["lesions"]
+        rows = [[f["class"], f"{f['score']:.3f}", f["area_px"], " ".join(f"{v:.0f}" for v in f["box"])] for f in found]
+        classes = ", ".join(f"{class_title(n)} {p:.3f}" for n, p in (prediction.class_probabilities or {}).items())
+        drawn = {
+            picture: draw(what, one, prediction, predictor),
+            facts: _words(one.source, prediction.summary, [classes, *prediction.caveats]),
+            lesions: gr.update(value=rows, visible=bool(rows)),
+        }
+        if case.scan is None:
+            written = prediction.save(case.folder / "results")
+            drawn[files] = gr.update(value=[str(path) for path in written], visible=True)
+        return drawn
+
+    @guarded
+    def on_predict(case: Case | None, seg: str, cls: str, *settings: Any, progress: Any = progress) -> Iterator[Shown]:
+        what, index, score, nms = settings
+        case = case or open_case([str(SLICE)], work, None, max_mb * 1_000_000)
+        case.predictor, case.scan = None, None
+        case.stopped.clear()
+        yield {state: case, status: f"Predicting {escape(case.name)} ..."}
+        predictor = predictor_of(seg, cls)
+
+        def count(done: int, total: int) -> None:
+            progress((done, total), unit="slices")
+            if case.stopped.is_set():
+                raise InputError(f"{case.name}: stopped after {done} of {total} slices")
+
+        result: Shown = {status: f"{escape(case.name)}: predicted."}
+        if isinstance(case.content, Volume):
+            predictor.score_threshold, predictor.nms_threshold = score, nms
+            case.scan, what = predictor.volume(case.content, progress=count), MONTAGE
+            written = case.scan.save(case.folder / "results", case.name).values()
+            result |= {view: MONTAGE, files: gr.update(value=[str(path) for path in written], visible=True)}
+        result |= shown(case, predictor, what, index, score, nms)
+        case.predictor = predictor
+        yield result
+
+    @guarded
+    def on_show(case: Case | None, *settings: Any) -> Iterator[Shown]:
+        if case is not None and case.predictor is not None:
+            yield shown(case, case.predictor, *settings)
+        else:
+            yield {picture: gr.skip() if case is None else _grey(case.slice(settings[1]))}
+
+    @guarded
+    def on_models(case: Case | None, seg: str, cls: str) -> Iterator[Shown]:
+        segmenter = predictor_of(seg, cls).segmenter
+        if case is not None:
+            case.predictor = None  # what is shown stays what was predicted
+        stored = {} if segmenter is None else dict(zip((cut, nms), operating_point(segmenter), strict=True))
+        yield {status: f"{escape(seg)} and {escape(cls)}: press Predict."} | stored
+
+    first = predictor_of(offered[0][0], offered[1][0]).segmenter
+    stored = (0.5, 0.5) if first is None else operating_point(first)
+    score, overlap = (own if given is None else given for given, own in zip(points, stored, strict=True))
+    with gr.Blocks(title="ctmasknet", analytics_enabled=False, delete_cache=(60, KEPT_SECONDS)) as page:
+        state = gr.State(None, time_to_live=KEPT_SECONDS, delete_callback=lambda case: case and case.drop())
+        gr.Markdown(f"## ctmasknet: lesions in chest CT slices\n**{DISCLAIMER}**")
+        with gr.Row():
+            with gr.Column(scale=1, min_width=300):
+                upload = gr.File(
+                    [str(SLICE)], label="Slice or scan", file_count="multiple", height=150, elem_id="upload"
+                )
+                with gr.Row():
+                    go = gr.Button("Predict", variant="primary", elem_id="predict", min_width=100)
+                    stop = gr.Button("Stop", elem_id="stop", min_width=60)
+                with gr.Accordion("Models and thresholds", open=False):
+                    seg = gr.Dropdown([*offered[0]], value=offered[0][0], label="Segmenter")
+                    cls = gr.Dropdown([*offered[1]], value=offered[1][0], label="Classifier")
+                    cut = gr.Slider(0, 1, score, step=0.01, label="Score threshold", elem_id="threshold")
+                    nms = gr.Slider(0, 1, overlap, step=0.01, label="NMS threshold")
+                    units = gr.Dropdown([*UNITS], value=next(iter(UNITS)), label="Values of the files")
+                gr.Markdown(HELP.format(max_mb))
+            with gr.Column(scale=3, min_width=320):
+                status = gr.HTML(
+                    f"{SLICE.name}: an example, a phantom and no patient. Press Predict.", elem_id="status"
+                )
+                view = gr.Radio([OVERLAY, SCORE_MAP, CONTRIBUTIONS], value=OVERLAY, show_label=False, elem_id="view")
+                at = gr.Slider(0, 1, 0, step=1, label="Slice", visible=False, elem_id="slice")
+                buttons = ["download", "fullscreen"]
+                picture = gr.Image(str(SLICE), format="png", show_label=False, buttons=buttons, elem_id="picture")
+                facts = gr.HTML(elem_id="facts")
+                headers = ["lesion", "score", "area, px", "box x1 y1 x2 y2, px"]
+                lesions = gr.Dataframe(headers=headers, interactive=False, visible=False, elem_id="lesions")
+                label = "Results, as ctmasknet predict writes them"
+                files = gr.File(label=label, visible=False, interactive=False, elem_id="files")
+        everything, settings = [state, status, view, at, picture, facts, lesions, files, cut, nms], [view, at, cut, nms]
+        # One at a time: the thresholds of a predictor, and warnings, belong to the whole process.
+        common: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "models", "concurrency_limit": 1}
+        go.click(on_predict, [state, seg, cls, *settings], everything, show_progress_on=status, **common)
+        common |= {"show_progress": "minimal"}
+        gr.on([upload.change, units.input], on_open, [upload, units, state], everything, **common)
+        gr.on([seg.input, cls.input], on_models, [state, seg, cls], everything, **common)
+        moved = [view.input, at.change, cut.change, nms.change]  # `input` misses the number beside a slider
+        gr.on(moved, on_show, [state, *settings], everything, trigger_mode="always_last", **common)
+        stop.click(lambda case: case and case.stopped.set(), state, None, api_visibility="private", queue=False)
+    return page
+
+
+def serve(
+    *,
+    segmenter: str = DEFAULT,
+    classifier: str = DEFAULT,
+    score_threshold: float | None = None,
+    nms_threshold: float | None = None,
+    device: str | None = None,
+    precision: Precision = "float32",
+    port: int | None = None,
+    max_upload_mb: int = 200,
+    on_start: Callable[[str], None] = print,
+    stop: threading.Event | None = None,
+) -> None:
+    """Serve the page on 127.0.0.1 until `stop` is set, or Ctrl-C.
+
+    Args:
+        segmenter, classifier: chosen at first: whatever names weights for `Predictor`, or ``"none"``.
+        score_threshold, nms_threshold: at first; None takes the weights' own.
+        device, precision: as for `Predictor`.
+        port: where to listen; without one the first free one from 7860 on.
+        max_upload_mb: the most that one upload may hold, all files together.
+        on_start: called with the page's address.
+        stop: ends the call.
+
+    Raises:
+        ConfigError: an impossible option, or the port is taken.
+        WeightsError: the weights chosen are missing or damaged.
+        MissingExtraError: gradio or matplotlib is not installed.
+    """
+    if max_upload_mb < 1:
+        raise ConfigError(f"--max-upload-mb {max_upload_mb}: must be at least 1")
+    import_extra("matplotlib", "demo", "the page")
+    gr = import_extra("gradio", "demo", "the page")
+
+    def choices(task: str, given: str, default: str) -> list[str]:
+        known = [name for name in variants_with_weights() if get_variant(name).task == task]
+        return list(dict.fromkeys([default if given == DEFAULT else given, *known, NONE]))
+
+    @cache
+    def predictor_of(seg: str, cls: str) -> Predictor:
+        return Predictor(*(None if n == NONE else n for n in (seg, cls)), device=device, precision=precision)
+
+    names = (
+        choices("segmentation", segmenter, DEFAULT_SEGMENTER),
+        choices("classification", classifier, DEFAULT_CLASSIFIER),
+    )
+    theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # nothing from other hosts
+    options: dict[str, Any] = {"share": False, "ssr_mode": False, "run_history": False, "theme": theme, "css": CSS}
+    with tempfile.TemporaryDirectory(prefix="ctmasknet-page-", ignore_cleanup_errors=True) as made:
+        os.environ["GRADIO_TEMP_DIR"] = made  # where gradio puts uploads; it has no argument for it
+        page = build(predictor_of, names, (score_threshold, nms_threshold), Path(made), max_upload_mb)
+        options |= {"quiet": True, "prevent_thread_lock": True, "max_file_size": max_upload_mb * 1_000_000}
+        try:
+            _, address, _ = page.launch(server_name="127.0.0.1", server_port=port, **options)
+            on_start(address)
+            (stop or threading.Event()).wait()
+        except OSError as error:
+            raise ConfigError(f"cannot listen on port {port or 7860} ({error}): choose another --port") from None
+        finally:
+            page.close(verbose=False)
+            del os.environ["GRADIO_TEMP_DIR"]
