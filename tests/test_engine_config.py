@@ -7,10 +7,23 @@ from pathlib import Path
 
 import pytest
 
-from ctmasknet import ConfigError
+from ctmasknet import ConfigError, create_model
 from ctmasknet.engine import RECIPES, TrainConfig
+from ctmasknet.engine.setup import initial_model
 
 SEGMENTER, CLASSIFIER = "maskrcnn_resnet18_t1", "ctmasknet_resnet18_t1"
+PAPER_SAMPLING = {
+    "rpn_pre_nms_top_n_train": 2000,
+    "rpn_post_nms_top_n_train": 2000,
+    "rpn_batch_size_per_image": 256,
+    "rpn_positive_fraction": 0.75,
+    "rpn_fg_iou_thresh": 0.7,
+    "rpn_bg_iou_thresh": 0.3,
+    "box_batch_size_per_image": 256,
+    "box_positive_fraction": 0.75,
+    "box_fg_iou_thresh": 0.75,
+    "box_bg_iou_thresh": 0.5,
+}
 
 
 @pytest.mark.parametrize(("model", "batch_size", "epochs"), [(SEGMENTER, 1, 100), (CLASSIFIER, 8, 50)])
@@ -19,7 +32,8 @@ def test_paper_recipe_is_the_papers_schedule(model: str, batch_size: int, epochs
     assert (config.optimizer, config.lr, config.weight_decay) == ("adam", 1e-5, 1e-3)
     assert (config.batch_size, config.epochs, config.schedule) == (batch_size, epochs, "constant")
     assert (config.augment, config.ema, config.clip_norm, config.precision) == (False, 0.0, 0.0, "float32")
-    assert config.model_options == {}, "the models' own defaults are the paper's sampling"
+    # Paper, section 3, and its released code; a classifier trains neither RPN nor RoI heads.
+    assert config.model_options == (PAPER_SAMPLING if model == SEGMENTER else {})
 
 
 @pytest.mark.parametrize("model", [SEGMENTER, CLASSIFIER])
@@ -28,6 +42,21 @@ def test_a_recipe_leaves_no_field_open(model: str, recipe: str) -> None:
     config = TrainConfig(model, "data", "out", recipe=recipe)
     filled = RECIPES[config.task][recipe]
     assert {name: getattr(config, name) for name in filled} == filled
+
+
+@pytest.mark.parametrize("recipe", ["paper", "fast"])
+def test_how_training_samples_is_the_recipes_business_not_the_start_weights(recipe: str, tmp_path: Path) -> None:
+    other = {"rpn_pre_nms_top_n_train": 500, "rpn_post_nms_top_n_train": 300, "rpn_batch_size_per_image": 8}
+    other |= {"rpn_positive_fraction": 0.1, "rpn_fg_iou_thresh": 0.6, "rpn_bg_iou_thresh": 0.2}
+    other |= {"box_batch_size_per_image": 64, "box_positive_fraction": 0.1}
+    other |= {"box_fg_iou_thresh": 0.4, "box_bg_iou_thresh": 0.4}
+    create_model(SEGMENTER, min_size=128, **other).save_pretrained(tmp_path)  # type: ignore[arg-type]
+    config = TrainConfig(SEGMENTER, "data", "out", recipe=recipe, weights=tmp_path)
+    made = initial_model(config, ("background", "lesion")).config
+    assert made.min_size == 128, "what does not belong to training is the weights' own"
+    if recipe == "paper":
+        assert {name: getattr(made, name) for name in PAPER_SAMPLING} == PAPER_SAMPLING
+    assert not any(getattr(made, name) == value for name, value in other.items())
 
 
 def test_given_fields_win_over_the_recipe() -> None:
@@ -65,6 +94,9 @@ def test_files_of_both_kinds_are_read(tmp_path: Path, name: str) -> None:
         ("lr", -1.0, "negative"),
         ("lr", float("nan"), "finite"),
         ("augment", 1, "true or false"),
+        ("precision", "auto", "'float32' or 'bfloat16'"),
+        ("device", "gpu", "device"),
+        ("names", [1], "text"),
         ("optimizer", "sgd", "'adamw' or 'adam'"),
         ("classes", "all", "'merge' or 'both' or 'ggo'"),
         ("data", 5, "text or a list"),

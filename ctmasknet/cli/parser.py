@@ -132,7 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--batch-size", type=int, help="slices per process and step")
     train.add_argument("--lr", type=float, help="highest learning rate")
     train.add_argument("--seed", type=int, help="fixes order, augmentation and sampling (default: 0)")
-    train.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+    train.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     train.add_argument("--cache-rois", action="store_true", default=None, help="classifiers: train module S alone")
     train.add_argument("--resume", metavar="R", help="auto (default), no, or a checkpoint to continue from")
     train.add_argument(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 from typing import Any
 
 from ctmasknet.cli.printing import print_json
@@ -44,15 +45,14 @@ def train_command(options: argparse.Namespace) -> int:
         config = TrainConfig.from_dict(given, source="the command line")
     logging.getLogger("ctmasknet").setLevel(logging.INFO)
     result = train(config)
+    if int(os.environ.get("RANK", "0")) > 0:  # of several processes the first speaks
+        return 0
     if options.json:
         print_json(result.to_dict())
         return 0
-    if not result.finished:
-        print(f"Stopped after {result.steps} steps. The same command continues. Run: {result.out}")
-        return 0
-    figures = ", ".join(f"{key} {value:.3f}" for key, value in result.metrics.items() if isinstance(value, float))
-    print(f"Trained {config.model} in {result.seconds / 60:.1f} min, {result.epochs} epochs. {figures}")
-    print(f"Weights: create_model({config.model!r}, weights={result.best!r})")
+    if result.finished:
+        print(f"Weights: create_model({config.model!r}, weights={result.best!r})")
+    print(f"{config.model}, {result.seconds / 60:.1f} min: {result.summary}")
     return 0
 
 

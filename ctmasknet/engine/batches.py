@@ -47,7 +47,14 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """On `device`, with images as the models take them: (3, H, W) float32 in 0..1."""
         images = [model_input(image, device) for image in self.images]
-        targets = [{key: _moved(value, device) for key, value in target.items()} for target in self.targets]
+        return self._with(images, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """In page-locked memory, from which `to` copies while the GPU computes; the loader asks for it."""
+        return self._with([image.pin_memory() for image in self.images], Tensor.pin_memory)
+
+    def _with(self, images: list[Tensor], change: Callable[[Tensor], Tensor]) -> Batch:
+        targets = [{k: change(v) if isinstance(v, Tensor) else v for k, v in t.items()} for t in self.targets]
         return Batch(images, targets, self.names)
 
 
@@ -55,10 +62,6 @@ def model_input(image: Tensor, device: torch.device) -> Tensor:
     """(1, H, W) uint8 -> (3, H, W) float32 in 0..1 on `device`; floating-point tensors are only moved."""
     image = image.to(device, non_blocking=True)
     return image if image.is_floating_point() else (image.float() / 255).expand(3, -1, -1)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
-import tempfile
 import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,49 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ctmasknet.errors import CTMaskNetError, WeightsError
+from ctmasknet.output import OutputError, write_files
 
 log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
+_FORMAT = "2"
 _NAME = re.compile(r"step-(\d+)\.safetensors")
+
+
+@dataclass
+class State:
+    """Where a run is. With the tensors of its checkpoint, all that resuming needs.
+
+    Attributes:
+        epoch: the epoch in training, from 0.
+        batch: batches of it that are done, per process.
+        step: steps so far, skipped ones included.
+        skipped, bad_in_row: steps whose loss or gradient was not finite: all, and since the last good one.
+        seconds: of training and validation.
+        loss_sums, loss_steps: losses of this epoch so far.
+        best_epoch, best_score, best_metrics, validations_since_best: of the validations.
+        operating_point: of `best`.
+        done: nothing is left to train: all epochs, or stopped early.
+        finished: `best` has its final metadata.
+        history: one row per epoch; epoch 0 are the start weights.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    skipped: int = 0
+    bad_in_row: int = 0
+    seconds: float = 0.0
+    loss_sums: dict[str, float] = field(default_factory=dict)
+    loss_steps: int = 0
+    best_epoch: int | None = None
+    best_score: float | None = None
+    best_metrics: dict[str, float] = field(default_factory=dict)
+    operating_point: dict[str, float] = field(default_factory=dict)
+    validations_since_best: int = 0
+    done: bool = False
+    finished: bool = False
+    history: list[dict[str, Any]] = field(default_factory=list)
 
 
 def write_checkpoint(
@@ -38,28 +75,15 @@ def write_checkpoint(
         CTMaskNetError: it cannot be written; the checkpoints before it are intact.
     """
     stored = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    header = {"facts": json.dumps(facts), "crc32": str(_crc32(stored))}
+    header = {"format": _FORMAT, "facts": json.dumps(facts), "crc32": str(_crc32(stored))}
     path = run / FOLDER / f"step-{step:09d}.safetensors"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".unfinished-")
-        os.close(handle)
-        unfinished = Path(name)
-        try:
-            save_file(stored, unfinished, metadata=header)
-            with unfinished.open("rb+") as file:
-                os.fsync(file.fileno())
-            unfinished.chmod(0o644)
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
-        for old in list_checkpoints(run)[keep:]:
+        write_files({path: lambda stream: save_file(stored, stream.name, metadata=header)}, sync=True)
+        killed_amid_writing = path.parent.glob(".ctmasknet-*.tmp")
+        for old in [*list_checkpoints(run)[keep:], *killed_amid_writing]:
             old.unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
-        raise CTMaskNetError(
-            f"{path}: the checkpoint cannot be written ({error}). Free space there, or choose another folder; "
-            "checkpoints before it are intact"
-        ) from None
+    except (OSError, OutputError, SafetensorError) as error:
+        raise CTMaskNetError(f"{path}: {error}; the checkpoints before it are intact") from None
     return path
 
 
@@ -75,6 +99,8 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         if not {"facts", "crc32"} <= set(header):
             raise WeightsError(f"{path}: not a training checkpoint (weights? give them as weights, not resume)")
+        if header.get("format") != _FORMAT:
+            raise WeightsError(f"{path}: a checkpoint of another version of ctmasknet; start from its weights instead")
         if header["crc32"] != str(_crc32(tensors)):
             raise WeightsError(f"{path}: damaged: its checksum does not match")
         return tensors, json.loads(header["facts"])
@@ -106,13 +132,6 @@ def list_checkpoints(run: Path) -> list[Path]:
     folder = run / FOLDER
     found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
     return sorted(found, reverse=True)
-
-
-def remove_unfinished(run: Path) -> None:
-    """Delete what a killed process left of a checkpoint that it was writing."""
-    folder = run / FOLDER
-    for path in folder.glob(".unfinished-*") if folder.is_dir() else ():
-        path.unlink(missing_ok=True)
 
 
 def checkpoints_from(path: Path) -> list[Path]:

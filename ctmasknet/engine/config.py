@@ -13,76 +13,73 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import torch
+
 from ctmasknet.data.augment import Augmentation
 from ctmasknet.data.layouts import LesionClasses
 from ctmasknet.errors import ConfigError, import_extra
 from ctmasknet.models.config import model_config
 from ctmasknet.registry import Task, get_variant
 
+# All of them, so that a run owes none to the weights it starts from (paper, section 3, and its released code).
+# Classifiers train no RPN and no RoI heads.
+PAPER_SAMPLING = {
+    "rpn_pre_nms_top_n_train": 2000,
+    "rpn_post_nms_top_n_train": 2000,
+    "rpn_fg_iou_thresh": 0.7,
+    "rpn_bg_iou_thresh": 0.3,
+    "rpn_batch_size_per_image": 256,
+    "rpn_positive_fraction": 0.75,
+    "box_fg_iou_thresh": 0.75,
+    "box_bg_iou_thresh": 0.5,
+    "box_batch_size_per_image": 256,
+    "box_positive_fraction": 0.75,
+}
+"""The options of `ModelConfig` that matter in training alone, with the paper's values."""
+
+_PAPER: dict[str, Any] = {
+    "optimizer": "adam",
+    "lr": 1e-5,
+    "weight_decay": 1e-3,
+    "schedule": "constant",
+    "clip_norm": 0.0,
+    "ema": 0.0,
+    "augment": False,
+    "precision": "float32",
+}
+_FAST: dict[str, Any] = {
+    "optimizer": "adamw",
+    "weight_decay": 1e-2,
+    "schedule": "cosine",
+    "clip_norm": 5.0,
+    "augment": True,
+    "precision": "float32",
+}
 RECIPES: dict[Task, dict[str, dict[str, Any]]] = {
     "segmentation": {
-        # Paper, section 3, and its released code; slices without lesions, which it skipped, stay in.
-        "paper": {
-            "optimizer": "adam",
-            "lr": 1e-5,
-            "weight_decay": 1e-3,
-            "schedule": "constant",
-            "batch_size": 1,
-            "epochs": 100,
-            "clip_norm": 0.0,
-            "ema": 0.0,
-            "augment": False,
-            "precision": "float32",
-            "model_options": {},
-        },
+        # Slices without lesions, which the released code skipped, stay in.
+        "paper": {**_PAPER, "batch_size": 1, "epochs": 100, "model_options": PAPER_SAMPLING},
         # RoI sampling as in torchvision: with the paper's foreground IoU of 0.75 an untrained RPN offers almost no
         # positive RoI, so training from random values starts slowly.
         "fast": {
-            "optimizer": "adamw",
+            **_FAST,
             "lr": 5e-4,
-            "weight_decay": 1e-2,
-            "schedule": "cosine",
+            "ema": 0.998,
             "batch_size": 4,
             "epochs": 24,
-            "clip_norm": 5.0,
-            "ema": 0.998,
-            "augment": True,
-            "precision": "auto",
-            "model_options": {
+            "model_options": PAPER_SAMPLING
+            | {
+                "rpn_pre_nms_top_n_train": 1000,
+                "rpn_post_nms_top_n_train": 500,
                 "box_fg_iou_thresh": 0.5,
                 "box_batch_size_per_image": 128,
                 "box_positive_fraction": 0.25,
-                "rpn_post_nms_top_n_train": 500,
             },
         },
     },
     "classification": {
-        "paper": {
-            "optimizer": "adam",
-            "lr": 1e-5,
-            "weight_decay": 1e-3,
-            "schedule": "constant",
-            "batch_size": 8,
-            "epochs": 50,
-            "clip_norm": 0.0,
-            "ema": 0.0,
-            "augment": False,
-            "precision": "float32",
-            "model_options": {},
-        },
-        "fast": {
-            "optimizer": "adamw",
-            "lr": 3e-4,
-            "weight_decay": 1e-2,
-            "schedule": "cosine",
-            "batch_size": 8,
-            "epochs": 20,
-            "clip_norm": 5.0,
-            "ema": 0.99,
-            "augment": True,
-            "precision": "auto",
-            "model_options": {},
-        },
+        "paper": {**_PAPER, "batch_size": 8, "epochs": 50, "model_options": {}},
+        "fast": {**_FAST, "lr": 3e-4, "ema": 0.99, "batch_size": 8, "epochs": 20, "model_options": {}},
     },
 }
 """Per task, the fields of `TrainConfig` that a recipe sets; `fast` is the default, `paper` the paper's."""
@@ -99,15 +96,17 @@ class TrainConfig:
     Attributes:
         model: variant to train, one of `list_models()`.
         data: training data, a path or several; layouts as in `ctmasknet.data.datasets.open_dataset`.
-        out: folder of the run, made if missing: checkpoints, weights, logs, record.
+        out: folder of the run, made if missing: checkpoints, weights, logs, record. All processes must see it.
         val: validation data, a path or several. None: no validation, `best` is the last epoch.
-        names, val_names: restrict data and val to the names a text file lists.
+        names, val_names: restrict data and val to these names: a text file that lists them, or the names.
         classes: ``"merge"`` (lesion), ``"both"`` (GGO and consolidation) or ``"ggo"``; segmentation only.
         min_area: instances of so many pixels or fewer join the background.
-        weights: where to start: None (random), ``"default"``, a folder or safetensors file, an author's `.pth`.
-            A classifier also takes a segmenter's: module S then starts anew.
+        weights: where to start: None (random values), ``"default"`` (the variant's own), or what `open_model` takes: a
+            variant, folder, safetensors file, Hub repository or author's `.pth`. A classifier also takes its
+            segmenter's: module S then starts anew.
         partial_weights: copy whatever has the same name and shape, from any variant, and log what starts anew.
-        weights_backbone: start the body from timm's ImageNet weights (downloaded); not together with `weights`.
+        weights_backbone: start the body from ImageNet weights: True for timm's (downloaded), or a file of them; not
+            together with `weights`.
         model_options: options of `ModelConfig`, added to those of the recipe.
         recipe: ``"fast"`` or ``"paper"``.
         optimizer: (recipe) ``"adamw"`` (no decay on biases and normalisation) or ``"adam"`` (decay on all, coupled).
@@ -120,8 +119,7 @@ class TrainConfig:
         epochs: (recipe) passes over the training data.
         clip_norm: (recipe) largest gradient norm, 0 for no clipping.
         ema: (recipe) decay of the moving average of the weights, which is what is validated and saved; 0: none.
-        precision: (recipe) of body and FPN: ``"float32"``, ``"bfloat16"``, or ``"auto"``: bfloat16 where the
-            device computes in it. Boxes and losses are float32 always.
+        precision: (recipe) of body and FPN: ``"float32"`` or ``"bfloat16"``. Boxes and losses are float32 always.
         augment: (recipe) change training slices at random.
         augmentation: fields of `Augmentation` that differ from its defaults.
         train_min_size: shorter image side in training, pixels; None: the model's own, as in validation.
@@ -129,7 +127,7 @@ class TrainConfig:
         cache_rois: classifiers: compute RoI batches once and train module S alone on them.
         roi_views: with cache_rois, RoI batches per slice: one plain, the others augmented.
         seed: fixes order, augmentation and sampling.
-        device: ``"auto"`` (a GPU if there is one), ``"cpu"`` or ``"cuda"``.
+        device: any torch device; None: a GPU if there is one. Of several processes each takes a GPU of its own.
         workers: processes that read and augment slices; 0 does it in the training process.
         cache: where decoded slices are kept: ``"ram"``, ``"device"``, ``"none"``, or ``"auto"``: on a GPU that holds
             them in a quarter of its free memory, else in RAM.
@@ -156,13 +154,13 @@ class TrainConfig:
     data: PathLike | list[PathLike]
     out: PathLike
     val: PathLike | list[PathLike] | None = None
-    names: PathLike | None = None
-    val_names: PathLike | None = None
+    names: PathLike | list[str] | None = None
+    val_names: PathLike | list[str] | None = None
     classes: LesionClasses = "merge"
     min_area: int = 100
     weights: PathLike | None = None
     partial_weights: bool = False
-    weights_backbone: bool = False
+    weights_backbone: PathLike | bool = False
     model_options: dict[str, Any] = field(default_factory=dict)
     recipe: str = "fast"
     optimizer: Literal["adamw", "adam"] = _FROM_RECIPE
@@ -175,7 +173,7 @@ class TrainConfig:
     epochs: int = _FROM_RECIPE
     clip_norm: float = _FROM_RECIPE
     ema: float = _FROM_RECIPE
-    precision: Literal["auto", "float32", "bfloat16"] = _FROM_RECIPE
+    precision: Literal["float32", "bfloat16"] = _FROM_RECIPE
     augment: bool = _FROM_RECIPE
     augmentation: dict[str, Any] = field(default_factory=dict)
     train_min_size: int | None = None
@@ -183,7 +181,7 @@ class TrainConfig:
     cache_rois: bool = False
     roi_views: int = 8
     seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: str | None = None
     workers: int = 0
     cache: Literal["auto", "ram", "device", "none"] = "auto"
     cache_gb: float = 4.0
@@ -207,7 +205,7 @@ class TrainConfig:
     caveat: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("data", "val", "out", "weights", "names", "val_names", "resume"):
+        for name in ("data", "val", "out", "weights", "weights_backbone", "names", "val_names", "resume"):
             object.__setattr__(self, name, _plain_path(getattr(self, name)))
         for name, kind in get_type_hints(type(self)).items():
             if getattr(self, name) is not None or name not in RECIPES["segmentation"]["fast"]:
@@ -325,6 +323,10 @@ def _check_ranges(config: TrainConfig) -> None:
         raise ConfigError("give weights or weights_backbone, not both: weights bring a body")
     if config.cache == "device" and config.workers:
         raise ConfigError('cache="device" needs workers=0: worker processes cannot share what is on a GPU')
+    try:
+        torch.device(config.device or "cpu")
+    except RuntimeError as error:
+        raise ConfigError(f"device={config.device!r}: {str(error).splitlines()[0]}") from None
     if config.resume is True:
         raise ConfigError('resume=True: use "auto", False, or the path of a checkpoint')
 

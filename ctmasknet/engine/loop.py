@@ -30,7 +30,7 @@ def train(config: TrainConfig) -> TrainResult:
     batches = EpochBatches(len(setup.names), config, rank=rank, world=world)
     loader = make_loader(setup.samples, batches, workers=config.workers, device=device)
     steps = batches.steps * config.epochs
-    run = Run(config, setup, batches, writes=accelerator.is_main_process)
+    run = Run(config, setup, batches, writes=accelerator.is_main_process, gather=gather)
     run.open()
     accelerator.wait_for_everyone()
     model, optimizer = accelerator.prepare(setup.trained, run.optimizer)

@@ -1,21 +1,17 @@
-"""One run and its folder: where it is, what it keeps, what it leaves to read."""
+"""One run and its folder: where it begins or continues, its steps and epochs, what stops it."""
 
 from __future__ import annotations
 
-import csv
-import json
 import logging
 import math
-import platform
+import os
 import shutil
 import signal
-import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -25,99 +21,39 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-import ctmasknet
 from ctmasknet.engine.batches import Batch, EpochBatches, Gather
 from ctmasknet.engine.checkpoint import (
+    State,
     checkpoints_from,
     list_checkpoints,
     newest_readable,
     pack_optimizer,
-    remove_unfinished,
     unpack_optimizer,
     write_checkpoint,
 )
 from ctmasknet.engine.config import TrainConfig
+from ctmasknet.engine.record import Record, TensorBoard, TrainResult, figures, peak_memory
 from ctmasknet.engine.setup import Setup, build_average, build_optimizer, learning_rate, share_buffers
-from ctmasknet.errors import ConfigError, CTMaskNetError, import_extra
-from ctmasknet.weights.files import read_weights, write_weights
-from ctmasknet.weights.publish import model_card
+from ctmasknet.errors import ConfigError, CTMaskNetError
+from ctmasknet.output import json_bytes, write_files
+from ctmasknet.weights.files import read_weights, state_digest
 
 log = logging.getLogger(__name__)
 
 
-@dataclass
-class TrainResult:
-    """What came of a run.
-
-    Attributes:
-        out: folder of the run.
-        best, last: folders of weights, for `create_model(name, weights=...)`; None before the first epoch ended.
-        finished: False if the run was asked to stop; train it again with ``resume="auto"`` to continue.
-        epochs, steps: completed.
-        skipped_steps: steps left out because loss or gradient was NaN or infinite.
-        seconds: of training and validation, interruptions left out.
-        metrics: of `best`; empty without validation.
-        history: one dict per epoch, as in metrics.csv.
-    """
-
-    out: str
-    best: str | None
-    last: str | None
-    finished: bool
-    epochs: int
-    steps: int
-    skipped_steps: int
-    seconds: float
-    metrics: dict[str, float]
-    history: list[dict[str, Any]]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
-
-
-@dataclass
-class State:
-    """Where a run is. With the tensors of its checkpoint, all that resuming needs.
-
-    Attributes:
-        epoch: the epoch in training, from 0.
-        batch: batches of it that are done, per process.
-        step: steps so far, skipped ones included.
-        skipped, bad_in_row: steps whose loss or gradient was not finite: all, and since the last good one.
-        seconds: of training and validation.
-        loss_sums, loss_steps: losses of this epoch so far.
-        best_score, best_metrics, validations_since_best: of the validations.
-        done: nothing is left to train: all epochs, or stopped early.
-        finished: `best` has its final metadata.
-        history: one row per epoch.
-    """
-
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    skipped: int = 0
-    bad_in_row: int = 0
-    seconds: float = 0.0
-    loss_sums: dict[str, float] = field(default_factory=dict)
-    loss_steps: int = 0
-    best_score: float | None = None
-    best_metrics: dict[str, float] = field(default_factory=dict)
-    validations_since_best: int = 0
-    done: bool = False
-    finished: bool = False
-    history: list[dict[str, Any]] = field(default_factory=list)
-
-
 class Run:
-    """A run's model, optimizer, average and state, and its folder. Only the process with `writes` writes."""
+    """A run's model, optimizer, average and state, and its folder, in which the process with `writes` alone writes."""
 
-    def __init__(self, config: TrainConfig, setup: Setup, batches: EpochBatches, *, writes: bool) -> None:
-        self.config, self.setup, self.batches, self.writes = config, setup, batches, writes
+    def __init__(
+        self, config: TrainConfig, setup: Setup, batches: EpochBatches, *, writes: bool, gather: Gather
+    ) -> None:
+        self.config, self.setup, self.batches, self.writes, self._gather = config, setup, batches, writes, gather
         self.out = Path(config.out)
         self.optimizer = build_optimizer(setup.trained, config)
         self.average = build_average(setup.trained, config)
+        self._untrained = state_digest(setup.untrained())[:12]
         self.state = State()
+        self.record = Record(config, setup, batches)
         self.tensorboard = TensorBoard(self.out / "tensorboard", enabled=False, purge_step=0)
         self._own_size = tuple(setup.model.transform.min_size)
         self._started = self._saved = time.monotonic()
@@ -131,24 +67,53 @@ class Run:
         """Continue what the config's `resume` names, or begin: and prove that checkpoints can be written.
 
         Raises:
-            ConfigError, WeightsError: there is something else than `resume` expects.
+            ConfigError, WeightsError: there is something else than `resume` expects, or processes that do not see it.
             CTMaskNetError: the folder cannot be written, or has too little space.
         """
-        if self.writes:
-            self._require_space()
-            remove_unfinished(self.out)
-        resume, own = self.config.resume, list_checkpoints(self.out)
-        if resume is False and own:
-            raise ConfigError(f'{self.out}: holds a run; continue it with resume="auto", or choose another folder')
-        candidates = own if resume in (False, "auto") else checkpoints_from(Path(str(resume)))
+        candidates = self._candidates()
         if candidates:
             self._restore(candidates)
+        if self.state.finished:
+            self._log("%s: this run is complete; nothing is changed. Raise epochs to continue it", self.out)
+            return
+        if not candidates and self.config.weights is not None and self.setup.validate is not None:
+            self._log("validating the weights to start from")
+            self.state.history.append({"epoch": 0, "step": 0} | self._validated())
+            self._log("start weights: %s", figures(self.state.history[0]))
         if self.writes:
-            write_json(self.out / "config.json", self.config.to_dict())
+            write_files({self.out / "config.json": json_bytes(self.config.to_dict(), indent=2)})
             if not candidates:
                 self.save()
         enabled = self.writes and self.config.tensorboard
         self.tensorboard = TensorBoard(self.out / "tensorboard", enabled=enabled, purge_step=self.state.step)
+
+    def _candidates(self) -> list[Path]:
+        """Checkpoints to continue from, newest first: the first process looks, before it writes any, and all follow."""
+        found: list[Path] = []
+        problem: CTMaskNetError | None = None
+        token = self.out / f".seen-by-all-{os.getpid()}"
+        if self.writes:
+            try:
+                self._require_space()
+                found = self._find_checkpoints()
+                write_files({token: b""})
+            except CTMaskNetError as error:
+                problem = error
+        found, problem, token = self._gather((found, problem, token))[0]
+        if problem is not None:
+            raise problem
+        seen = all(self._gather(_appears(token)))
+        if self.writes:
+            token.unlink()
+        if not seen:
+            raise ConfigError(f"{self.out}: some processes do not see this folder: all hosts of a run must share it")
+        return found
+
+    def _find_checkpoints(self) -> list[Path]:
+        resume, own = self.config.resume, list_checkpoints(self.out)
+        if resume is False and own:
+            raise ConfigError(f'{self.out}: holds a run; continue it with resume="auto", or choose another folder')
+        return own if resume in (False, "auto") else checkpoints_from(Path(str(resume)))
 
     def _restore(self, candidates: list[Path]) -> None:
         path, tensors, facts = newest_readable(candidates)
@@ -161,20 +126,24 @@ class Run:
             if facts[what] != here:
                 raise ConfigError(
                     f"{path}: made with {what.replace('_', ' ')} {facts[what]}, here it is {here}: the run cannot "
-                    "continue; restore the setting or choose another folder"
+                    "continue; restore the settings or choose another folder"
                 )
         now = self.config.to_dict()
         changed = {k: old for k, old in facts["config"].items() if k in _CHANGES_TRAINING and now[k] != old}
-        if changed:
+        if changed and self.writes:
             said = ", ".join(f"{key} {old!r} -> {now[key]!r}" for key, old in changed.items())
             log.warning("%s: continuing with other settings than before: %s", path, said)
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "optimizer": {}}
         for key, value in tensors.items():
             part, name = key.split("/", 1)
             parts[part][name] = value
-        self.setup.trained.load_state_dict(parts["model"])
-        self.average.module.load_state_dict(parts["average"])
-        unpack_optimizer(self.optimizer, parts["optimizer"], facts["optimizer_groups"])
+        try:
+            self.setup.trained.load_state_dict(parts["model"])
+            self.average.module.load_state_dict(parts["average"])
+            unpack_optimizer(self.optimizer, parts["optimizer"], facts["optimizer_groups"])
+        except (RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"{path}: does not fit these settings ({reason}); restore them") from None
         state = self.state = State(**{f.name: facts["state"][f.name] for f in fields(State)})
         if "epochs" in changed:  # a finished run that is given more epochs goes on
             state.done = state.epoch >= self.config.epochs
@@ -182,14 +151,20 @@ class Run:
         if path.resolve().parent.parent != self.out.resolve():
             if state.done:
                 raise ConfigError(f"{path}: that run is complete; raise epochs to continue it in {self.out}")
-            state.best_score, state.best_metrics, state.validations_since_best = None, {}, 0
-        log.info("continuing from %s: epoch %d, step %d", path, state.epoch + 1, state.step)
+            state.best_epoch, state.best_score, state.best_metrics, state.validations_since_best = None, None, {}, 0
+        if not state.finished:
+            self._log("continuing from %s: epoch %d, step %d", path, state.epoch + 1, state.step)
 
     def _must_match(self) -> dict[str, Any]:
         return {
             "number_of_slices": len(self.setup.names),
             "slices_per_step": self.batches.per_step,
+            # Batches are counted from the start of an epoch: of another size, they would be other slices.
+            "batches_per_step": self.config.accumulate,
             "classes": list(self.setup.class_names),
+            "cache_rois": self.config.cache_rois,
+            # What a checkpoint lacks because it is not trained: with cache_rois, the detector.
+            "weights_that_are_not_trained": self._untrained,
         }
 
     def _require_space(self) -> None:
@@ -258,48 +233,50 @@ class Run:
         row: dict[str, Any] = {"epoch": state.epoch + 1, "step": state.step}
         row["lr"] = learning_rate(config, max(state.step - 1, 0), steps)
         means = {key: value / max(state.loss_steps, 1) for key, value in state.loss_sums.items()}
-        row |= {"loss": sum(means.values()), **means}
-        metrics: dict[str, float] = {}
-        if validated and self.setup.validate is not None:
-            share_buffers(self.average.module)  # what is validated is what the first process saves
-            metrics = self.setup.validate(self.average.module)
-            row |= metrics
-        row |= {
+        row |= {"loss": sum(means.values()), **means} if means else {}
+        metrics = self._validated() if validated else {}
+        peak = peak_memory(self.record.device)
+        self._tick()
+        row |= metrics | {
             "images_per_s": round(speed, 3),
             "skipped": state.skipped,
-            "peak_gb": round(peak_memory(self._device), 3),
+            "peak_gb": None if peak is None else round(peak, 3),
+            "minutes": round(state.seconds / 60, 2),
         }
-        self._tick()
-        row["minutes"] = round(state.seconds / 60, 2)
         state.history.append(row)
         self._judge(metrics)
         state.epoch, state.batch, state.loss_sums, state.loss_steps = state.epoch + 1, 0, {}, 0
         state.done = state.done or state.epoch >= config.epochs
         if self.writes:
-            self._write_weights("last", metrics)
-            write_metrics(self.out / "metrics.csv", state.history)
-            write_json(self.out / "run.json", self.record())
+            self.record.write_weights("last", self.setup.weights_of(self.average.module), metrics, state)
+            self.record.write_figures(state)
             self.tensorboard.scalars({f"epoch/{key}": value for key, value in row.items()}, state.step)
             draw = self.setup.draw
             if metrics and draw is not None:
                 self.tensorboard.pictures("validation", lambda: draw(self.average.module), state.step)
-        log.info("%s", _line(row, config.epochs))
+        self._log("%s", _line(row, config.epochs))
+
+    def _validated(self) -> dict[str, float]:
+        """Metrics of the average as it is; a figure that is not finite is left out."""
+        assert self.setup.validate is not None
+        share_buffers(self.average.module)  # what is validated is what the first process saves
+        return {key: value for key, value in self.setup.validate(self.average.module).items() if math.isfinite(value)}
 
     def _judge(self, metrics: dict[str, float]) -> None:
         """Keep the best weights; decide on an early stop."""
-        state = self.state
-        if self.setup.validate is None:
+        state, config = self.state, self.config
+        if self.setup.validate is None or (
+            metrics and (state.best_score is None or metrics["score"] > state.best_score)
+        ):
+            state.best_epoch, state.best_score, state.best_metrics = state.epoch + 1, metrics.get("score"), metrics
+            state.validations_since_best = 0
+            if config.task == "segmentation":
+                state.operating_point = {key: getattr(config, key) for key in ("score_threshold", "nms_threshold")}
             if self.writes:
-                self._write_weights("best", {})
+                self.record.write_weights("best", self.setup.weights_of(self.average.module), metrics, state)
         elif metrics:
-            if state.best_score is None or metrics["score"] > state.best_score:
-                state.best_score, state.best_metrics = metrics["score"], metrics
-                state.validations_since_best = 0
-                if self.writes:
-                    self._write_weights("best", metrics)
-            else:
-                state.validations_since_best += 1
-                state.done = 0 < self.config.patience <= state.validations_since_best
+            state.validations_since_best += 1
+            state.done = 0 < config.patience <= state.validations_since_best
 
     def checkpoint_is_due(self) -> bool:
         """Whether the last checkpoint is old."""
@@ -329,110 +306,28 @@ class Run:
         self._saved = time.monotonic()
 
     def finish(self) -> None:
-        """Give `best` its operating point and the figures there, and write what is left to read."""
+        """Give `best` its operating point, the figures there and a golden file, and write what is left to read."""
         state = self.state
-        if not state.finished:
-            best = read_weights(self.out / "best").tensors
-            point = None
-            if self.setup.finally_validate is not None:
-                self.average.module.load_state_dict(best)
-                point, state.best_metrics = self.setup.finally_validate(self.average.module)
-            self._tick()
-            state.finished = True
-            if self.writes:
-                self._write_weights("best", state.best_metrics, tensors=best, point=point)
-                self.save()
+        if state.finished:
+            return
+        best = read_weights(self.out / "best").tensors
+        if self.setup.finally_validate is not None:
+            module = deepcopy(self.average.module)
+            module.load_state_dict(best)
+            state.operating_point, state.best_metrics = self.setup.finally_validate(module)
+        self._tick()
+        state.finished = True
         if self.writes:
-            write_json(self.out / "run.json", self.record())
-            write_metrics(self.out / "metrics.csv", state.history)
-            plot_curves(self.out / "curves.png", state.history)
-
-    def _write_weights(
-        self,
-        name: str,
-        metrics: dict[str, float],
-        *,
-        tensors: dict[str, Tensor] | None = None,
-        point: dict[str, float] | None = None,
-    ) -> None:
-        config, model = self.config, self.setup.model
-        metadata: dict[str, Any] = {
-            "classes": list(self.setup.class_names),
-            # "score" ranks the epochs of one run, and a loss depends on the recipe: neither belongs on a card.
-            "metrics": {
-                key: round(value, 4)
-                for key, value in metrics.items()
-                if key not in ("score", "images") and not key.startswith("val_loss")
-            },
-            "training": self._training(),
-        }
-        if config.task == "segmentation":
-            own = {"score_threshold": config.score_threshold, "nms_threshold": config.nms_threshold}
-            metadata["operating_point"] = point or own
-        for key in ("dataset", "license", "note", "caveat"):
-            if getattr(config, key) is not None:
-                metadata[key] = getattr(config, key)
-        options = model.config.to_dict()
-        write_weights(
-            self.out / name,
-            tensors or self.setup.weights_of(self.average.module),
-            variant=config.model,
-            config=options,
-            metadata=metadata,
-            card=model_card(model.variant, options, metadata),
-        )
-
-    def _training(self) -> dict[str, Any]:
-        """How the weights came about, for their card; `run.json` says everything."""
-        said = {key: getattr(self.config, key) for key in _ON_THE_CARD}
-        if self.config.weights is not None and Path(self.config.weights).exists():
-            said["weights"] = Path(self.config.weights).name  # folders of this machine are nobody's business
-        found = versions()
-        return {
-            **said,
-            "slices": len(self.setup.names),
-            "processes": self.batches.world,
-            "device": device_name(self._device),
-            "epochs_done": len(self.state.history),
-            "minutes": round(self.state.seconds / 60, 1),
-            **{package: found[package] for package in ("ctmasknet", "torch", "torchvision")},
-        }
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self.setup.trained.parameters()).device
-
-    def record(self) -> dict[str, Any]:
-        """The run in plain values: config, versions, device, time, result."""
-        return {
-            "config": self.config.to_dict(),
-            "versions": versions(),
-            "device": device_name(self._device),
-            "processes": self.batches.world,
-            "threads": torch.get_num_threads(),
-            "slices": len(self.setup.names),
-            "steps_per_epoch": self.batches.steps,
-            "seconds": self.state.seconds,
-            "minutes": self.state.seconds / 60,
-            "peak_gb": peak_memory(self._device),
-            "result": self.result().to_dict(),
-        }
+            self.record.finish(best, state)
+            self.save()
 
     def result(self) -> TrainResult:
         """The run so far, for its caller."""
-        state, ended = self.state, bool(self.state.history)
-        return TrainResult(
-            out=str(self.out),
-            best=str(self.out / "best") if state.best_score is not None or (ended and not self.config.val) else None,
-            last=str(self.out / "last") if ended else None,
-            finished=state.finished,
-            epochs=state.epoch,
-            steps=state.step,
-            skipped_steps=state.skipped,
-            seconds=state.seconds,
-            metrics=state.best_metrics,
-            history=state.history,
-        )
+        return self.record.result(self.state)
+
+    def _log(self, text: str, *values: Any) -> None:
+        if self.writes:
+            log.info(text, *values)
 
     def _tick(self) -> None:
         now = time.monotonic()
@@ -447,16 +342,20 @@ _CHANGES_TRAINING = (
 )  # fmt: skip
 
 
-_ON_THE_CARD = (
-    "recipe", "weights", "optimizer", "lr", "weight_decay", "schedule", "epochs", "batch_size", "accumulate", "ema",
-    "precision", "augment", "train_min_size", "cache_rois", "seed",
-)  # fmt: skip
-
-
 def _line(row: dict[str, Any], epochs: int) -> str:
     shown = ("loss", "val_loss", "ap50", "ap75", "ap", "dice_pooled", "accuracy", "score", "lr", "images_per_s")
-    figures = [f"{key} {row[key]:.4g}" for key in shown if key in row]
-    return f"epoch {row['epoch']}/{epochs}: {', '.join(figures)}, {row['minutes']:.1f} min, {row['peak_gb']:.1f} GB"
+    said = [f"{key} {row[key]:.4g}" for key in shown if key in row] + [f"{row['minutes']:.1f} min"]
+    return f"epoch {row['epoch']}/{epochs}: {', '.join(said)}"
+
+
+def _appears(path: Path, seconds: float = 10.0) -> bool:
+    """Whether a file can be seen here, within the time that a network file system may need."""
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 class Watch:
@@ -468,6 +367,9 @@ class Watch:
         self._losses: list[Tensor] = []
         self._names: list[str] = []
         self._suspects: list[str] = []
+        # BatchNorm's running statistics take in every forward pass, those of a skipped step too.
+        self._buffers = list(run.setup.trained.buffers())
+        self._good = [buffer.clone() for buffer in self._buffers]
 
     def add(self, losses: dict[str, Tensor], names: list[str]) -> None:
         """Take in the losses of one forward pass, and the slices they come from."""
@@ -496,6 +398,8 @@ class Watch:
         else:
             self._report()
         finite = self._run.state.bad_in_row == 0
+        for buffer, good in zip(self._buffers, self._good, strict=True):
+            good.copy_(buffer) if finite else buffer.copy_(good)
         self._losses, self._names, self._suspects = [], [], []
         return finite
 
@@ -543,124 +447,3 @@ class StopRequest:
         if number == signal.SIGINT and self.received:
             raise KeyboardInterrupt
         self.received = True
-
-
-_PACKAGES = ("torch", "torchvision", "timm", "accelerate", "numpy")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all.
-
-    Raises:
-        CTMaskNetError: it cannot be written.
-    """
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8", newline=""
-        ) as file:
-            file.write(text)
-        temporary = Path(file.name)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
-        raise CTMaskNetError(f"{path}: cannot be written ({error}). Free space, or choose another folder") from None
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write plain values as JSON, whole or not at all."""
-    write_text(path, json.dumps(values, indent=2) + "\n")
-
-
-def write_metrics(path: Path, history: list[dict[str, Any]]) -> None:
-    """One row per epoch, whole or not at all; a figure that an epoch lacks is left empty."""
-    columns = list(dict.fromkeys(key for row in history for key in row))
-
-    class Lines(list[str]):
-        write = list.append
-
-    lines = Lines()
-    writer = csv.DictWriter(lines, columns)
-    writer.writeheader()
-    writer.writerows(history)
-    write_text(path, "".join(lines))
-
-
-def plot_curves(path: Path, history: list[dict[str, Any]]) -> None:
-    """Losses, validation metrics and learning rate over epochs as a PNG (extra ``plots``)."""
-    matplotlib = import_extra("matplotlib.figure", "plots", "drawing curves.png")
-    losses = [key for key in history[-1] if "loss" in key]
-    scores = [
-        key
-        for key in dict.fromkeys(key for row in history for key in row)
-        if key in ("ap50", "ap75", "ap", "dice_pooled", "dice_mean", "accuracy") or key.startswith("sensitivity")
-    ]
-    groups = [("Loss", losses), ("Validation", scores), ("Learning rate", ["lr"])]
-    figure = matplotlib.Figure(figsize=(12, 3.5), layout="constrained")
-    for axis, (title, keys) in zip(figure.subplots(1, 3), groups, strict=True):
-        for key in keys:
-            points = [(row["epoch"], row[key]) for row in history if row.get(key) is not None]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=key, marker=".", markersize=3)
-        axis.set(title=title, xlabel="Epoch")
-        if axis.lines:
-            axis.legend(fontsize="x-small", loc="upper right")
-    figure.savefig(path, dpi=120)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a run's result depends on."""
-    found = {"ctmasknet": ctmasknet.__version__, "python": sys.version.split()[0], "platform": platform.platform()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def device_name(device: torch.device) -> str:
-    """What a run computed on, for people."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-
-
-def peak_memory(device: torch.device) -> float:
-    """Largest memory used so far, GB: of the GPU, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource
-    except ModuleNotFoundError:  # Windows
-        return float("nan")
-    # Linux counts in KiB, macOS in bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-class TensorBoard:
-    """TensorBoard scalars and pictures in a folder, or nothing if switched off."""
-
-    def __init__(self, folder: Path, *, enabled: bool, purge_step: int) -> None:
-        self._writer = None
-        if enabled:
-            import_extra("tensorboard", "train", "TensorBoard logs")
-            from torch.utils.tensorboard import SummaryWriter
-
-            # Entries after purge_step come from before an interruption and will be written again.
-            self._writer = SummaryWriter(str(folder), purge_step=purge_step or None)
-
-    def scalars(self, values: dict[str, Any], step: int) -> None:
-        """Every number of `values` under its name."""
-        if self._writer is not None:
-            for key, value in values.items():
-                if isinstance(value, int | float):
-                    self._writer.add_scalar(key, value, step)
-
-    def pictures(self, name: str, make: Callable[[], Sequence[Any]], step: int) -> None:
-        """(H, W, 3) uint8 arrays, made only if they are wanted."""
-        if self._writer is not None:
-            for number, picture in enumerate(make()):
-                self._writer.add_image(f"{name}/{number}", picture, step, dataformats="HWC")
-
-    def close(self) -> None:
-        """Write what is buffered."""
-        if self._writer is not None:
-            self._writer.close()

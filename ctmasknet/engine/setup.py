@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from ctmasknet.data.datasets import CachedDataset, SliceDataset, open_dataset, require_trainable
 from ctmasknet.engine.batches import Gather, ModuleSOnRoIs, OnDevice, RoIViews, TrainingSlices
-from ctmasknet.engine.config import TrainConfig
+from ctmasknet.engine.config import PAPER_SAMPLING, TrainConfig
 from ctmasknet.engine.validation import (
     draw_example,
     final_figures,
@@ -29,11 +29,10 @@ from ctmasknet.engine.validation import (
 )
 from ctmasknet.errors import ConfigError, WeightsError, import_extra
 from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN
-from ctmasknet.models.inference import CPURoIAlign, computes_bfloat16, feature_scales
-from ctmasknet.registry import Variant, get_variant
-from ctmasknet.weights.files import is_finite
-from ctmasknet.weights.hub import load_stored
-from ctmasknet.zoo import create_model, load_released
+from ctmasknet.models.inference import CPURoIAlign, feature_scales
+from ctmasknet.registry import get_variant
+from ctmasknet.weights.files import CONFIG_NAME, inherited
+from ctmasknet.zoo import choose_device, create_model, open_model
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +67,11 @@ class Setup:
     def weights_of(self, trained: nn.Module) -> dict[str, Tensor]:
         """The whole model's state dict with the values of a copy of `trained`."""
         return self.model.state_dict() | trained.state_dict()
+
+    def untrained(self) -> dict[str, Tensor]:
+        """The part of the whole model's state dict that `trained` does not hold."""
+        trained = self.trained.state_dict()
+        return {key: tensor for key, tensor in self.model.state_dict().items() if key not in trained}
 
 
 def prepare(config: TrainConfig, device: torch.device, *, rank: int, world: int, gather: Gather) -> Setup:
@@ -125,6 +129,16 @@ def _open(config: TrainConfig) -> tuple[SliceDataset[Any], SliceDataset[Any] | N
     if config.val is None:
         return data, None
     held_out = open_dataset(config.task, config.val, names=config.val_names, **rules)
+    shared = sorted({patient for patient in data.patients if patient is not None} & set(held_out.patients))
+    if shared:
+        log.warning(
+            "%s and %s: %d patients are in both (%s%s), so validation flatters the model; keep each in one",
+            config.data,
+            config.val,
+            len(shared),
+            ", ".join(shared[:3]),
+            ", ..." if len(shared) > 3 else "",
+        )
     if held_out.class_names != data.class_names:
         raise ConfigError(
             f"{config.val}: its classes are {', '.join(held_out.class_names)}, those of {config.data} are "
@@ -163,7 +177,7 @@ def _fits(data: SliceDataset[Any], device: torch.device) -> bool:
 
 def speed_up(model: Model, config: TrainConfig, device: torch.device) -> None:
     """Precision, memory layout and compilation of body and FPN; RoIAlign. Heads and boxes stay in plain float32."""
-    if config.precision == "bfloat16" or (config.precision == "auto" and computes_bfloat16(device)):
+    if config.precision == "bfloat16":
         model.backbone.autocast_dtype = torch.bfloat16
     # Weight gradients in float32 on a CPU take up to twice as long in that layout.
     plain_cpu = device.type == "cpu" and model.backbone.autocast_dtype is None
@@ -182,10 +196,10 @@ Model = LesionMaskRCNN | COVIDCTMaskNet
 
 _MODULE_S = "module_s."
 _NOT_IN_CLASSIFIERS = ("roi_heads.mask_head.", "roi_heads.mask_predictor.")
-_SHARED = (
+_SHARED = {
     "num_classes", "anchor_sizes", "anchor_ratios", "image_mean", "image_std", "min_size", "max_size", "roi_score",
     "bbox_reg_weights",
-)  # fmt: skip
+}  # fmt: skip
 """Options that a classifier takes over from its segmenter, or a variant from another."""
 
 
@@ -198,13 +212,16 @@ def initial_model(config: TrainConfig, class_names: tuple[str, ...]) -> Model:
     classes = "num_classes" if config.task == "segmentation" else "image_classes"
     options = {**config.model_options, classes: len(class_names)}
     if config.weights is None:
-        return create_model(config.model, weights_backbone=config.weights_backbone, **options)
+        body: Any = config.weights_backbone
+        return create_model(config.model, weights_backbone=body, **options)
     variant = get_variant(config.model)
-    tensors, holder, stored = _donor(config.weights, variant)
-    if holder != variant.name:
-        # Another variant's thresholds and RoI counts are not this one's.
-        stored = {key: stored[key] for key in _SHARED if key in stored}
-    model = create_model(config.model, **{**stored, **options})
+    donor = _donor(config, options)
+    stored, tensors, holder = donor.config.to_dict(), donor.state_dict(), donor.variant.name
+    # How training samples is the recipe's business; another variant's thresholds and RoI counts are not this one's.
+    taken = set(stored) - set(PAPER_SAMPLING) if holder == variant.name else _SHARED
+    model = create_model(config.model, **{key: stored[key] for key in taken} | options)
+    # Terms and origin of the start weights go along into what is trained from them: see `Record.write_weights`.
+    model.metadata = inherited(donor.metadata, holder)
     from_segmenter = config.task == "classification" and holder == variant.segmenter
     new, changed = _copy(model, tensors)
     heads = ("cls_score.", "bbox_pred.", "mask_fcn_logits.", f"{_MODULE_S}logits.")
@@ -221,7 +238,7 @@ def initial_model(config: TrainConfig, class_names: tuple[str, ...]) -> Model:
         what = f"{len(unexpected)} tensors of {config.model} are not in it" if unexpected else "it holds more"
         first = (unexpected or sorted(left_over))[0]
         raise WeightsError(
-            f"{config.weights}: weights of {holder or 'an unknown variant'}, not of {config.model}: {what} "
+            f"{config.weights}: weights of {holder}, not of {config.model}: {what} "
             f"(first: {first}). partial_weights=True copies what fits"
         )
     if new | changed:
@@ -237,22 +254,19 @@ def initial_model(config: TrainConfig, class_names: tuple[str, ...]) -> Model:
     return model
 
 
-def _donor(weights: str | Path, variant: Variant) -> tuple[Mapping[str, Tensor], str | None, dict[str, Any]]:
-    """Tensors, variant and options of what `weights` names."""
-    if Path(weights).suffix == ".pth":
-        model = load_released(weights)
-        return model.state_dict(), model.variant.name, model.config.to_dict()
-    stored = load_stored(weights, variant if weights == "default" else None)
-    return stored.tensors, stored.variant, dict(stored.config)
+def _donor(config: TrainConfig, options: dict[str, Any]) -> Model:
+    """The model whose weights the run starts from."""
+    weights = config.weights if config.weights != "default" else config.model
+    path = Path(str(weights))
+    if path.suffix == ".safetensors" and not path.with_name(CONFIG_NAME).exists():
+        return create_model(config.model, weights=weights, **options)
+    return open_model(str(weights), device="cpu")
 
 
 def _copy(model: Model, tensors: Mapping[str, Tensor]) -> tuple[set[str], set[str]]:
     """Copy what has the same name and shape; returns the names that are missing and those of another shape."""
     expected = model.state_dict()
     fitting = {k: t for k, t in tensors.items() if k in expected and t.shape == expected[k].shape}
-    for key, tensor in fitting.items():
-        if not is_finite(tensor):
-            raise WeightsError(f"weights to start from: NaN or infinite values in {key}: the file is damaged")
     model.load_state_dict(fitting, strict=False)
     new = set(expected) - set(tensors)
     return new, set(expected) - set(fitting) - new
@@ -262,17 +276,22 @@ def start_accelerator(config: TrainConfig) -> Any:
     """accelerate's `Accelerator` for this process, on the config's device.
 
     Raises:
-        ConfigError: device="cuda" without a GPU.
+        ConfigError: the device cannot be used.
         MissingExtraError: accelerate is not installed.
     """
     accelerate = import_extra("accelerate", "train", "training")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError('device="cuda": torch sees no GPU here; use device="auto"')
+    wanted = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    processes = accelerate.PartialState(cpu=wanted.type == "cpu")
+    if processes.num_processes == 1:
+        processes.device = choose_device(config.device)  # accelerate would take the first GPU
+    elif config.device and (wanted.index is not None or wanted.type != processes.device.type):
+        raise ConfigError(
+            f"device={config.device!r}: {processes.num_processes} processes take a device each, here "
+            f"{processes.device.type}; leave device out"
+        )
     # mixed_precision would autocast box arithmetic too, which moves boxes by whole pixels; the body has its own.
     return accelerate.Accelerator(
-        mixed_precision="no",
-        gradient_accumulation_steps=config.accumulate,
-        cpu=config.device == "cpu" or not torch.cuda.is_available(),
+        mixed_precision="no", gradient_accumulation_steps=config.accumulate, cpu=wanted.type == "cpu"
     )
 
 
