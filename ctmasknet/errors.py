@@ -1,9 +1,13 @@
-"""What can go wrong for a user, as exceptions that name the culprit and the fix, and the import of extras."""
+"""What can go wrong for a user, as exceptions that name the culprit and the fix; the check of plain values' types; the
+import of extras."""
 
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
+import sys
+from pathlib import Path
+from types import ModuleType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 
 class CTMaskNetError(Exception):
@@ -28,6 +32,48 @@ class DataError(CTMaskNetError, ValueError):
 
 class MissingExtraError(CTMaskNetError, ImportError):
     """A feature whose optional dependencies are not installed."""
+
+
+def typed(name: str, value: Any, kind: Any) -> Any:
+    """A plain value as its type annotation has it: whole numbers serve as floats, tuples become lists.
+
+    Args:
+        name: of the field, for the error.
+        kind: of `str`, `int`, `float`, `bool`, `None`, `Path`, `Literal`, `Any`, lists and tuples of one kind, mappings
+            of text to one kind, and unions of these.
+
+    Raises:
+        ConfigError: something else, or a number that is not finite.
+    """
+    options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    for option in options:
+        origin, arguments = get_origin(option), get_args(option)
+        if option is Any:
+            return value
+        if origin is Literal:
+            if isinstance(value, str) and value in arguments:
+                return value
+        elif origin in (list, tuple):
+            if isinstance(value, list | tuple):
+                return [typed(name, item, arguments[0]) for item in value]
+        elif origin is dict:
+            if isinstance(value, dict):
+                return {key: typed(f"{name}[{key!r}]", item, arguments[1]) for key, item in value.items()}
+        elif option is float:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if number and abs(value) <= sys.float_info.max:  # a whole number may be too large for a float
+                return float(value)
+        elif isinstance(value, option) and (option is bool or not isinstance(value, bool)):
+            return value
+    raise ConfigError(f"{name}={value!r}: {' or '.join(dict.fromkeys(map(_called, options)))} is needed")
+
+
+def _called(kind: Any) -> str:
+    words = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false"}
+    words |= {Path: "text", type(None): "null", list: "a list", tuple: "a list", dict: "a mapping"}
+    if get_origin(kind) is Literal:
+        return " or ".join(map(repr, get_args(kind)))
+    return words[get_origin(kind) or kind]
 
 
 def import_extra(module: str, extra: str, purpose: str) -> ModuleType:

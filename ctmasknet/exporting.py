@@ -16,7 +16,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -85,6 +85,10 @@ class Exported:
     bytes: int
     differences: dict[str, float]
     metadata: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self) | {"path": str(self.path)}
 
     def __str__(self) -> str:
         found = ", ".join(f"{name} {value:.0e}" for name, value in self.differences.items())

@@ -375,5 +375,5 @@ def test_the_command_push_publishes(author, hub, folder):
 def test_a_variant_without_weights_says_what_can_be_done():
     with pytest.raises(WeightsError, match=f"these have: .*{DEFAULT_SEGMENTER}") as caught:
         create_model("maskrcnn_resnet50", weights="default")
-    for way in ("ctmasknet train maskrcnn_resnet50", "tools/convert_released.py", "Hub repository"):
+    for way in ("ctmasknet train maskrcnn_resnet50", "ctmasknet convert", "Hub repository"):
         assert way in str(caught.value)

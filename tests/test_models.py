@@ -265,7 +265,7 @@ def test_bfloat16_touches_the_backbone_only():
         ({"image_classes": 1}, "at least 2"),
         ({"roi_score": "tanh"}, "'softmax' or 'sigmoid'"),
         ({"mask_score": None}, "'sigmoid' or 'logit'"),
-        ({"drop_empty": 1}, "True or False"),
+        ({"drop_empty": 1}, "true or false"),
         ({"box_nms_thresh": 1.5}, r"0\.\.1"),
         ({"box_score_thresh": float("nan")}, "finite"),
         ({"min_size": 0}, "at least 1"),
@@ -273,7 +273,8 @@ def test_bfloat16_touches_the_backbone_only():
         ({"image_mean": [0.5]}, "3 numbers"),
         ({"anchor_sizes": []}, "list of numbers"),
         ({"anchor_sizes": [0, 1]}, "above 0"),
-        ({"anchor_sizes": "8"}, "list of numbers"),
+        ({"anchor_sizes": "8"}, "a list is needed"),
+        ({"anchor_sizes": [[8], 4]}, "one for each FPN level"),
     ],
 )
 def test_impossible_options_raise(options, message):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -15,10 +14,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ctmasknet import WeightsError, create_model, load_released
+from ctmasknet import WeightsError, create_model, from_pretrained, load_released
+from ctmasknet.cli import main
 from ctmasknet.registry import VARIANTS
+from ctmasknet.zoo import open_model
 
-TOOL = Path(__file__).parents[1] / "tools" / "convert_released.py"
 SEGMENTERS = [name for name in golden.VARIANTS if name.startswith("maskrcnn")]
 CLASSIFIERS = [name for name in golden.VARIANTS if name.startswith("ctmasknet")]
 
@@ -197,24 +197,63 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path):
         load_released(tmp_path)
 
 
-def test_the_converter_writes_what_create_model_loads(tmp_path):
+def test_convert_writes_what_from_pretrained_loads(tmp_path):
     path = golden.checkpoint(tmp_path / "released.pth", "ctmasknet_resnet18_t2")
-    outdir = tmp_path / "out"
-    done = subprocess.run([sys.executable, TOOL, path, outdir], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert json.loads((outdir / "config.json").read_text())["variant"] == "ctmasknet_resnet18_t2"
-    direct, converted = load_released(path), create_model("ctmasknet_resnet18_t2", weights=outdir)
+    (tmp_path / "known.json").write_text(json.dumps({"license": "mit", "classes": ["a", "b", "c"]}))
+    known = ["--metadata", str(tmp_path / "known.json")]
+    assert main(["convert", str(path), "-o", str(tmp_path / "out"), *known]) == 0
+    direct, converted = load_released(path), from_pretrained(tmp_path / "out", verify=True)
+    assert converted.variant.name == "ctmasknet_resnet18_t2"
+    assert converted.metadata == {"license": "mit", "classes": ["a", "b", "c"]}
     for key, tensor in direct.state_dict().items():
         assert torch.equal(tensor, converted.state_dict()[key]), key
     assert converted.config == direct.config
 
 
-def test_the_converter_reports_a_bad_file_in_one_line(tmp_path):
-    bad = tmp_path / "bad.pth"
-    bad.write_text("not a checkpoint")
-    command = [sys.executable, TOOL, bad, tmp_path / "out"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "bad.pth" in done.stderr
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("bad.pth", "not a checkpoint", "bad.pth"),
+        ("known.json", '{"license": 3}', "known.json: license=3: text is needed"),
+        ("known.json", "[]", "known.json: must hold a JSON object"),
+    ],
+)
+def test_convert_reports_a_bad_file_in_one_line(file, content, words, tmp_path, capsys):
+    golden.checkpoint(tmp_path / "bad.pth", "maskrcnn_resnet18_t2")
+    (tmp_path / "known.json").write_text("{}")
+    (tmp_path / file).write_text(content)
+    known = ["--metadata", str(tmp_path / "known.json")]
+    assert main(["convert", str(tmp_path / "bad.pth"), "-o", str(tmp_path / "out"), *known]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert words in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["mine.pth", "mine.pt", "pytorch_model.bin"])
+def test_a_state_dict_of_ones_own_is_told_what_to_do(name, tmp_path):
+    torch.save(create_model("maskrcnn_resnet18_t2").state_dict(), tmp_path / name)
+    for load in (load_released, open_model, lambda path: create_model("maskrcnn_resnet18_t2", weights=path)):
+        with pytest.raises(WeightsError, match=rf"{name}.*save_pretrained"):
+            load(tmp_path / name)
+
+
+STORAGE, GENERATOR = b"ctorch\nFloatStorage\n", b"ctorchvision.models.detection.rpn\nAnchorGenerator\n"
+
+
+@pytest.mark.parametrize("target", [STORAGE, GENERATOR])
+def test_what_a_hostile_file_does_to_its_stand_ins_the_next_file_does_not_see(target, tmp_path):
+    # Opcodes: the stand-in, the state (None, {"dtype": None, "sizes": ()}) to set on it by BUILD, the end.
+    state = pickle.dumps((None, {"dtype": None, "sizes": ()}), protocol=2)[2:-1]
+    head = [pickle.dumps(value, protocol=2) for value in (0x1950A86A20F9469CFC6C, 1001, {})]
+    (tmp_path / "hostile.pth").write_bytes(b"".join(head) + b"\x80\x02" + target + state + b"b.")
+    with pytest.raises(WeightsError, match=r"hostile\.pth"):
+        load_released(tmp_path / "hostile.pth")
+    bare = golden.anchor_generator("torchvision.models.detection.rpn")
+    vars(bare).pop("sizes", None)
+    path = golden.checkpoint(tmp_path / "good.pth", "maskrcnn_resnet18_t2", anchor_generator=bare)
+    with pytest.raises(WeightsError, match="unusable sizes: None"):
+        load_released(path)
+    assert (
+        load_released(golden.checkpoint(tmp_path / "good.pth", "maskrcnn_resnet18_t2")).variant.backbone == "resnet18"
+    )

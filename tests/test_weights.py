@@ -93,7 +93,7 @@ def test_weights_and_pretrained_together_raise():
 
 
 def test_a_variant_without_weights_says_which_have_some():
-    with pytest.raises(WeightsError, match=f"no trained weights.*{DEFAULT_SEGMENTER}.*convert_released"):
+    with pytest.raises(WeightsError, match=f"no trained weights.*{DEFAULT_SEGMENTER}.*ctmasknet convert"):
         create_model("maskrcnn_resnet50", weights="default")
 
 
@@ -199,12 +199,14 @@ def test_missing_files_are_named(tmp_path):
     [
         ("library", "other", "not a config.json of this library"),
         ("format", 99, "format 99"),
-        ("format", "1", "must be a int"),
+        ("format", "1", "format='1': a whole number is needed"),
         ("variant", "resnet999", "unknown variant"),
-        ("config", [], "must be a dict"),
+        ("config", [], "a mapping is needed"),
         ("surprise", 1, "unknown field 'surprise'"),
         ("metadata", {"surprise": 1}, "unknown field 'surprise'"),
-        ("metadata", {"operating_point": {"score_threshold": "low"}}, "number in 0..1"),
+        ("metadata", {"operating_point": {"score_threshold": "low"}}, "a finite number is needed"),
+        ("metadata", {"operating_point": {"nms_threshold": 3}}, "must lie in 0..1"),
+        ("metadata", {"derived_from": [3]}, "a mapping is needed"),
         ("config", {"nonsense": 1}, "unknown option 'nonsense'"),
         ("config", {"num_classes": "two"}, "whole number"),
         ("config", {"roi_score": "__import__('os')"}, "'softmax' or 'sigmoid'"),

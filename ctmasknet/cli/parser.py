@@ -176,6 +176,29 @@ def build_parser() -> argparse.ArgumentParser:
     download.add_argument("names", nargs="+", metavar="NAME", help="a variant, owner/name or owner/name@revision")
     _json_flag(download)
 
+    convert = _command(
+        commands,
+        "convert",
+        variants.convert_command,
+        "turn one of the paper author's checkpoints into a folder of weights",
+        "Writes model.safetensors, config.json, README.md and golden.safetensors. The variant is recognised from the\n"
+        "file, anchors and numbers of classes are taken from it, and nothing in it is executed.\n\n"
+        "Example: ctmasknet convert released.pth -o folder",
+    )
+    convert.add_argument("checkpoint", type=Path, metavar="FILE", help="the author's .pth")
+    convert.add_argument("-o", "--out", required=True, type=Path, metavar="DIR", help="the folder to write")
+    convert.add_argument("--name", metavar="NAME", help="the variant it must hold (default: recognise it)")
+    convert.add_argument(
+        "--dtype", choices=("float32", "float16"), default="float32", help="how values are stored (default: float32)"
+    )
+    convert.add_argument(
+        "--metadata",
+        type=Path,
+        metavar="JSON",
+        help="a file with what is known of the weights: classes, operating_point, metrics, dataset, license, note, ...",
+    )
+    _json_flag(convert)
+
     push = _command(
         commands,
         "push",
@@ -242,13 +265,13 @@ def build_parser() -> argparse.ArgumentParser:
         "what PyTorch gives. Needs the extra export.\n\n"
         "Examples:\n"
         "  ctmasknet export maskrcnn_resnet18_t1 -o model.onnx\n"
-        "  ctmasknet export maskrcnn_resnet18_t2 --weights run/best -o model.onnx",
+        "  ctmasknet export run/best -o model.onnx",
     )
-    export.add_argument("name", metavar="NAME", help="a variant: see ctmasknet list")
-    export.add_argument("-o", "--out", required=True, type=Path, metavar="FILE", help="the file to write")
     export.add_argument(
-        "--weights", default="default", metavar="W", help="default, a file, a folder or a Hub repository of weights"
+        "model", metavar="MODEL", help="a variant's name, a folder or Hub repository of weights, or an author's .pth"
     )
+    export.add_argument("-o", "--out", required=True, type=Path, metavar="FILE", help="the file to write")
+    _json_flag(export)
 
     doctor = _command(
         commands,

@@ -1,4 +1,4 @@
-"""Commands about variants and their weights: list, info, download, push, export, doctor."""
+"""Commands about variants and their weights: list, info, download, convert, push, export, doctor."""
 
 from __future__ import annotations
 
@@ -80,6 +80,22 @@ def download_command(options: argparse.Namespace) -> int:
     return 0
 
 
+def convert_command(options: argparse.Namespace) -> int:
+    """`ctmasknet convert`; the exit code."""
+    from ctmasknet.weights.files import read_metadata
+    from ctmasknet.zoo import load_released
+
+    metadata = {} if options.metadata is None else read_metadata(options.metadata)
+    model = load_released(options.checkpoint, options.name)
+    model.metadata |= metadata
+    folder = model.save_pretrained(options.out, dtype=options.dtype)
+    if options.json:
+        print_json({"variant": model.variant.name, "folder": str(folder)})
+    else:
+        print(f'{model.variant.name}: create_model("{model.variant.name}", weights="{folder}") loads it')
+    return 0
+
+
 def push_command(options: argparse.Namespace) -> int:
     """`ctmasknet push`; the exit code."""
     from ctmasknet.weights.publish import push_folder
@@ -95,9 +111,14 @@ def push_command(options: argparse.Namespace) -> int:
 
 def export_command(options: argparse.Namespace) -> int:
     """`ctmasknet export`; the exit code."""
-    from ctmasknet import create_model, export
+    from ctmasknet import export
+    from ctmasknet.zoo import open_model
 
-    print(export(create_model(options.name, weights=options.weights), options.out))
+    exported = export(open_model(options.model, device="cpu"), options.out)
+    if options.json:
+        print_json(exported.to_dict())
+    else:
+        print(exported)
     return 0
 
 

@@ -5,19 +5,17 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
 import os
-import types
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import torch
 
 from ctmasknet.data.augment import Augmentation
 from ctmasknet.data.layouts import LesionClasses
-from ctmasknet.errors import ConfigError, import_extra
+from ctmasknet.errors import ConfigError, import_extra, typed
 from ctmasknet.models.config import model_config
 from ctmasknet.registry import Task, get_variant
 
@@ -209,7 +207,7 @@ class TrainConfig:
             object.__setattr__(self, name, _plain_path(getattr(self, name)))
         for name, kind in get_type_hints(type(self)).items():
             if getattr(self, name) is not None or name not in RECIPES["segmentation"]["fast"]:
-                object.__setattr__(self, name, _typed(name, getattr(self, name), kind))
+                object.__setattr__(self, name, typed(name, getattr(self, name), kind))
         variant = get_variant(self.model)
         recipes = RECIPES[variant.task]
         if self.recipe not in recipes:
@@ -338,10 +336,10 @@ def _augmentation(values: Mapping[str, Any]) -> Augmentation:
         if name not in kinds:
             raise ConfigError(f"augmentation: unknown field {name!r}; known: {', '.join(kinds)}")
         if name != "scale":
-            _typed(f"augmentation.{name}", value, kinds[name])
+            typed(f"augmentation.{name}", value, kinds[name])
     given = dict(values)
     if "scale" in given:
-        given["scale"] = tuple(_typed("augmentation.scale", given["scale"], list[float]))
+        given["scale"] = tuple(typed("augmentation.scale", given["scale"], list[float]))
     return Augmentation(**given)
 
 
@@ -351,41 +349,3 @@ def _plain_path(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain_path(item) for item in value]
     return value
-
-
-def _typed(name: str, value: Any, kind: Any) -> Any:
-    """`value`, checked against a type annotation of plain types; whole numbers serve as floats."""
-    options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-    for option in options:
-        origin, arguments = get_origin(option), get_args(option)
-        if origin is Literal:
-            if isinstance(value, str) and value in arguments:
-                return value
-        elif origin in (list, tuple):
-            if isinstance(value, list | tuple):
-                return [_typed(name, item, arguments[0]) for item in value]
-        elif origin is dict:
-            if isinstance(value, dict):
-                return value
-        elif option is float:
-            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-                return float(value)
-        elif isinstance(value, option) and (option is bool or not isinstance(value, bool)):
-            return value
-    raise ConfigError(f"{name}={value!r}: {_expected(options)} is needed")
-
-
-def _expected(options: tuple[Any, ...]) -> str:
-    words = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false"}
-    words |= {Path: "text", type(None): "null"}
-    said = []
-    for option in options:
-        if get_origin(option) is Literal:
-            said.append(" or ".join(map(repr, get_args(option))))
-        elif get_origin(option) in (list, tuple):
-            said.append("a list")
-        elif get_origin(option) is dict:
-            said.append("a mapping")
-        else:
-            said.append(words[option])
-    return " or ".join(dict.fromkeys(said))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
-from collections.abc import Sequence
+import itertools
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_origin, get_type_hints
 
-from ctmasknet.errors import ConfigError
+from ctmasknet.errors import ConfigError, typed
 from ctmasknet.registry import Variant
 
 
@@ -70,8 +69,8 @@ class ModelConfig:
     bbox_reg_weights: tuple[float, ...] = (10.0, 10.0, 5.0, 5.0)
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
+        for name, kind in get_type_hints(type(self)).items():
+            object.__setattr__(self, name, _checked(name, kind, getattr(self, name)))
         if self.num_classes < 2:
             raise ConfigError(f"num_classes={self.num_classes}: counts the background, so at least 2")
         if self.image_classes < 2:
@@ -118,7 +117,6 @@ _FRACTIONS = {
     "box_bg_iou_thresh",
     "box_positive_fraction",
 }
-_CHOICES = {"roi_score": ("softmax", "sigmoid"), "mask_score": ("sigmoid", "logit")}
 
 
 def model_config(variant: Variant, **overrides: Any) -> ModelConfig:
@@ -144,43 +142,29 @@ def model_config(variant: Variant, **overrides: Any) -> ModelConfig:
     return config
 
 
-def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
-    name, kind = field.name, str(field.type)
-    if name in _CHOICES:
-        if value not in _CHOICES[name]:
-            raise ConfigError(f"{name}={value!r}: use {' or '.join(map(repr, _CHOICES[name]))}")
-    elif kind == "bool":
-        if not isinstance(value, bool):
-            raise ConfigError(f"{name}={value!r}: use True or False")
-    elif kind == "int":
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ConfigError(f"{name}={value!r}: a whole number is needed")
-        if name in _POSITIVE_INTS and value < 1:
-            raise ConfigError(f"{name}={value}: must be at least 1")
-    elif kind == "float":
-        value = _number(name, value)
-        if name in _FRACTIONS and not 0 <= value <= 1:
-            raise ConfigError(f"{name}={value}: must lie in 0..1")
-    else:
-        value = _numbers(name, value, nested=name.startswith("anchor_"))
+def _checked(name: str, kind: Any, value: Any) -> Any:
+    if get_origin(kind) is tuple:
+        value = _levels(name, value) if name.startswith("anchor_") else tuple(typed(name, value, kind))
+        if len(value) == 0:
+            raise ConfigError(f"{name}={value!r}: a list of numbers is needed")
+        return value
+    value = typed(name, value, kind)
+    if name in _POSITIVE_INTS and value < 1:
+        raise ConfigError(f"{name}={value}: must be at least 1")
+    if name in _FRACTIONS and not 0 <= value <= 1:
+        raise ConfigError(f"{name}={value}: must lie in 0..1")
     return value
 
 
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ConfigError(f"{name}={value!r}: a finite number is needed")
-    return float(value)
-
-
-def _numbers(name: str, value: Any, *, nested: bool) -> tuple[Any, ...]:
-    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) == 0:
-        raise ConfigError(f"{name}={value!r}: a list of numbers is needed")
-    if nested and all(isinstance(level, Sequence) for level in value):
-        return tuple(_numbers(name, level, nested=False) for level in value)
-    numbers = tuple(_number(name, item) for item in value)
-    if name.startswith("anchor_") and min(numbers) <= 0:
+def _levels(name: str, value: Any) -> tuple[Any, ...]:
+    """Anchor sizes or ratios, of all FPN levels or level by level."""
+    levels = tuple(typed(name, value, list[list[float] | float]))
+    nested = any(isinstance(level, list) for level in levels)
+    if nested and not all(isinstance(level, list) and level for level in levels):
+        raise ConfigError(f"{name}={value!r}: a list of numbers is needed, or one for each FPN level")
+    if min(itertools.chain(*levels) if nested else levels, default=1.0) <= 0:
         raise ConfigError(f"{name}={value!r}: must be above 0")
-    return numbers
+    return tuple(map(tuple, levels)) if nested else levels
 
 
 def _per_level(name: str, value: tuple[Any, ...], levels: int) -> tuple[tuple[float, ...], ...]:

@@ -16,23 +16,29 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ctmasknet.errors import WeightsError
+from ctmasknet.errors import ConfigError, WeightsError, typed
 from ctmasknet.output import json_bytes, write_files
 from ctmasknet.registry import VARIANTS
 
 WEIGHTS_NAME, CONFIG_NAME, CARD_NAME = "model.safetensors", "config.json", "README.md"
 GOLDEN_NAME = "golden.safetensors"
+OWN_STATE_DICT = (
+    "A state dict of your own goes into a model first, model.load_state_dict(torch.load(path, weights_only=True)), "
+    "and model.save_pretrained(folder) then writes what loads here."
+)
+"""What to do with a file that torch.save wrote of a state dict, for errors."""
 _FORMAT = 1
-_METADATA_TYPES: dict[str, type] = {
-    "classes": list,
-    "operating_point": dict,
-    "metrics": dict,
-    "training": dict,
+_CONFIG_TYPES = {"library": str, "format": int, "variant": str, "config": dict[str, Any], "metadata": dict[str, Any]}
+_METADATA_TYPES = {
+    "classes": list[str],
+    "operating_point": dict[str, float],
+    "metrics": dict[str, Any],
+    "training": dict[str, Any],
     "dataset": str,
     "license": str,
     "note": str,
     "caveat": str,
-    "derived_from": list,
+    "derived_from": list[dict[str, Any]],
 }
 _TERMS = ("license", "caveat")
 
@@ -178,43 +184,61 @@ def _refuse_pickle(file: Path) -> None:
     if head[:1] == b"\x80" or head == b"PK\x03\x04":
         raise WeightsError(
             f"{file}: not safetensors but a pickle (torch.save), which could run code when loaded. An author's "
-            "released checkpoint loads with load_released(path) or converts with tools/convert_released.py."
+            f"released checkpoint loads with load_released(path) or converts with: ctmasknet convert. {OWN_STATE_DICT}"
         )
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """A JSON file of metadata, checked as those of a config.json are.
+
+    Raises:
+        WeightsError: not readable, an unknown field, or a value of another type.
+    """
+    return _checked_metadata(path, _read_json(path))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{path}: not readable JSON ({error})") from None
+    if not isinstance(facts, dict):
+        raise WeightsError(f"{path}: must hold a JSON object")
+    return facts
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path}: not readable JSON ({error})") from None
-    types = {"library": str, "format": int, "variant": str, "config": dict, "metadata": dict}
-    if not isinstance(facts, dict) or facts.get("library") != "ctmasknet":
+    facts = _read_json(path)
+    if facts.get("library") != "ctmasknet":
         raise WeightsError(f'{path}: not a config.json of this library (no "library": "ctmasknet")')
-    _check_types(path, facts, types)
-    if set(types) - set(facts):
-        raise WeightsError(f"{path}: lacks {', '.join(sorted(set(types) - set(facts)))}")
+    _check_types(path, facts, _CONFIG_TYPES)
+    if set(_CONFIG_TYPES) - set(facts):
+        raise WeightsError(f"{path}: lacks {', '.join(sorted(set(_CONFIG_TYPES) - set(facts)))}")
     if facts["format"] != _FORMAT:
         raise WeightsError(f"{path}: format {facts['format']}, this version reads {_FORMAT}: update ctmasknet")
     if facts["variant"] not in VARIANTS:
         raise WeightsError(f"{path}: unknown variant {facts['variant']!r}: update ctmasknet")
-    _check_types(path, facts["metadata"], _METADATA_TYPES)
-    _check_operating_point(path, facts["metadata"].get("operating_point", {}))
+    _checked_metadata(path, facts["metadata"])
     return facts
 
 
-def _check_types(path: Path, facts: dict[str, Any], types: Mapping[str, type]) -> None:
+def _check_types(path: Path, facts: Mapping[str, Any], types: Mapping[str, Any]) -> None:
     for key, value in facts.items():
         if key not in types:
             raise WeightsError(f"{path}: unknown field {key!r}")
-        if not isinstance(value, types[key]) or isinstance(value, bool):
-            raise WeightsError(f"{path}: field {key!r} must be a {types[key].__name__}")
+        try:
+            typed(key, value, types[key])
+        except ConfigError as error:
+            raise WeightsError(f"{path}: {error}") from None
 
 
-def _check_operating_point(path: Path, point: dict[str, Any]) -> None:
-    for key, value in point.items():
+def _checked_metadata(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
+    _check_types(path, metadata, _METADATA_TYPES)
+    for key, value in metadata.get("operating_point", {}).items():
         if key not in ("score_threshold", "nms_threshold"):
             raise WeightsError(f"{path}: unknown field 'operating_point.{key}'")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise WeightsError(f"{path}: operating_point.{key} must be a number in 0..1")
+        if not 0 <= value <= 1:
+            raise WeightsError(f"{path}: operating_point.{key}={value}: must lie in 0..1")
+    return metadata

@@ -104,7 +104,7 @@ def default_entry(variant: Variant) -> ManifestEntry:
     having = ", ".join(dict.fromkeys(entry.variant for entry in manifest()))
     raise WeightsError(
         f"{variant.name} has no trained weights yet; these have: {having}. Train it (ctmasknet train {variant.name} "
-        "--data DIR --out RUN), convert the author's checkpoint with tools/convert_released.py, or give a path or a "
+        "--data DIR --out RUN), convert the author's checkpoint (ctmasknet convert), or give a path or a "
         "Hub repository: weights='folder'."
     )
 

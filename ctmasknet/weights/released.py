@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ctmasknet.errors import WeightsError
 from ctmasknet.registry import VARIANTS, Variant
+from ctmasknet.weights.files import OWN_STATE_DICT
 
 # First object of a pre-1.6 file, and the serialization's version after it (torch/serialization.py).
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
@@ -80,6 +81,8 @@ def read_released(path: str | os.PathLike[str], variant: Variant | None = None) 
     """
     path = Path(path)
     content = _unpickle(path)
+    if isinstance(content, dict) and content and all(isinstance(value, Tensor) for value in content.values()):
+        raise WeightsError(f"{path}: a bare state dict, which says neither variant nor settings. {OWN_STATE_DICT}")
     weights = content.get("model_weights") if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in weights.items()
@@ -164,10 +167,6 @@ def _anchors(path: Path, stored: Any, variant: Variant) -> dict[str, tuple[tuple
     return result
 
 
-class _AnchorGenerator:
-    """Inert stand-in: the pickled attributes, no behaviour."""
-
-
 class _StorageType:
     """Stand-in for torch.FloatStorage and its kin, which old files name in their persistent ids."""
 
@@ -189,37 +188,48 @@ def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) 
     return storage.as_strided(tuple(size), tuple(stride), offset)
 
 
-def _rebuild_parameter(data: Any, *_: Any) -> Any:
-    return data
+def _allowed() -> dict[tuple[str, str], Any]:
+    """Everything such a file may name. Nothing here can reach the system.
 
+    Made anew for each pickle, which may set attributes on whatever is not built in: what one file does to its
+    stand-ins, the next one must not see.
+    """
 
-def _nothing(*_: Any) -> None:
-    return None
+    class AnchorGenerator:
+        """Inert: the pickled attributes, no behaviour."""
 
+    def rebuild_tensor(*arguments: Any) -> Tensor:
+        return _rebuild_tensor(*arguments)
 
-# Everything such a file may name. Nothing here can reach the system.
-_ALLOWED: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("builtins", "set"): set,
-    ("__builtin__", "set"): set,
-    ("torch", "Size"): tuple,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    # torch 1.1 modules carry a reference to their function back end.
-    ("torch.nn.backends.thnn", "_get_thnn_function_backend"): _nothing,
-    **{("torch", name): _StorageType(name) for name in _DTYPES},
-    **dict.fromkeys(_ANCHOR_GENERATORS, _AnchorGenerator),
-}
+    def rebuild_parameter(data: Any, *_: Any) -> Any:
+        return data
+
+    def nothing(*_: Any) -> None:
+        return None
+
+    return {
+        ("collections", "OrderedDict"): OrderedDict,
+        ("builtins", "set"): set,
+        ("__builtin__", "set"): set,
+        ("torch", "Size"): tuple,
+        ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
+        ("torch._utils", "_rebuild_parameter"): rebuild_parameter,
+        # torch 1.1 modules carry a reference to their function back end.
+        ("torch.nn.backends.thnn", "_get_thnn_function_backend"): nothing,
+        **{("torch", name): _StorageType(name) for name in _DTYPES},
+        **dict.fromkeys(_ANCHOR_GENERATORS, AnchorGenerator),
+    }
 
 
 class _Unpickler(pickle.Unpickler):
     def __init__(self, file: BinaryIO, storage: Callable[[str, torch.dtype, int], Tensor]) -> None:
         super().__init__(file, encoding="utf-8")
         self._storage = storage
+        self._allowed = _allowed()
 
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return _ALLOWED[module, name]
+            return self._allowed[module, name]
         except KeyError:
             raise _RefusedError(f"it asks for {module}.{name}, which released checkpoints do not hold") from None
 
