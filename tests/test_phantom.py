@@ -207,9 +207,9 @@ def test_class_folders_hold_slices_of_a_patient_per_class(tmp_path: Path) -> Non
     assert main(arguments) == 0
     data = open_dataset("classification", tmp_path)
     assert [(data.patients[index], data.labels_of(index)) for index in range(0, 6, 2)] == [
-        ("control7", [0]),
-        ("covid7", [2]),
-        ("pneumonia7", [1]),
+        ("control/control7", [0]),
+        ("covid/covid7", [2]),
+        ("pneumonia/pneumonia7", [1]),
     ]
     pixels = np.asarray(Image.open(tmp_path / "covid" / "covid7" / "1.png"))
     np.testing.assert_array_equal(pixels, phantom(28, lesions=4, size=128).image)

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ctmasknet.data.layouts import CONSOLIDATION, GGO
 from ctmasknet.data.slices import window
 from ctmasknet.errors import ConfigError, CTMaskNetError, import_extra
 from ctmasknet.example import SLICE
@@ -32,8 +33,6 @@ from ctmasknet.registry import IMAGE_CLASSES
 
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
-
-GGO, CONSOLIDATION = 1, 2
 
 FIELD_OF_VIEW = 380.0  # mm across the square image
 MAX_LESIONS = 8
@@ -56,7 +55,7 @@ class Phantom:
         hu: (H, W) int16, Hounsfield units.
         lungs: (H, W) bool, both lung fields, vessels and lesions included.
         masks: (N, H, W) bool, one lesion each; each is one 8-connected component and touches no other.
-        labels: (N,) int64, 1 ground-glass opacity, 2 consolidation.
+        labels: (N,) int64, 1 ground-glass opacity, 2 consolidation; one less than the code in a class mask.
     """
 
     hu: NDArray[np.int16]
@@ -82,7 +81,7 @@ class Phantom:
         """(H, W) uint8 in the CNCB coding: 0 background, 1 lung, 2 ground-glass opacity, 3 consolidation."""
         coded = self.lungs.astype(np.uint8)
         for mask, label in zip(self.masks, self.labels, strict=True):
-            coded[mask] = 1 + label
+            coded[mask] = label + 1
         return coded
 
 
@@ -121,7 +120,7 @@ def phantom(seed: int = 0, *, lesions: int = 4, size: int = 512) -> Phantom:
 
     hu = chest.hu + _cover(-chest.depth, grid) * (lung - chest.hu)
     masks = np.stack([lesion.mask for lesion in found]) if found else np.zeros((0, *hu.shape), bool)
-    labels = np.array([lesion.label for lesion in found], np.int64)
+    labels = np.array([lesion.code - 1 for lesion in found], np.int64)
     return Phantom(_scan(scanner, grid, hu), chest.depth > 0, masks, labels)
 
 
@@ -401,10 +400,10 @@ def _smooth(nodes: Floats, parent: NDArray[np.intp], radius: Floats) -> Floats:
 
 @dataclass(frozen=True)
 class _Lesion:
-    """A lesion: mask, label, and how far (`weight`, 0 to 1) the lung's HU give way to its own `hu`."""
+    """A lesion: mask, code of its class, and how far (`weight`, 0 to 1) the lung's HU give way to its own `hu`."""
 
     mask: Bools
-    label: int
+    code: int
     weight: Floats
     hu: Floats
 
@@ -413,13 +412,13 @@ def _place_lesions(rng: np.random.Generator, grid: _Grid, chest: _Chest, count: 
     """`count` lesions apart from each other, most of them at the pleura and towards the back."""
     if count == 0:
         return []
-    labels = [CONSOLIDATION if n < (count + 1) // 3 else GGO for n in range(count)]
+    codes = [CONSOLIDATION if n < (count + 1) // 3 else GGO for n in range(count)]
     slope = np.stack([np.gradient(chest.costal, grid.pixel, axis=axis) for axis in (1, 0)])  # (x, y), inwards
     texture = [grid.field(rng, length) for length in (16, 7, 3.4)]
     free = chest.depth > 0
     gap = max(2, round(LESION_GAP / grid.pixel))
     found: list[_Lesion] = []
-    for label in labels:
+    for code in codes:
         ys, xs = np.nonzero(free & (chest.depth > 4))
         odds = np.exp(grid.y[ys, xs] / 24 - chest.costal[ys, xs] / 9).cumsum(dtype=np.float64)
         for attempt in range(400):
@@ -427,7 +426,7 @@ def _place_lesions(rng: np.random.Generator, grid: _Grid, chest: _Chest, count: 
             # Smaller after each failure: the room that earlier lesions left takes a small one.
             shrink = max(0.97**attempt, 0.6)
             centre = int(ys[pick]), int(xs[pick])
-            lesion = _lesion(rng, grid, chest, slope, texture, free, centre, label, shrink)
+            lesion = _lesion(rng, grid, chest, slope, texture, free, centre, code, shrink)
             if lesion is not None:
                 found.append(lesion)
                 free &= ~_dilate(lesion.mask, gap)
@@ -445,7 +444,7 @@ def _lesion(
     texture: list[Floats],
     free: Bools,
     centre: tuple[int, int],
-    label: int,
+    code: int,
     shrink: float,
 ) -> _Lesion | None:
     """A lesion about a pixel, bent along the pleura; None if it comes out too small or leaves the free room."""
@@ -456,7 +455,7 @@ def _lesion(
         slice(max(column - half, 0), column + half + 1),
     )
     coarse, middle, fine = (field[here] for field in texture)
-    if label == GGO:
+    if code == GGO:
         length, thickness, border = rng.uniform(17, 32), rng.uniform(15, 23), rng.uniform(5, 8)
         ragged = 0.22 * coarse + 0.24 * middle + 0.12 * fine
     else:
@@ -485,7 +484,7 @@ def _lesion(
     near = _dilate(part, max(1, round(border / 2 / grid.pixel)))
     ramp = np.where(part, ramp, np.minimum(ramp, 0.49) * near)
 
-    if label == GGO:
+    if code == GGO:
         septa = np.exp(-((fine / np.float32(0.3)) ** 2))  # thickened septa: crazy paving
         grain = 35 * coarse + 80 * middle + 60 * fine + 60 * septa
         hu = np.full_like(grain, GROUND_GLASS + rng.uniform(-45, 55))
@@ -496,7 +495,7 @@ def _lesion(
     hu += grain - np.median(grain[part])
     mask, weight, value = np.zeros(chest.hu.shape, bool), np.zeros_like(chest.hu), np.zeros_like(chest.hu)
     mask[here], weight[here], value[here] = part, ramp, hu
-    return _Lesion(mask, label, weight, value)
+    return _Lesion(mask, code, weight, value)
 
 
 def _dilate(mask: Bools, steps: int) -> Bools:
