@@ -8,26 +8,31 @@ from pathlib import Path
 import bundle_weights
 import pytest
 import train_bundled
-from phantom import phantom
-from PIL import Image
+from phantom import write_classes, write_lesions
 
-from ctmasknet import create_model
+from ctmasknet import DataError, create_model, evaluate
 
 
 def make_data(root: Path) -> Path:
     """Phantoms in the layout the tool reads."""
-    for split, seeds in (("train", range(6)), ("val", range(6, 8))):
-        for kind in ("imgs", "masks"):
-            (root / "lesions" / split / kind).mkdir(parents=True)
-        (root / "classes" / split).mkdir(parents=True)
-        for seed in seeds:
-            drawn = phantom(seed)
-            Image.fromarray(drawn.image).save(root / "lesions" / split / "imgs" / f"slice{seed}.png")
-            Image.fromarray(drawn.class_mask()).save(root / "lesions" / split / "masks" / f"slice{seed}.png")
-        for image_class in range(3):
-            drawn = phantom(10 + image_class + len(seeds), lesions=2 * image_class)
-            Image.fromarray(drawn.image).save(root / "classes" / split / f"{image_class}_p{image_class}{split}_1_0.png")
+    write_lesions(root / "lesions" / "train", 6, size=256)
+    write_lesions(root / "lesions" / "val", 2, 6, size=256)
+    write_classes(root / "classes" / "train", 1, size=256)
+    write_classes(root / "classes" / "val", 1, 50, size=256)
     return root
+
+
+def options(data: Path, out: Path, *more: str) -> list[str]:
+    return ["--data", str(data), "--out", str(out), "--epochs", "1", "--aside", "patient4", "patient5", *more]
+
+
+def test_patients_set_aside_choose_and_the_others_are_learnt(tmp_path):
+    folder = make_data(tmp_path) / "lesions" / "train"
+    learnt, aside = train_bundled.split(folder, ["patient4", "patient5"])
+    assert learnt == [f"2_patient{seed}_1_1" for seed in range(4)]
+    assert aside == ["2_patient4_1_1", "2_patient5_1_1"]
+    with pytest.raises(DataError, match="no patient coronacase07: name some of patient0, patient1"):
+        train_bundled.split(folder, ["coronacase07"])
 
 
 @pytest.mark.slow
@@ -35,15 +40,19 @@ def test_trains_a_pair_goes_on_and_puts_it_into_the_package(tmp_path, monkeypatc
     data, out, package = make_data(tmp_path / "data"), tmp_path / "out", tmp_path / "package"
     package.mkdir()
     monkeypatch.setattr(bundle_weights, "PACKAGE", package)
-    arguments = ["--data", str(data), "--out", str(out), "--epochs", "1"]
-    assert train_bundled.main(arguments) == 0
+    assert train_bundled.main(options(data, out)) == 0
     first = (out / "maskrcnn_resnet18_t1" / "best" / "model.safetensors").read_bytes()
-    assert train_bundled.main(arguments) == 0, "a finished run is left alone"
+    assert train_bundled.main(options(data, out)) == 0, "a finished run is left alone"
     assert (out / "maskrcnn_resnet18_t1" / "best" / "model.safetensors").read_bytes() == first
     assert train_bundled.main(["--out", str(out), "--bundle", "trial"]) == 0
     listed = json.loads((package / "manifest.json").read_text())["weights"]
     assert {entry["variant"] for entry in listed} == {"maskrcnn_resnet18_t1", "ctmasknet_resnet18_t1"}
     for entry in listed:
         folder = (package / entry["file"]).parent
-        assert create_model(entry["variant"], weights=folder).variant.name == entry["variant"]
+        model = create_model(entry["variant"], weights=folder)
         assert (folder / "golden.safetensors").is_file()
+        # The figures are of the weights as bundled, on slices that chose nothing.
+        task = model.variant.task
+        found = evaluate(model, data / {"segmentation": "lesions", "classification": "classes"}[task] / "val").metrics
+        measured = found["operating_point"]["ap50"] if task == "segmentation" else found["slice"]["accuracy"]
+        assert entry["metrics"]["ap50" if task == "segmentation" else "accuracy"] == pytest.approx(measured, abs=1e-4)
