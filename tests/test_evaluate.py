@@ -28,11 +28,11 @@ from ctmasknet.data.datasets import (
     SliceDataset,
     open_dataset,
 )
-from ctmasknet.evaluation.evaluate import save_rows
 from ctmasknet.evaluation.metrics import SegmentationMetrics, operating_points, patient_intervals
 from ctmasknet.evaluation.rows import search_rows
 from ctmasknet.models import Model
 from ctmasknet.models.inference import PAPER, Protocol, detect_at, score_maps
+from ctmasknet.output import OutputError
 from ctmasknet.registry import DEFAULT_CLASSIFIER, DEFAULT_SEGMENTER
 from ctmasknet.results import run_length_encode
 
@@ -213,12 +213,16 @@ def test_patients_whose_slices_differ_in_label_are_left_out(tmp_path: Path) -> N
     assert "patient" not in [row[0] for row in result.table().rows]
 
 
-def test_rows_go_to_csv(slices: Path, tmp_path: Path) -> None:
-    result = evaluate(classifier(), slices, samples=0)
-    save_rows(result, tmp_path / "rows.csv")
-    lines = (tmp_path / "rows.csv").read_text().splitlines()
+def test_a_finished_evaluation_is_saved_beside_its_rows(slices: Path, lesions: Path, tmp_path: Path) -> None:
+    result = evaluate(classifier(), slices, samples=0, out=tmp_path / "classes")
+    lines = (tmp_path / "classes" / "slices.csv").read_text().splitlines()
     assert len(lines) == 1 + result.images
     assert lines[0].startswith("image_id,label")
+    saved = json.loads((tmp_path / "classes" / "evaluation.json").read_text())
+    assert saved == json.loads(json.dumps(result.to_dict()))
+    written = evaluate(segmenter(), lesions, limit=2, samples=0).save(tmp_path / "lesions")
+    assert sorted(written) == sorted((tmp_path / "lesions").iterdir())
+    assert "binary Dice at 0.5" in (tmp_path / "lesions" / "evaluation.md").read_text()
 
 
 def test_limit_draws_the_same_slices_for_the_same_seed(lesions: Path) -> None:
@@ -353,14 +357,12 @@ def test_two_thousand_slices_stay_under_two_gigabytes_and_survive_a_kill(tmp_pat
 
 
 def test_a_place_that_cannot_be_written_is_named_before_the_work(
-    lesions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    lesions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ctmasknet.evaluation.evaluate.evaluate", lambda *_, **__: pytest.fail("work was done"))
+    monkeypatch.setattr("ctmasknet.evaluation.evaluate.open_model", lambda *_, **__: pytest.fail("work was done"))
     (tmp_path / "file").write_text("in the way")
-    place = str(tmp_path / "file" / "result")
-    assert main(["evaluate", "maskrcnn_resnet18_t2", "--data", str(lesions), "--json", place]) == 2
-    (said,) = capsys.readouterr().err.splitlines()
-    assert "cannot be written" in said
+    with pytest.raises(OutputError, match=r"file.*result.*cannot be written"):
+        evaluate("maskrcnn_resnet18_t2", lesions, out=tmp_path / "file" / "result")
 
 
 # --- other people's predictions -----------------------------------------------------------------------------------
@@ -477,6 +479,32 @@ def test_a_bad_prediction_is_named(
         evaluate(tmp_path / "theirs.json", truth, min_area=0)
 
 
+def test_a_missing_file_is_named_first(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"theirs.json: no such file$"):
+        evaluate(tmp_path / "theirs.json", tmp_path / "nowhere")
+
+
+def test_categories_are_matched_by_name(coco_files: tuple[Path, Path], tmp_path: Path) -> None:
+    truth, predictions = coco_files
+    entries = json.loads(predictions.read_text())
+    theirs = tmp_path / "theirs.json"
+
+    def with_categories(*names: str) -> Path:
+        categories = [{"id": 7 + index, "name": name} for index, name in enumerate(names)]
+        theirs.write_text(json.dumps({"annotations": entries, "categories": categories}))
+        return theirs
+
+    result = evaluate(with_categories("Lesion"), truth, min_area=0, samples=0)
+    assert result.metrics == evaluate(predictions, truth, min_area=0, samples=0).metrics
+    with pytest.raises(DataError, match="categories nodule, but the data's are lesion"):
+        evaluate(with_categories("nodule"), truth)
+
+
+def test_predictions_keep_the_nms_they_were_made_with(coco_files: tuple[Path, Path]) -> None:
+    with pytest.raises(ConfigError, match="nms_threshold is for models"):
+        evaluate(coco_files[1], coco_files[0], nms_threshold=0.5)
+
+
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"annotations": 3}'])
 def test_what_is_no_results_file_is_refused(lesions: Path, tmp_path: Path, content: str) -> None:
     (tmp_path / "theirs.json").write_text(content)
@@ -536,11 +564,70 @@ def test_labels_outside_the_classes_are_refused(slices: Path) -> None:
         evaluate(classifier(), Mislabelled())
 
 
+def named(model: Model, *classes: str) -> Model:
+    """Weights that name their classes."""
+    model.metadata = {**model.metadata, "classes": list(classes)}
+    return model
+
+
 def test_data_of_other_classes_than_the_models_are_refused(lesions: Path, slices: Path) -> None:
     with pytest.raises(DataError, match=f"classes background, GGO, consolidation, but {DEFAULT_SEGMENTER} tells"):
         evaluate(segmenter(), lesions, classes="both")
+    with pytest.raises(DataError, match=r"classes background, lesion, but .* tells background, GGO apart"):
+        evaluate(named(segmenter(), "background", "GGO"), lesions, classes="merge")
+    with pytest.raises(DataError, match=r"classes control, pneumonia, covid, but .* tells x, y, z apart"):
+        evaluate(named(classifier(), "x", "y", "z"), slices)
+    with pytest.raises(DataError, match="tells covid, pneumonia, control apart"):  # the same in another order
+        evaluate(named(classifier(), "covid", "pneumonia", "control"), slices)
     with pytest.raises(ConfigError, match="the data are for classification"):
         evaluate(segmenter(), open_dataset("classification", slices))
+
+
+def test_a_model_of_ggo_alone_is_measured_on_ggo_alone(tmp_path: Path) -> None:
+    root = lesion_folder(tmp_path / "mixed", range(1, 3))
+    pixels = {"lesion": 0, "GGO": 0}
+    for path in (root / "masks").iterdir():
+        mask = np.array(Image.open(path))
+        mask[mask > 1] = 2
+        mask[::2][mask[::2] > 1] = 3  # every other row of a lesion is consolidation
+        Image.fromarray(mask).save(path)
+        pixels["lesion"] += int((mask > 1).sum())
+        pixels["GGO"] += int((mask == 2).sum())
+    assert 0 < pixels["GGO"] < pixels["lesion"]
+    for name, count in pixels.items():
+        result = evaluate(named(segmenter(), "background", name), root, min_area=0, samples=0)
+        assert result.class_names == ("background", name)
+        assert sum(row["paper"]["gt_pixels"] for row in result.rows) == count
+
+
+def test_both_classes_by_name(lesions: Path) -> None:
+    model = named(create_model("maskrcnn_resnet18_t2", num_classes=3, **QUICK), "background", "GGO", "consolidation")
+    assert evaluate(model, lesions, limit=1, samples=0).class_names == ("background", "GGO", "consolidation")
+    nameless = create_model("maskrcnn_resnet18_t2", **QUICK)  # nobody says what its one class is: the caller does
+    assert evaluate(nameless, lesions, classes="ggo", limit=1, samples=0).class_names == ("background", "GGO")
+
+
+def test_thresholds_count_for_models_each_by_itself(lesions: Path) -> None:
+    def found(**thresholds: float) -> dict[str, Any]:
+        return evaluate(seeing_segmenter(), lesions, samples=0, min_area=5, **thresholds).metrics
+
+    own = seeing_segmenter().metadata["operating_point"]
+    score, nms = own["score_threshold"], own["nms_threshold"]
+    as_trained = found()
+    assert found(score_threshold=score, nms_threshold=nms) == as_trained
+    assert found(score_threshold=0.05)["operating_point"] != as_trained["operating_point"]
+    # The paper's protocol keeps its own; and a threshold that equals the paper's is taken like any other.
+    changed = found(score_threshold=0.75)
+    assert changed["paper"] == as_trained["paper"]
+    for point in ({"score_threshold": 0.75}, {"nms_threshold": 0.9}, {"score_threshold": 0.1}):
+        both = {"score_threshold": score, "nms_threshold": nms} | point
+        model = seeing_segmenter(box_score_thresh=both["score_threshold"], box_nms_thresh=both["nms_threshold"])
+        metrics = SegmentationMetrics()
+        for image, target, _ in open_dataset("segmentation", lesions, min_area=5):
+            with torch.inference_mode():
+                f = model([input_of(image)])[0]
+            metrics.update(target["masks"] != 0, target["labels"], f["masks"][:, 0] > 0.5, f["labels"], f["scores"])
+        assert found(**point)["operating_point"] == pytest.approx(metrics.compute())
 
 
 def test_a_class_without_slices_is_none_not_nan(slices: Path) -> None:
@@ -577,6 +664,8 @@ def test_asking_for_more_slices_than_there_are_warns_and_takes_all(lesions: Path
         ({"limit": 2, "per_class": 2}, "not both"),
         ({"precision": "half"}, "precision='half'"),
         ({"device": "nowhere"}, "nowhere"),
+        ({"score_threshold": 1.5}, "score_threshold=1.5"),
+        ({"nms_threshold": -1}, "nms_threshold=-1"),
     ],
 )
 def test_impossible_settings_are_refused(lesions: Path, options: dict[str, Any], message: str) -> None:

@@ -124,6 +124,22 @@ def lesion_class_names(classes: LesionClasses) -> tuple[str, ...]:
     return LESION_CLASSES[2] if classes == "merge" else LESION_CLASSES[3]
 
 
+def classes_of(class_names: Sequence[str]) -> LesionClasses:
+    """The lesion classes that a segmenter of these class names (background first) tells apart in masks of class codes.
+
+    Names that are none of ours say nothing of such masks: ``"merge"``, so that data and model are seen to differ.
+    """
+    for classes in get_args(LesionClasses):
+        if same_names(class_names, lesion_class_names(classes)):
+            return classes
+    return "merge"
+
+
+def same_names(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Whether class names mean the same classes, in the same order."""
+    return [name.casefold() for name in one] == [name.casefold() for name in other]
+
+
 def check_class_mask(class_mask: np.ndarray, source: str) -> None:
     """Raise a DataError that names `source` unless the mask is (H, W) with values 0 to 3 only."""
     if class_mask.ndim != 2:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
@@ -12,7 +11,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,8 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from ctmasknet.data.datasets import SliceDataset, open_dataset
-from ctmasknet.data.layouts import LesionClasses, Names, PathLike
-from ctmasknet.errors import ConfigError, CTMaskNetError, DataError, import_extra
+from ctmasknet.data.layouts import LesionClasses, Names, PathLike, classes_of, same_names
+from ctmasknet.errors import ConfigError, DataError, import_extra
 from ctmasknet.evaluation.metrics import (
     MIN_PATIENTS,
     ClassificationMetrics,
@@ -44,7 +42,7 @@ from ctmasknet.evaluation.rows import (
     task_of_predictions,
 )
 from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN, Model
-from ctmasknet.output import Log, json_bytes, read_logs, write_files
+from ctmasknet.output import Log, csv_text, json_bytes, read_logs, require_writable, write_files
 from ctmasknet.predictor import Precision
 from ctmasknet.registry import VARIANTS, Task
 from ctmasknet.zoo import choose_device, open_model
@@ -103,6 +101,26 @@ class Evaluation:
             "seconds": self.seconds,
         }
 
+    def save(self, out: PathLike) -> list[Path]:
+        """Write ``evaluation.json``, ``evaluation.md`` (the table) and ``slices.csv`` (figures per slice) into `out`.
+
+        Returns:
+            Their paths.
+
+        Raises:
+            OutputError: they cannot be written.
+        """
+        flat = [_flat_row(row) for row in self.rows]
+        columns = list(dict.fromkeys(key for row in flat for key in row))
+        slices = csv_text([columns, *([row.get(key) for key in columns] for row in flat)])
+        return write_files(
+            {
+                Path(out) / EVALUATION: json_bytes(self.to_dict(), indent=2),
+                Path(out) / "evaluation.md": self.table().markdown().encode(),
+                Path(out) / "slices.csv": slices.encode(),
+            }
+        )
+
     def table(self) -> Table:
         """All figures, one per line, with their intervals."""
         rows: list[tuple[Any, ...]] = []
@@ -118,6 +136,8 @@ class Evaluation:
                     rows.append((_GROUPS[group], name, value, _span(spread, None)))
         who = "unknown patients" if self.patients is None else f"{self.patients} patients"
         notes = [f"{self.images} slices, {who}; {', '.join(self.data)}."]
+        if self.task == "segmentation":
+            notes.append(f"Dice: {DICE} (mask > 0.5), of the union of the masks; not averaged over grey levels.")
         if self.patients is None or self.patients < MIN_PATIENTS:
             notes.append(f"Intervals are N/A: they need {MIN_PATIENTS} known patients or more.")
         for group in ("slice", "patient"):
@@ -126,6 +146,10 @@ class Evaluation:
         columns = (("protocol", "s"), ("figure", "s"), ("value", ".4f"), ("95% interval", "s"))
         return Table(f"Evaluation of {self.model}", columns, tuple(rows), tuple(notes))
 
+
+EVALUATION = "evaluation.json"
+DICE = "binary Dice at 0.5"
+"""The protocol of every Dice here; many papers average it over 256 thresholds of a grey map instead."""
 
 _GROUPS = {
     "paper": "released AP protocol, paper's thresholds",
@@ -165,7 +189,7 @@ def evaluate(
         model: a variant's name (its default weights), a folder of weights, an author's ``.pth``, a model; or a
             ``.json`` of predictions (see `ctmasknet.evaluation.rows`).
         data: labelled slices: paths as `open_dataset` takes them, or a data set.
-        classes: ``"merge"``, ``"both"`` or ``"ggo"``; None: what the model tells apart.
+        classes: ``"merge"``, ``"both"`` or ``"ggo"``; None: what the model tells apart, by the names of its classes.
         min_area: lesions of so many pixels or fewer join the background.
         names: restricts to these names: a text file that lists them, or the names.
         limit: at most so many slices, drawn at random by `seed`; a warning says if there are fewer.
@@ -174,8 +198,8 @@ def evaluate(
         score_threshold, nms_threshold: segmenters: the operating point, each by itself; None takes the weights' own.
             Of predictions, those scored above `score_threshold` (None: 0.5); their NMS is their own.
         samples: bootstrap resamples, 0 for no intervals.
-        out: folder for the rows. Called again with the same settings, slices in there are not computed
-            again: a killed evaluation goes on.
+        out: folder for the rows, and in the end for what `Evaluation.save` writes. Called again with the same
+            settings, slices in there are not computed again: a killed evaluation goes on.
         device: None takes a GPU if there is one.
         batch_size: slices per forward; None takes 1 on the CPU, 8 elsewhere.
         precision: as for `Predictor`.
@@ -200,6 +224,8 @@ def evaluate(
         if value is not None and not 0 <= value <= 1:
             raise ConfigError(f"{name}={value}: must lie in 0..1")
     autocast = torch.bfloat16 if precision == "bfloat16" else None
+    if out is not None:
+        require_writable(Path(out) / EVALUATION)
     where = choose_device(device)
     workforce = processes(cpu=where.type == "cpu")
     if device is None and workforce.world > 1 and where.type == "cuda":
@@ -222,8 +248,9 @@ def evaluate(
             subject = SegmenterSubject(opened, name, score_threshold, nms_threshold, autocast)
         else:
             subject = ClassifierSubject(opened, name, autocast)
-        told_apart = classes or ("both" if len(subject.class_names) == 3 else "merge")
-        source, data_names = _open(data, subject.task, told_apart, min_area, names)
+        source, data_names = _open(data, subject.task, classes or classes_of(subject.class_names), min_area, names)
+        if "classes" not in opened.metadata and len(subject.class_names) == len(source.class_names):
+            subject.class_names = source.class_names  # of weights that do not name their classes
         _check_classes(subject, source, data_names)
     chosen = _draw(source, limit, per_class, seed)
     settings = {
@@ -235,6 +262,8 @@ def evaluate(
         "per_class": per_class,
         "seed": seed,
     }
+    if subject.task == "segmentation":
+        settings["dice"] = DICE
     rows = _measure(
         subject,
         source,
@@ -259,7 +288,7 @@ def evaluate(
         for group, (metric, own) in collected.items()
     }
     known = None if any(patient is None for patient in patients) else len(set(patients))
-    return Evaluation(
+    evaluation = Evaluation(
         task=subject.task,
         model=subject.name,
         data=tuple(data_names),
@@ -273,6 +302,9 @@ def evaluate(
         seconds=time.monotonic() - began,
         rows=rows,
     )
+    if out is not None and workforce.rank == 0:
+        evaluation.save(out)
+    return evaluation
 
 
 def title_of(given: str | os.PathLike[str] | Model, opened: Model) -> str:
@@ -280,16 +312,6 @@ def title_of(given: str | os.PathLike[str] | Model, opened: Model) -> str:
     if isinstance(given, LesionMaskRCNN | COVIDCTMaskNet) or str(given) in VARIANTS:
         return opened.variant.name
     return f"{opened.variant.name} ({Path(given).name})"
-
-
-def save_rows(evaluation: Evaluation, path: PathLike) -> None:
-    """Per-slice figures as CSV; what is nested (COCO's encoded masks) is left out."""
-    flat = [_flat_row(row) for row in evaluation.rows]
-    stream = StringIO()
-    writer = csv.DictWriter(stream, list(dict.fromkeys(key for row in flat for key in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    Path(path).write_text(stream.getvalue(), encoding="utf-8")
 
 
 def _open(
@@ -315,12 +337,12 @@ def _open(
 
 
 def _check_classes(subject: Subject, source: SliceDataset[Any], names: list[str]) -> None:
-    if len(source.class_names) == len(subject.class_names):
+    if same_names(source.class_names, subject.class_names):
         return
-    fix = "give classes='merge' or 'both'" if subject.task == "segmentation" else "use a model of as many classes"
+    fix = "give classes='merge', 'both' or 'ggo', or data" if subject.task == "segmentation" else "give data"
     raise DataError(
         f"{', '.join(names)}: classes {', '.join(source.class_names)}, but {subject.name} tells "
-        f"{', '.join(subject.class_names)} apart; {fix}"
+        f"{', '.join(subject.class_names)} apart; {fix} of the model's classes, by name and in their order"
     )
 
 
@@ -357,9 +379,14 @@ def _measure(
     progress: bool,
 ) -> list[Row]:
     """Rows of the chosen slices, in their order; this process computes its share of those that are not on disk."""
-    store = None if out is None else RowStore(Path(out), settings, workforce.rank)
-    done = {} if store is None else store.read()
+    done: dict[str, Row] = {}
+    log = None
+    if out is not None:
+        _settle(Path(out), settings)
+        done = {row["image_id"]: row for row in read_logs(sorted(Path(out).glob("rows-*.jsonl")), "image_id")}
     workforce.wait()
+    if out is not None:  # after every process has read
+        log = Log(Path(out) / f"rows-{workforce.rank}.jsonl", "image_id")
     missing = [index for index in chosen if source.names[index] not in done]
     share = missing[workforce.rank :: workforce.world]
     loader = DataLoader(
@@ -367,7 +394,6 @@ def _measure(
     )
     fresh: list[Row] = []
     hidden = not progress or workforce.rank != 0 or not sys.stderr.isatty()
-    log = None if store is None else store.open()
     with tqdm(total=len(share), unit="slice", desc=subject.name, disable=hidden) as bar, log or nullcontext():
         for samples in loader:
             rows = subject.rows(samples)
@@ -472,26 +498,16 @@ class Table:
 
     def csv(self) -> str:
         """Unrounded values; empty where there is none."""
-        stream = StringIO()
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow([name for name, _ in self.columns])
-        writer.writerows([["" if value is None else value for value in row] for row in self.rows])
-        return stream.getvalue()
+        return csv_text([[name for name, _ in self.columns], *self.rows])
 
-    def save(self, folder: str | Path, name: str) -> tuple[Path, Path]:
-        """Write ``name.md`` and ``name.csv`` into `folder`, which is made if missing.
+    def save(self, folder: PathLike, name: str) -> list[Path]:
+        """Write ``name.md`` and ``name.csv`` into `folder`, which is made if missing; their paths.
 
         Raises:
-            CTMaskNetError: they cannot be written.
+            OutputError: they cannot be written.
         """
-        markdown, values = Path(folder) / f"{name}.md", Path(folder) / f"{name}.csv"
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            markdown.write_text(self.markdown(), encoding="utf-8")
-            values.write_text(self.csv(), encoding="utf-8")
-        except OSError as error:
-            raise CTMaskNetError(f"{folder}: cannot be written ({error}); choose another folder") from None
-        return markdown, values
+        contents = {"md": self.markdown(), "csv": self.csv()}
+        return write_files({Path(folder) / f"{name}.{kind}": text.encode() for kind, text in contents.items()})
 
     def __str__(self) -> str:
         header = [name for name, _ in self.columns]
@@ -517,43 +533,27 @@ def _formatted(value: Any, spec: str) -> str:
     return str(value) if isinstance(value, str) else format(value, spec)
 
 
-_SETTINGS = "settings.json"
+def _settle(folder: Path, settings: dict[str, Any]) -> None:
+    """Write down what an evaluation in `folder` depends on, or see that it is the same as before.
 
-
-class RowStore:
-    """A folder with `settings.json` and one `rows-RANK.jsonl` per process."""
-
-    def __init__(self, folder: Path, settings: dict[str, Any], rank: int) -> None:
-        """Open or make the folder.
-
-        Raises:
-            ConfigError: it holds rows of an evaluation with other settings.
-            OutputError: it cannot be written.
-        """
-        self.folder, self._path = folder, folder / f"rows-{rank}.jsonl"
-        wanted = json.loads(json.dumps(settings))
-        before = _read_settings(folder / _SETTINGS)
-        if before is None and rank == 0:
-            write_files({folder / _SETTINGS: json_bytes(wanted, indent=2)})
-        if before is not None and before != wanted:
-            differ = sorted(key for key in {*before, *wanted} if before.get(key) != wanted.get(key))
-            raise ConfigError(
-                f"{folder}: holds an evaluation with another {', '.join(differ)}; choose another folder or delete it"
-            )
-
-    def read(self) -> dict[str, Row]:
-        """Whole rows of all processes by image."""
-        logs = sorted(self.folder.glob("rows-*.jsonl"))
-        return {row["image_id"]: row for row in read_logs(logs, "image_id")}
-
-    def open(self) -> Log:
-        """This process's rows, to append to; after every process has read.
-
-        Raises:
-            ConfigError: another process has them open.
-            OutputError: they cannot be written.
-        """
-        return Log(self._path, "image_id")
+    Raises:
+        ConfigError: the folder holds rows of an evaluation with other settings.
+        OutputError: it cannot be written.
+    """
+    path, wanted = folder / "settings.json", json.loads(json.dumps(settings))
+    if not path.exists():
+        write_files({path: json_bytes(wanted, indent=2)})
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not readable JSON ({error}); delete the folder or choose another") from None
+    if before != wanted:
+        known = before if isinstance(before, dict) else {}
+        differ = sorted(key for key in {*known, *wanted} if known.get(key) != wanted.get(key))
+        raise ConfigError(
+            f"{folder}: holds an evaluation with another {', '.join(differ)}; choose another folder or delete it"
+        )
 
 
 @dataclass(frozen=True)
@@ -592,13 +592,3 @@ def processes(*, cpu: bool) -> Processes:
         lambda value: operations.gather_object([value]),
         state.wait_for_everyone,
     )
-
-
-def _read_settings(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not readable JSON ({error}); delete the folder or choose another") from None
-    return found if isinstance(found, dict) else {}

@@ -393,6 +393,8 @@ def _read(path: Path) -> tuple[list[Row], dict[str, Any]]:
     """Predictions, and the object around them if there is one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not readable JSON ({error})") from None
     outer = content if isinstance(content, dict) else {}
@@ -406,23 +408,22 @@ def _read(path: Path) -> tuple[list[Row], dict[str, Any]]:
 
 
 def _labels(path: Path, content: dict[str, Any], data: SliceDataset[Any]) -> dict[Any, int]:
-    """category_id -> label: by the categories of the file, else of the COCO file of the data, else unchanged."""
+    """category_id -> label: by the names of the file's categories, else of the data's COCO file, else unchanged."""
     sources = {r.source for r in getattr(data, "records", ()) if isinstance(r, CocoRecord)}
     categories = content.get("categories")
     if categories is None and len(sources) == 1:
         categories = json.loads(sources.pop().read_text(encoding="utf-8"))["categories"]
     if categories is None:
         return {label: label for label in range(1, len(data.class_names))}
+    known = {name.casefold(): label for label, name in enumerate(data.class_names) if label}
     try:
-        identifiers = sorted(category["id"] for category in categories)
-    except (KeyError, TypeError):
+        named = {category["id"]: category["name"].casefold() for category in categories}
+    except (AttributeError, KeyError, TypeError):
         raise DataError(f"{path}: categories must be a list of objects with id and name") from None
-    if len(identifiers) != len(data.class_names) - 1:
-        raise DataError(
-            f"{path}: {len(identifiers)} categories, but the data has {len(data.class_names) - 1} "
-            f"({', '.join(data.class_names[1:])})"
-        )
-    return {identifier: label for label, identifier in enumerate(identifiers, start=1)}
+    if sorted(named.values()) != sorted(known):
+        theirs, ours = ", ".join(sorted(named.values())), ", ".join(data.class_names[1:])
+        raise DataError(f"{path}: categories {theirs}, but the data's are {ours}; give both the same names")
+    return {identifier: known[name] for identifier, name in named.items()}
 
 
 def _box(value: Any, where: str) -> Tensor:
