@@ -39,6 +39,7 @@ from ctmasknet.output import require_writable, write_files
 from ctmasknet.predictor import operating_point
 from ctmasknet.registry import DISCLAIMER, LESION_CLASSES
 from ctmasknet.weights.files import state_digest
+from ctmasknet.weights.publish import still_true
 from ctmasknet.zoo import class_names
 
 OPSET = 17
@@ -175,7 +176,8 @@ def describe(model: Model) -> dict[str, str]:
         facts["mask_threshold"] = 0.5
     else:
         facts["lesion_classes"] = list(LESION_CLASSES.get(config.num_classes, ()))
-    facts |= {key: model.metadata[key] for key in ("license", "caveat") if key in model.metadata}
+    known = still_true(model)
+    facts |= {key: known[key] for key in ("license", "caveat", "dataset", "derived_from") if key in known}
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
 
 

@@ -7,11 +7,14 @@ import math
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from engine_data import class_folder, classifier_config
+from huggingface_hub import ModelCard
 from phantom import phantom
 from torch.nn import functional as F
 from torch.onnx.operators import shape_as_tensor
@@ -245,7 +248,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_work(tmp_path, monk
 
 def test_the_command_says_in_one_line_what_it_wrote_or_what_is_wrong(tmp_path, capsys):
     weights = spread_model("maskrcnn_resnet18_t2").save_pretrained(tmp_path / "weights")
-    command = ["export", "maskrcnn_resnet18_t2", "--weights", str(weights), "-o"]
+    command = ["export", str(weights), "-o"]
     assert cli.main([*command, str(tmp_path / "out" / "m.onnx")]) == 0
     said = capsys.readouterr()
     assert said.out.startswith(f"{tmp_path / 'out' / 'm.onnx'}: ONNX opset 17, ")
@@ -255,6 +258,29 @@ def test_the_command_says_in_one_line_what_it_wrote_or_what_is_wrong(tmp_path, c
     assert (tmp_path / "out" / "m.onnx").stat().st_size > 1_000_000
     assert cli.main([*command, str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_terms_and_origin_of_the_start_weights_reach_card_config_and_onnx_file(tmp_path):
+    """Licence CC BY-NC-SA 4.0 and the caveat of the bundled classifier, as docs/weights.md promises."""
+    pytest.importorskip("accelerate")
+    bundled = ctmasknet.create_model("ctmasknet_resnet18_t1", weights="default").metadata
+    slices = class_folder(tmp_path / "slices", 1, per_class=1)
+    config = classifier_config(slices, tmp_path / "run", epochs=1, weights="default")
+    trained = ctmasknet.train(replace(config, model="ctmasknet_resnet18_t1", dataset="Three phantoms."))
+    stored = json.loads((Path(trained.best) / "config.json").read_text())["metadata"]
+    card = (Path(trained.best) / "README.md").read_text()
+    model = ctmasknet.from_pretrained(trained.best, verify=True)
+    ctmasknet.export(model, tmp_path / "model.onnx")
+    in_onnx = {entry.key: entry.value for entry in onnx.load_model(tmp_path / "model.onnx").metadata_props}
+    for facts in (stored, in_onnx):
+        assert facts["license"] == "cc-by-nc-sa-4.0"
+        assert facts["caveat"] == bundled["caveat"]
+        assert facts["dataset"] == "Three phantoms."
+    (before,) = stored["derived_from"]
+    assert json.loads(in_onnx["derived_from"]) == [before]
+    assert before == {key: bundled[key] for key in ("license", "caveat", "dataset")} | {"variant": model.variant.name}
+    assert ModelCard(card).data.license == "cc-by-nc-sa-4.0"
+    assert all(said in card for said in (bundled["caveat"], bundled["dataset"], "Three phantoms."))
 
 
 @pytest.mark.slow
