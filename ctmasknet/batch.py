@@ -3,7 +3,7 @@
 A run appends one line per finished file to ``predictions.jsonl``. A line is written in one piece after the file's
 other results are in place, so a run killed at any moment loses nothing that has a line and repeats no line: run
 again, it goes on where it stopped. Several processes share the work by the position of a file in the list of
-inputs; each keeps a ledger of its own below ``parts/``, and the last to finish joins them.
+inputs; each keeps a log of its own below ``parts/``, and the last to finish joins them.
 """
 
 from __future__ import annotations
@@ -19,28 +19,30 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 import torchvision
+from tqdm import tqdm
 
 from ctmasknet import __version__
+from ctmasknet.data.layouts import slice_name
 from ctmasknet.data.scans import NIFTI_SUFFIXES, is_dicom, is_scan, read_ahead
-from ctmasknet.data.slices import Slice, read_slice
+from ctmasknet.data.slices import PICTURE_SUFFIXES, Slice, read_slice
 from ctmasknet.errors import ConfigError, CTMaskNetError, DataError, InputError
-from ctmasknet.output import Log, OutputError, PathLike, join_logs, read_logs, write_files
+from ctmasknet.output import Log, OutputError, PathLike, join_logs, json_bytes, read_logs, write_files
 from ctmasknet.predictor import Predictor
-from ctmasknet.results import Prediction, VolumePrediction
+from ctmasknet.results import Prediction, VolumePrediction, counted
+from ctmasknet.weights.files import state_digest
 
 Format = Literal["files", "jsonl", "coco"]
 
 PREDICTIONS, RUN = "predictions.jsonl", "run.json"
 COCO_RESULTS, COCO_IMAGES = "coco_results.json", "coco_images.json"
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 LEFT_OUT = "left out"
 FAILURES_LISTED = 10_000
 WRITERS = 2
@@ -53,16 +55,16 @@ class FileResult:
     """What became of one input.
 
     Attributes:
-        file: its name as given or found.
+        source: its name as given or found.
         error: why it could not be predicted, "" if it was.
-        record: its line in predictions.jsonl, without the masks' codes; None with an error.
-        paths: files written for it, by ``"json"``, ``"overlay"``, or for scans ``"mask"``, ``"table"``, ``"montage"``.
+        record: its line in predictions.jsonl; None with an error.
+        paths: files written for it, the one to look at first: overlay, or mask of a scan.
     """
 
-    file: str
+    source: str
     error: str = ""
     record: dict[str, Any] | None = None
-    paths: Mapping[str, Path] = field(default_factory=dict)
+    paths: Sequence[Path] = ()
 
 
 @dataclass
@@ -70,15 +72,20 @@ class RunSummary:
     """What a run did; `to_dict` is what run.json holds.
 
     Attributes:
-        status: ``"running"``, ``"complete"``, or ``"stopped"`` with the reason in `stopped_by`.
-        inputs: files of this process, the finished ones included.
-        predicted, failed, already_done: of them.
-        left_out: files in the folders given that are neither pictures nor scans.
-        failures: the first 10,000, as (file, reason).
-        seconds: spent by this process.
-        settings: what must not change when a run is resumed: weights, thresholds, units.
+        settings: what must not change when a run is resumed: weights, thresholds, units, spacing.
         environment: versions, device, shard.
+        status: ``"running"``, ``"complete"``, or ``"stopped"`` with the reason in `stopped_by`.
+        started: date and time, UTC.
+        inputs: files of this process, the finished ones included.
+        slices, scans: of them, predicted now.
+        scan_slices, bad_slices: slices in those scans; of them, those that could not be used.
+        failed, already_done: of the inputs.
+        left_out: files in the folders given that are neither pictures nor scans.
+        failures: the first 10,000, as (source, reason).
+        seconds: spent by this process.
+        root: the folder that results lie relative to, as their inputs do; None for the current one.
         list_digest: of the names of all inputs, those of other processes included.
+        caveats: what the weights admit of themselves.
     """
 
     settings: dict[str, Any]
@@ -87,42 +94,73 @@ class RunSummary:
     stopped_by: str = ""
     started: str = ""
     inputs: int = 0
-    predicted: int = 0
+    slices: int = 0
+    scans: int = 0
+    scan_slices: int = 0
+    bad_slices: int = 0
     failed: int = 0
     already_done: int = 0
     left_out: int = 0
     failures: list[tuple[str, str]] = field(default_factory=list)
     seconds: float = 0.0
+    root: str | None = None
     list_digest: str = ""
     caveats: list[str] = field(default_factory=list)
+
+    @property
+    def predicted(self) -> int:
+        """Inputs predicted now, slices and scans."""
+        return self.slices + self.scans
 
     @property
     def files_per_second(self) -> float | None:
         """Speed of this process, reading and writing included; None before the first file."""
         return self.predicted / self.seconds if self.predicted and self.seconds else None
 
+    @property
+    def summary(self) -> str:
+        """One line for people: "3 slices and 1 scan (40 slices) predicted, 2 done before, 1 failed; 12 s"."""
+        done = [counted(self.slices, "slice")] if self.slices or not self.scans else []
+        if self.scans:
+            done.append(f"{counted(self.scans, 'scan')} ({counted(self.scan_slices, 'slice')})")
+        parts = [f"{' and '.join(done)} predicted"]
+        parts += [f"{self.already_done} done before"] if self.already_done else []
+        parts += [f"{self.failed} failed"] if self.failed else []
+        parts += [f"{counted(self.left_out, 'file')} of other kinds left out"] if self.left_out else []
+        return f"{', '.join(parts)}; {self.seconds:.0f} s"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
+        counts = ("inputs", "slices", "scans", "scan_slices", "bad_slices", "already_done", "failed", "left_out")
         return {
             "library": "ctmasknet",
             "status": self.status,
             "stopped_by": self.stopped_by,
+            "summary": self.summary,
             "started": self.started,
             "seconds": round(self.seconds, 3),
-            "counts": {
-                "inputs": self.inputs,
-                "predicted": self.predicted,
-                "already_done": self.already_done,
-                "failed": self.failed,
-                "left_out": self.left_out,
-            },
+            "counts": {name: getattr(self, name) for name in counts},
             "files_per_second": self.files_per_second,
             "settings": self.settings,
             "environment": self.environment,
+            "root": self.root,
             "list_digest": self.list_digest,
-            "failures": [{"file": file, "error": reason} for file, reason in self.failures],
+            "failures": [{"source": source, "error": reason} for source, reason in self.failures],
             "caveats": self.caveats,
         }
+
+    def add(self, result: FileResult) -> None:
+        """Count one more result."""
+        if result.record is None:
+            self.failed += 1
+            if len(self.failures) < FAILURES_LISTED:
+                self.failures.append((result.source, result.error))
+        elif result.record["kind"] == "scan":
+            self.scans += 1
+            self.scan_slices += result.record["slices"]
+            self.bad_slices += result.record["slices_failed"]
+        else:
+            self.slices += 1
 
 
 def predict_files(
@@ -130,40 +168,47 @@ def predict_files(
     inputs: Iterable[PathLike],
     out: PathLike,
     *,
+    names: PathLike | Sequence[str] | None = None,
     units: str | None = None,
+    spacing: tuple[float, float, float] | None = None,
+    series: str | None = None,
     format: Format = "files",
     slices: bool = False,
-    spacing: tuple[float, float, float] | None = None,
     readers: int = READERS,
     shard: tuple[int, int] = (0, 1),
     restart: bool = False,
+    record: bool = True,
     annotations: PathLike | None = None,
+    progress: bool = False,
     on_result: Callable[[FileResult], None] | None = None,
-    on_start: Callable[[RunSummary], None] | None = None,
 ) -> RunSummary:
     """Predict files, folders and scans into `out`; run again after a kill, it goes on where it stopped.
 
     Args:
         predictor: its `batch_size` slices go through the models at once.
         inputs: slices, scans, folders (see `find_inputs`) and shell wildcards.
-        out: folder for predictions.jsonl, run.json and the results per file.
-        units, spacing: as `Predictor.volume` takes them.
+        out: folder for predictions.jsonl, run.json and the results per file (see `place_of`).
+        names: only these of the inputs, by name without folder and picture suffix: a text file with one name per
+            line, or a sequence of names. None: all.
+        units, spacing, series: as `Predictor.volume` takes them.
         format: ``"files"`` also writes JSON and overlay of every slice; ``"jsonl"`` writes the lines alone (scans
             get their files all the same); ``"coco"`` also writes COCO results at the end.
         slices: take DICOM files in folders as single slices, not as scans.
         readers: threads that read ahead of the model.
         shard: (i, n): do every n-th file from the i-th on. `process_shard` takes it from torchrun's environment.
         restart: forget what is in `out` of an earlier run, and begin anew.
+        record: keep predictions.jsonl, to go on after a kill; without it everything is predicted anew.
         annotations: COCO annotation JSON to take image ids from.
+        progress: show a bar on a terminal.
         on_result: called with every result, in order.
-        on_start: called once the inputs are counted.
 
     Returns:
         The summary of this process.
 
     Raises:
         InputError: `out` cannot be written (full disk, permission): the run stops, and may be resumed.
-        ConfigError: `out` holds a run with other settings, or is in use by another process.
+        ConfigError: `out` holds a run with other settings, or is in use by another process; score maps with another
+            format than ``"files"``.
     """
     rank, world = shard
     if not 0 <= rank < world:
@@ -172,49 +217,48 @@ def predict_files(
         raise ConfigError(f"readers={readers}: must be at least 1")
     if format not in ("files", "jsonl", "coco"):
         raise ConfigError(f"format={format!r}: use 'files', 'jsonl' or 'coco'")
+    if predictor.score_map and format != "files":
+        raise ConfigError(f'score_map=True: a map is a file per slice, which needs format="files", not {format!r}')
     if restart and world > 1:
         raise ConfigError(f"several processes cannot restart together: delete {os.fspath(out)} first")
     folder = Path(out)
     summary = RunSummary(
-        settings=_settings(predictor, units),
+        settings=_settings(predictor, format, units=units, spacing=spacing, series=series),
         environment=_environment(predictor, shard),
         started=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         caveats=list(predictor.caveats),
     )
-    if restart:
-        _forget(folder)
-    _require_same_settings(folder, summary.settings)
-    ledger = Log(_part(folder, "predictions", shard, ".jsonl"), "file")
     clock = time.monotonic()
-    try:
-        work = _my_work(inputs, folder, slices, shard, summary)
-        others = [path for path in _ledgers(folder) if path != ledger.path]
-        done = ledger.finished | {line["file"] for line in read_logs(others, "file")}
-        todo = [one for one in work if one.name not in done]
-        summary.inputs, summary.already_done = len(work), len(work) - len(todo)
-        _write_run(folder, summary, shard)
-        if on_start is not None:
-            on_start(summary)
-        for result in _results(predictor, todo, folder, units, spacing, format, readers):
-            if result.record is None:
-                summary.failed += 1
-                if len(summary.failures) < FAILURES_LISTED:
-                    summary.failures.append((result.file, result.error))
-            else:
-                ledger.append(result.record)
-                summary.predicted += 1
-            summary.seconds = time.monotonic() - clock
-            if on_result is not None:
-                on_result(result)
-        summary.status = "complete"
-    except BaseException as error:
-        summary.status, summary.stopped_by = "stopped", str(error) or type(error).__name__
-        raise
-    finally:
-        summary.seconds = time.monotonic() - clock
-        ledger.close()
-        with contextlib.suppress(OutputError):  # a full disk has been reported; this file would not fit either
+    with contextlib.ExitStack() as closing:
+        log = closing.enter_context(_open_log(folder, shard, restart)) if record else None
+        _require_same_settings(folder, summary.settings, record)
+        try:
+            work = _my_work(inputs, names, folder, slices, shard, summary)
+            done = set() if log is None else {line["source"] for line in read_logs(_logs(folder))}
+            todo = [one for one in work if one.name not in done]
+            summary.inputs, summary.already_done = len(work), len(work) - len(todo)
             _write_run(folder, summary, shard)
+            hidden = None if progress and rank == 0 else True  # None: shown on a terminal only
+            bar = closing.enter_context(
+                tqdm(total=len(work), initial=summary.already_done, unit="file", disable=hidden)
+            )
+            reading = {"units": units, "spacing": spacing, "series": series}
+            for result in _results(predictor, todo, folder, summary.root, reading, format, readers, bar):
+                if log is not None and result.record is not None:
+                    log.append(result.record)
+                summary.add(result)
+                summary.seconds = time.monotonic() - clock
+                bar.update()
+                if on_result is not None:
+                    on_result(result)
+            summary.status = "complete"
+        except BaseException as error:
+            summary.status, summary.stopped_by = "stopped", str(error) or type(error).__name__
+            raise
+        finally:
+            summary.seconds = time.monotonic() - clock
+            with contextlib.suppress(OutputError):  # a full disk has been reported; this file would not fit either
+                _write_run(folder, summary, shard)
     _join(folder, summary, world)
     if format == "coco" and (folder / PREDICTIONS).exists() and _all_complete(folder, summary, world):
         write_coco_results(folder / PREDICTIONS, folder, annotations=annotations)
@@ -264,14 +308,16 @@ def find_inputs(inputs: Iterable[PathLike], *, slices: bool = False, out: PathLi
     avoid = None if out is None else os.path.realpath(out)
     for given in inputs:
         for one in _expand(os.fsdecode(given), slices, avoid):
-            identity = _identity(one.name, folders)
+            identity = one.name if one.error else _identity(one.name, folders)
             if identity not in seen:
                 seen.add(identity)
                 yield one
 
 
 def _expand(name: str, slices: bool, avoid: str | None) -> Iterator[Work]:
-    if os.path.isdir(name):  # noqa: PTH112  millions of times
+    if "\0" in name:
+        yield Work(name, error=f"{name}: no file name holds a NUL character. Correct the list.")
+    elif os.path.isdir(name):  # noqa: PTH112  millions of times
         yield from _search(name, slices, avoid)
     elif glob.has_magic(name) and not os.path.lexists(name):
         matches = sorted(glob.glob(name, recursive=True))  # noqa: PTH207  Path.glob takes no absolute pattern
@@ -335,24 +381,49 @@ def _search(root: str, slices: bool, avoid: str | None) -> Iterator[Work]:
         yield Work(root, error=f"{root}: no readable slices in this folder. Give one with pictures, DICOM or NIfTI.")
 
 
-def read_list(path: Path) -> Iterator[str]:
+def read_list(path: PathLike) -> Iterator[str]:
     """The names in a text file (UTF-8), one per line; empty lines are skipped.
 
     Raises:
         InputError: it cannot be read.
     """
     try:
-        with path.open(encoding="utf-8", errors="surrogateescape") as stream:
+        with Path(path).open(encoding="utf-8", errors="surrogateescape") as stream:
             yield from (name for line in stream if (name := line.rstrip("\r\n")).strip())
     except OSError as error:
         raise InputError(f"{path}: the list cannot be read ({error.strerror}). Check the path.") from error
 
 
-def place_of(name: str) -> Path:
-    """Where results of a file go below the output folder: its path from here, or from the root if it lies elsewhere."""
-    absolute = Path(os.path.realpath(name))
-    here = Path.cwd().resolve()
-    return absolute.relative_to(here if absolute.is_relative_to(here) else absolute.anchor)
+def place_of(name: str, root: str | None = None) -> Path:
+    """Where results of a file go below the output folder: its path from `root`, or from here."""
+    return Path(os.path.abspath(name)).relative_to(root or Path.cwd())  # noqa: PTH100  links stay as they are
+
+
+def common_root(inputs: Iterable[str]) -> str | None:
+    """The folder that all inputs lie in; None if they are given relative to the current one and lie below it.
+
+    Raises:
+        ConfigError: there is none: drives differ.
+    """
+    parents = {_parent(name) for name in inputs}
+    outside = [parent for parent in parents if parent is not None]
+    if not outside:
+        return None
+    try:
+        return os.path.commonpath([*outside, *([Path.cwd()] if None in parents else [])])
+    except ValueError:
+        raise ConfigError("the inputs lie on several drives: predict those of one drive at a time") from None
+
+
+def _parent(name: str) -> str | None:
+    """The folder an input lies in, absolute; of a pattern, the one its fixed part names. None below this folder."""
+    if not Path(name).is_absolute() and not os.path.normpath(name).startswith(".."):
+        return None
+    while glob.has_magic(name) and not os.path.lexists(name):
+        name = os.path.split(name)[0]
+        if not glob.has_magic(name):
+            return os.path.abspath(name)  # noqa: PTH100
+    return str(Path(os.path.abspath(name)).parent)  # noqa: PTH100
 
 
 # One file
@@ -362,10 +433,11 @@ def _results(
     predictor: Predictor,
     todo: list[Work],
     out: Path,
-    units: str | None,
-    spacing: tuple[float, float, float] | None,
+    root: str | None,
+    reading: Mapping[str, Any],
     format: Format,
     readers: int,
+    bar: Any,
 ) -> Iterator[FileResult]:
     """Read, predict and write: three stages with short queues between, in the order of `todo`."""
 
@@ -375,7 +447,7 @@ def _results(
         try:
             if one.scan or is_scan(Path(one.name)):
                 return one
-            return read_slice(one.name, units=units)
+            return read_slice(one.name, units=reading["units"])
         except CTMaskNetError as error:
             return error
 
@@ -385,89 +457,105 @@ def _results(
             if isinstance(result, Prediction | CTMaskNetError):
                 yield one, result
                 continue
+            if predictor.score_map:
+                yield one, InputError(f"{one.name}: a scan has no score map: predict it without score_map=True")
+                continue
             try:  # a scan brings its own slices
-                yield one, predictor.volume(one.name, units=units, spacing=spacing)
+                yield one, predictor.volume(one.name, **reading, progress=show)
             except CTMaskNetError as error:
                 yield one, error
 
-    def write(pair: tuple[Work, Prediction | VolumePrediction | CTMaskNetError]) -> FileResult:
-        one, result = pair
-        if isinstance(result, CTMaskNetError):
-            return FileResult(one.name, error=str(result))
-        paths: dict[str, Path] = {}
-        try:
-            place = place_of(one.name)
-            if isinstance(result, VolumePrediction):
-                paths = result.save(out / place.parent, place.name or "scan")
-                return FileResult(one.name, record={"file": one.name, "kind": "scan", **result.to_dict()}, paths=paths)
-            if format == "files":
-                paths["json"], paths["overlay"] = result.save(out / place.parent)
-        except OutputError as error:
-            if getattr(error.__cause__, "errno", None) not in _ONE_FILE_ONLY:
-                raise
-            return FileResult(one.name, error=str(error))
-        return FileResult(one.name, record=_record(one.name, result), paths=paths)
+    def show(done: int, total: int) -> None:
+        bar.set_postfix_str(f"slice {done} of {total}" if done < total else "")
 
+    write = partial(_write, out=out, root=root, format=format)
     for _, written in read_ahead(write, predicted(), threads=WRITERS, depth=2 * WRITERS):
         yield written
 
 
-def _record(name: str, prediction: Prediction) -> dict[str, Any]:
-    """A slice's line in predictions.jsonl."""
-    facts = prediction.to_dict()
-    for lesion in facts["lesions"]:
-        lesion["rle"] = {"size": lesion["rle"]["size"], "counts": compress_counts(lesion["rle"]["counts"])}
+def _write(
+    pair: tuple[Work, Prediction | VolumePrediction | CTMaskNetError], *, out: Path, root: str | None, format: Format
+) -> FileResult:
+    one, result = pair
+    if isinstance(result, CTMaskNetError):
+        return FileResult(one.name, error=str(result))
+    scan, paths = isinstance(result, VolumePrediction), []
+    try:
+        if scan or format == "files":
+            place = place_of(one.name, root)
+            paths = result.save(out / place.parent, place.name or None)
+    except OutputError as error:
+        if getattr(error.__cause__, "errno", None) not in _ONE_FILE_ONLY:
+            raise
+        return FileResult(one.name, error=str(error))
     # The RoI batch is in the file's own JSON; caveats are those of the run.
-    return {
-        "file": name,
-        "kind": "slice",
-        **{k: facts[k] for k in facts if k not in ("source", "roi_batch", "caveats")},
-    }
+    facts = {key: value for key, value in result.to_dict().items() if key not in ("roi_batch", "caveats")}
+    record = {**facts, "source": one.name, "kind": "scan" if scan else "slice"}
+    return FileResult(one.name, record=record, paths=paths)
 
 
 # The run
 
 
 def _my_work(
-    inputs: Iterable[PathLike], out: Path, slices: bool, shard: tuple[int, int], summary: RunSummary
+    inputs: Iterable[PathLike],
+    names: PathLike | Sequence[str] | None,
+    out: Path,
+    slices: bool,
+    shard: tuple[int, int],
+    summary: RunSummary,
 ) -> list[Work]:
-    """This process's share of the inputs; the digest of all of them goes into the summary."""
+    """This process's share of the inputs; what is to be known of all of them goes into the summary."""
     rank, world = shard
-    digest, mine, place = hashlib.sha256(), [], 0
-    for one in find_inputs(inputs, slices=slices, out=out):
-        if one.error == LEFT_OUT:
-            summary.left_out += 1
-            continue
+    given = [os.fsdecode(name) for name in inputs]
+    summary.root = _root_of_run(out, common_root(given))
+    wanted: dict[str, str] | None = None
+    if names is not None:
+        listed = read_list(names) if isinstance(names, str | os.PathLike) else names
+        wanted = {slice_name(name): name for name in listed}
+    missing = dict(wanted or {})
+    digest, mine = hashlib.sha256(), []
+
+    def chosen() -> Iterator[Work]:
+        for one in find_inputs(given, slices=slices, out=out):
+            name = slice_name(one.name)
+            if one.error == LEFT_OUT:
+                summary.left_out += 1
+            elif wanted is None or one.error or name in wanted:
+                missing.pop(name, None)
+                yield one
+        for name in missing.values():
+            yield Work(name, error=f"{name}: listed in names, but not among the inputs. Correct the list.")
+
+    for place, one in enumerate(chosen()):
         digest.update(one.name.encode("utf-8", "surrogateescape") + b"\0")
         if place % world == rank:
             mine.append(one)
-        place += 1
     summary.list_digest = digest.hexdigest()
     return mine
 
 
-def _settings(predictor: Predictor, units: str | None) -> dict[str, Any]:
+def _settings(predictor: Predictor, format: Format, **reading: Any) -> dict[str, Any]:
     models = {"segmenter": predictor.segmenter, "classifier": predictor.classifier}
-    return {
-        **{
-            slot: None if model is None else {"variant": model.variant.name, "sha256": _sha256(model.state_dict())}
-            for slot, model in models.items()
-        },
+    facts = {
+        slot: None
+        if model is None
+        else {
+            "variant": model.variant.name,
+            "sha256": state_digest(model.state_dict()),
+            "config": model.config.to_dict(),
+        }
+        for slot, model in models.items()
+    }
+    facts |= {
         "score_threshold": predictor.score_threshold,
         "nms_threshold": predictor.nms_threshold,
         "precision": predictor.precision,
-        "units": units,
+        "score_map": predictor.score_map,
+        "file_per_slice": format == "files",
+        **reading,
     }
-
-
-def _sha256(state: Mapping[str, torch.Tensor]) -> str:
-    """Of all values of a model, in float32, by sorted name: the same for a file in float16 and its float32 copy."""
-    digest = hashlib.sha256()
-    for key in sorted(state):
-        values = state[key].detach().cpu()
-        digest.update(key.encode())
-        digest.update(np.ascontiguousarray((values.float() if values.is_floating_point() else values).numpy()).data)
-    return digest.hexdigest()
+    return json.loads(json.dumps(facts))  # as run.json gives them back
 
 
 def _environment(predictor: Predictor, shard: tuple[int, int]) -> dict[str, Any]:
@@ -494,13 +582,36 @@ def _part(out: Path, kind: str, shard: tuple[int, int], suffix: str) -> Path:
     return out / "parts" / f"{kind}-{rank}-of-{world}{suffix}"
 
 
-def _ledgers(out: Path) -> list[Path]:
+def _logs(out: Path) -> list[Path]:
     return [out / PREDICTIONS, *sorted((out / "parts").glob("predictions-*.jsonl"))]
 
 
+def _open_log(out: Path, shard: tuple[int, int], restart: bool) -> Log:
+    """The log of this process, locked; with `restart`, nothing of an earlier run is left."""
+    log = Log(_part(out, "predictions", shard, ".jsonl"))
+    if not restart:
+        return log
+    try:
+        with contextlib.ExitStack() as others:
+            for path in _logs(out):
+                if path != log.path and path.exists():
+                    others.enter_context(Log(path))  # refuses while another process writes there
+            log.clear()
+            for path in (out / RUN, out / COCO_RESULTS, out / COCO_IMAGES):
+                path.unlink(missing_ok=True)
+            if (out / "parts").is_dir():
+                shutil.rmtree(out / "parts")
+    except OSError as error:
+        log.close()
+        raise OutputError(f"{error.filename}: cannot be removed ({error.strerror}): choose another folder") from error
+    except CTMaskNetError:
+        log.close()
+        raise
+    return log
+
+
 def _write_run(out: Path, summary: RunSummary, shard: tuple[int, int]) -> None:
-    text = json.dumps(summary.to_dict(), indent=2, allow_nan=False) + "\n"
-    write_files({_part(out, "run", shard, ".json"): text.encode("utf-8", "backslashreplace")})
+    write_files({_part(out, "run", shard, ".json"): json_bytes(summary.to_dict(), indent=2)})
 
 
 def _runs(out: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -510,27 +621,45 @@ def _runs(out: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}: cannot be read ({error}). Choose another folder, or pass --restart.") from None
+            raise ConfigError(
+                f"{path}: cannot be read ({error}). Choose another folder, or pass restart=True."
+            ) from None
 
 
-def _require_same_settings(out: Path, settings: dict[str, Any]) -> None:
+def _begun(out: Path) -> bool:
+    """Does `out` hold lines of a run?"""
+    return any(path.exists() and path.stat().st_size for path in _logs(out))
+
+
+def _require_same_settings(out: Path, settings: dict[str, Any], record: bool) -> None:
+    if not _begun(out):
+        return
+    if not record:
+        raise ConfigError(
+            f"{out}: holds the record of a run, so record=False has no place there. Choose another folder."
+        )
     for path, before in _runs(out):
         stored = before.get("settings", {})
         differs = [key for key in settings if stored.get(key) != settings[key]]
-        if differs and any(ledger.exists() and ledger.stat().st_size for ledger in _ledgers(out)):
+        if differs:
             raise ConfigError(
-                f"{path}: a run with another {' and '.join(differs)}. Choose another folder, or begin anew: --restart."
+                f"{path}: a run with another {' and '.join(differs)}. "
+                "Choose another folder, or begin anew: restart=True"
             )
 
 
-def _forget(out: Path) -> None:
-    try:
-        for path in (out / PREDICTIONS, out / RUN, out / COCO_RESULTS, out / COCO_IMAGES):
-            path.unlink(missing_ok=True)
-        if (out / "parts").is_dir():
-            shutil.rmtree(out / "parts")
-    except OSError as error:
-        raise OutputError(f"{error.filename}: cannot be removed ({error.strerror}): choose another folder") from error
+def _root_of_run(out: Path, root: str | None) -> str | None:
+    """`root`, or where the run in `out` began with one further up, that one: results must not change their place."""
+    for path, before in _runs(out) if _begun(out) else ():
+        began = before.get("root")
+        if began and root and Path(root).is_relative_to(began):
+            root = began
+        elif began != root:
+            raise ConfigError(
+                f"{path}: a run of files below {began or 'the current folder'}, where results have their place. "
+                "Choose another folder, or begin anew: restart=True"
+            )
+    return root
 
 
 def _parts_of(out: Path, world: int) -> list[dict[str, Any]]:
@@ -547,14 +676,14 @@ def _all_complete(out: Path, summary: RunSummary, world: int) -> bool:
 
 
 def _join(out: Path, summary: RunSummary, world: int) -> None:
-    """Join the ledgers if this process is the last to finish; harmless if two are the last together."""
+    """Join the logs if this process is the last to finish; harmless if two are the last together."""
     if world == 1:
         if any((out / "parts").glob("predictions-*.jsonl")):  # of an interrupted run with several processes
-            join_logs(_ledgers(out), out / PREDICTIONS, "file")
+            join_logs(_logs(out), out / PREDICTIONS)
         return
     if not _all_complete(out, summary, world):
         return
-    join_logs(_ledgers(out), out / PREDICTIONS, "file")
+    join_logs(_logs(out), out / PREDICTIONS)
     parts = _parts_of(out, world)
     whole = dict(parts[0])
     whole["counts"] = {key: sum(part["counts"][key] for part in parts) for key in whole["counts"]}
@@ -563,7 +692,7 @@ def _join(out: Path, summary: RunSummary, world: int) -> None:
     whole["seconds"] = max(part["seconds"] for part in parts)
     whole["files_per_second"] = sum(part["files_per_second"] or 0 for part in parts) or None
     whole["environment"] = {**whole["environment"], "shard": None, "processes": world}
-    write_files({out / RUN: (json.dumps(whole, indent=2, allow_nan=False) + "\n").encode()})
+    write_files({out / RUN: json_bytes(whole, indent=2)})
 
 
 # COCO results
@@ -586,18 +715,16 @@ def write_coco_results(
         DataError: the annotations cannot be read, or do not list a file that was predicted.
     """
     source = Path(predictions)
-    names = sorted(line["file"] for line in _lines(source) if line["kind"] == "slice")
+    names = sorted(line["source"] for line in _slice_lines(source))
     ids: dict[str, int] = {name: number for number, name in enumerate(names, start=1)}
     categories: list[int] | None = None
     if annotations is not None:
         ids, categories = _ids_of(Path(annotations), names)
     images, results = [], []
-    for line in _lines(source):
-        if line["kind"] != "slice":
-            continue
+    for line in _slice_lines(source):
         height, width = line["image_size"]
-        identifier = ids[line["file"]]
-        images.append({"id": identifier, "file_name": line["file"], "height": height, "width": width})
+        identifier = ids[line["source"]]
+        images.append({"id": identifier, "file_name": line["source"], "height": height, "width": width})
         for lesion in line["lesions"]:
             x1, y1, x2, y2 = lesion["box"]
             results.append(
@@ -610,32 +737,12 @@ def write_coco_results(
                 }
             )
     paths = Path(out) / COCO_RESULTS, Path(out) / COCO_IMAGES
-    write_files({paths[0]: json.dumps(results).encode(), paths[1]: json.dumps({"images": images}).encode()})
+    write_files({paths[0]: json_bytes(results), paths[1]: json_bytes({"images": images})})
     return paths
 
 
-def compress_counts(counts: list[int]) -> str:
-    """Run lengths of COCO's uncompressed RLE -> its string form, which pycocotools decodes.
-
-    From the third count on the difference to the count before last is stored; a number goes in groups of five
-    bits, lowest first, a sixth bit says that more follow, and 48 makes each a printable character.
-    """
-    text = bytearray()
-    for place, count in enumerate(counts):
-        value = count - counts[place - 2] if place > 2 else count
-        more = True
-        while more:
-            bits = value & 31
-            value >>= 5
-            more = value != (-1 if bits & 16 else 0)
-            text.append(48 + bits + 32 * more)
-    return text.decode("ascii")
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open("rb") as stream:
-        for line in stream:
-            yield json.loads(line)
+def _slice_lines(path: Path) -> Iterator[dict[str, Any]]:
+    return (line for line in read_logs([path]) if line["kind"] == "slice")
 
 
 def _ids_of(annotations: Path, names: list[str]) -> tuple[dict[str, int], list[int]]:

@@ -1,8 +1,8 @@
-"""The picture of one prediction: the slice, its lesions, and a strip of text below. Pillow only."""
+"""Pictures of predictions: a slice or a montage of a scan, lesions drawn on it, text below. Pillow only."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -10,12 +10,10 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from ctmasknet.errors import ConfigError
-from ctmasknet.registry import class_title
+from ctmasknet.registry import DISCLAIMER, class_title
 
 if TYPE_CHECKING:
     from ctmasknet.results import Prediction
-
-RESEARCH_NOTE = "For research use only. Not a medical device, not for diagnosis."
 
 Colour = tuple[int, int, int]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -32,6 +30,7 @@ _FILL_ALPHA = 0.28  # ground glass stays visible under it
 _BOX_ALPHA = 0.75
 _BACKING_ALPHA = 0.72
 _SMALLEST_SIDE = 768  # a picture's longer side is enlarged to at least this
+_TILE, _COLUMNS = 288, 4  # of a montage: a tile's longer side in pixels, tiles in a row
 _STRIP = (18, 18, 20)
 _TEXT = (240, 240, 240)
 _FAINT_TEXT = (160, 160, 165)
@@ -104,7 +103,9 @@ def overlay(prediction: Prediction, *, scale: int | None = None) -> Image.Image:
 
     unlabelled = 0
     if len(prediction.scores):
-        _draw_masks(picture, prediction, scale, style)
+        for label in np.unique(prediction.labels).tolist():
+            masks = prediction.masks[prediction.labels == label]
+            paint(picture, masks, _colour(prediction.class_names, label), scale=scale, line=style.line)
         _draw_boxes(picture, prediction, scale, style)
         labels = _place_labels(prediction, scale, style)
         _draw_labels(picture, labels, style)
@@ -133,31 +134,67 @@ def _style(size: tuple[int, int]) -> _Style:
     )
 
 
-def _colour(prediction: Prediction, label: int) -> Colour:
-    name = prediction.class_name(label)
+def montage(
+    tiles: Sequence[tuple[str, npt.NDArray[np.uint8], npt.NDArray[np.uint8]]],
+    class_names: Sequence[str],
+    summary: str,
+    caveats: Sequence[str],
+) -> Image.Image:
+    """Slices of a scan side by side, each over its caption, with the summary and the caveats below.
+
+    Args:
+        tiles: caption, the slice (H, W) in grey, and the label of the lesion at each pixel (H, W), 0 for none.
+        class_names: index = label, background first.
+    """
+    font = ImageFont.load_default(size=13)
+    row = 20
+    columns = min(_COLUMNS, max(len(tiles), 1))
+    width, cell = columns * _TILE, _TILE + row
+    above = -(-len(tiles) // columns) * cell
+    text = [(line, _TEXT) for line in _wrap(summary, font, width - 8)]
+    text += [(line, _FAINT_TEXT) for note in (*caveats, DISCLAIMER) for line in _wrap(note, font, width - 8)]
+    picture = Image.new("RGB", (width, above + len(text) * row), _STRIP)
+    draw = ImageDraw.Draw(picture)
+    for place, (caption, grey, labels) in enumerate(tiles):
+        x, y = place % columns * _TILE, place // columns * cell
+        shown = Image.fromarray(grey).convert("RGB")
+        for label in np.unique(labels[labels > 0]).tolist():
+            paint(shown, [labels == label], _colour(class_names, label))
+        enlarged = _TILE / max(shown.size)
+        shown = shown.resize((max(round(shown.width * enlarged), 1), max(round(shown.height * enlarged), 1)))
+        picture.paste(shown, (x + (_TILE - shown.width) // 2, y + (_TILE - shown.height) // 2))
+        draw.text((x + 4, y + _TILE + 2), caption, fill=_TEXT, font=font)
+    for number, (line, fill) in enumerate(text):
+        draw.text((4, above + number * row + 1), line, fill=fill, font=font)
+    return picture
+
+
+def paint(
+    picture: Image.Image, masks: Iterable[npt.NDArray[np.bool_]], colour: Colour, *, scale: int = 1, line: int = 1
+) -> None:
+    """Draw masks (H, W) of one colour, translucent with a crisp contour, on an RGB picture of H * scale by W * scale.
+
+    Args:
+        line: width of the contour in pixels of the picture.
+    """
+    # One layer of each for all masks: where they overlap the slice must not disappear.
+    fill = np.zeros((picture.height, picture.width), np.uint8)
+    contour = np.zeros_like(fill)
+    for mask in masks:
+        window = _window(mask)
+        if window is None:
+            continue
+        shape, edge = _enlarge(mask[window], scale, line)
+        at = tuple(slice(side.start * scale, side.stop * scale) for side in window)
+        fill[at][shape] = round(255 * _FILL_ALPHA)
+        contour[at][edge] = 255
+    picture.paste(colour, mask=Image.fromarray(fill))
+    picture.paste(colour, mask=Image.fromarray(contour))
+
+
+def _colour(class_names: Sequence[str], label: int) -> Colour:
+    name = class_names[label] if label < len(class_names) else ""
     return CLASS_COLOURS.get(name, _OTHER_COLOURS[(label - 1) % len(_OTHER_COLOURS)])
-
-
-def _draw_masks(picture: Image.Image, prediction: Prediction, scale: int, style: _Style) -> None:
-    for label in np.unique(prediction.labels).tolist():
-        colour = _colour(prediction, label)
-        # One fill and one contour layer per class: where masks overlap the slice must not disappear.
-        fill = np.zeros((picture.height, picture.width), np.uint8)
-        contour = np.zeros_like(fill)
-        for mask in prediction.masks[prediction.labels == label]:
-            window = _window(mask)
-            if window is None:
-                continue
-            rows, columns = window
-            shape, edge = _enlarge(mask[rows, columns], scale, style.line)
-            at = (
-                slice(rows.start * scale, rows.stop * scale),
-                slice(columns.start * scale, columns.stop * scale),
-            )
-            fill[at][shape] = round(255 * _FILL_ALPHA)
-            contour[at][edge] = 255
-        picture.paste(colour, mask=Image.fromarray(fill))
-        picture.paste(colour, mask=Image.fromarray(contour))
 
 
 def _window(mask: npt.NDArray[np.bool_]) -> tuple[slice, slice] | None:
@@ -200,7 +237,7 @@ def _draw_boxes(picture: Image.Image, prediction: Prediction, scale: int, style:
         for index in np.flatnonzero(prediction.labels == label).tolist():
             x1, y1, x2, y2 = _scaled_box(prediction, index, scale)
             draw.rectangle((x1, y1, x2 - 1, y2 - 1), outline=round(255 * _BOX_ALPHA), width=(style.line + 1) // 2)
-        picture.paste(_colour(prediction, label), mask=layer)
+        picture.paste(_colour(prediction.class_names, label), mask=layer)
 
 
 def _place_labels(prediction: Prediction, scale: int, style: _Style) -> list[_Label]:
@@ -230,7 +267,7 @@ def _place_labels(prediction: Prediction, scale: int, style: _Style) -> list[_La
             if best is None or cost < best[0]:
                 best = (cost, rect)
         if best is not None:
-            labels.append(_Label(best[1], text, _colour(prediction, label)))
+            labels.append(_Label(best[1], text, _colour(prediction.class_names, label)))
     return labels
 
 
@@ -269,7 +306,7 @@ def _draw_strip(prediction: Prediction, unlabelled: int, width: int, style: _Sty
     """The text below the slice; as high as it needs."""
     inner = width - 2 * style.pad
     headline = _wrap(prediction.summary, style.body, inner)
-    notes = [*prediction.caveats, RESEARCH_NOTE]
+    notes = [*prediction.caveats, DISCLAIMER]
     if unlabelled:
         notes.insert(0, f"{unlabelled} of {len(prediction.scores)} scores not shown for lack of room.")
     small = [line for note in notes for line in _wrap(note, style.small, inner)]
@@ -326,7 +363,7 @@ def _legend(prediction: Prediction) -> list[tuple[str, Colour]]:
     if len(prediction.class_names) < 3:
         return []
     return [
-        (class_title(prediction.class_name(label)), _colour(prediction, label))
+        (class_title(prediction.class_name(label)), _colour(prediction.class_names, label))
         for label in np.unique(prediction.labels).tolist()
     ]
 

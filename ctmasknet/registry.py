@@ -27,7 +27,7 @@ IMAGE_CLASSES = ("control", "pneumonia", "covid")
 CLASS_TITLES = {"covid": "COVID-19", "pneumonia": "common pneumonia"}
 """How class names read in a sentence or a picture, where that differs from the name in the code."""
 
-DISCLAIMER = "Research software, not a medical device."
+DISCLAIMER = "Research software, not a medical device: no output of it may guide the care of a patient."
 
 DEFAULT_SEGMENTER = "maskrcnn_resnet18_t1"
 DEFAULT_CLASSIFIER = "ctmasknet_resnet18_t1"

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import csv
 import gzip
 import io
-import json
-import os
-import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from ctmasknet.errors import CTMaskNetError, InputError
-from ctmasknet.output import cannot_write, write_files
-from ctmasknet.overlay import CLASS_COLOURS, RESEARCH_NOTE, overlay
+from ctmasknet.output import Content, PathLike, csv_text, json_bytes, write_files
+from ctmasknet.overlay import montage, overlay
 from ctmasknet.registry import class_title
 
 if TYPE_CHECKING:
     from ctmasknet.data.scans import Volume
+
+MONTAGE_TILES = 12
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +121,7 @@ class Prediction:
         if len(self.class_names) > 2:
             counts = ((name, int((self.labels == i).sum())) for i, name in enumerate(self.class_names))
             kinds = " (" + ", ".join(f"{n} {class_title(name)}" for name, n in counts if n) + ")"
-        return f"{count} lesion{'' if count == 1 else 's'}{kinds} covering {share} of the slice"
+        return f"{counted(count, 'lesion')}{kinds} covering {share} of the slice"
 
     def class_name(self, label: int) -> str:
         """Name of a detector class; "class 7" for a label that `class_names` does not reach."""
@@ -133,8 +130,8 @@ class Prediction:
     def to_dict(self) -> dict[str, Any]:
         """Everything but the image as plain values, ready for ``json.dumps(..., allow_nan=False)``.
 
-        Masks are COCO's uncompressed RLE (column-major, the first count is of zeros). `lesion_fraction` is
-        None if no segmenter ran. The RoI batch comes as boxes, scores and labels, without its deltas.
+        Masks are COCO's RLE, which ``pycocotools.mask.decode`` reads. `lesion_fraction` is None if no segmenter ran.
+        The RoI batch comes as boxes, scores and labels, without its deltas.
         """
         lesions = [
             {
@@ -178,8 +175,8 @@ class Prediction:
         """The slice with its lesions, scores and class probabilities drawn on it: see `overlay`."""
         return overlay(self, scale=scale)
 
-    def save(self, directory: str | os.PathLike[str], name: str | None = None) -> tuple[Path, Path]:
-        """Write `<name>.json` and `<name>.overlay.png` into `directory`, which is created if missing.
+    def save(self, directory: PathLike, name: str | None = None) -> list[Path]:
+        """Write `<name>.overlay.png` and `<name>.json` into `directory`, which is created if missing.
 
         A score map, if there is one, goes to `<name>.score_map.npy` ((H, W) float32, for ``numpy.load``).
         Each file appears whole or not at all, and replaces one of the same name; the JSON appears last.
@@ -190,58 +187,53 @@ class Prediction:
                 x.jpg do not collide; "prediction" if there is no source.
 
         Returns:
-            The paths of the JSON and of the picture.
+            The paths written, the picture first and the JSON last.
 
         Raises:
             InputError: `name` holds a folder, or the files cannot be written (permission, full disk, …).
         """
-        folder = Path(directory)
-        if name is None:
-            name = Path(self.source).name or "prediction"
-        elif not name or Path(name).name != name:
-            raise InputError(f"{name!r} is not a file name: pass the folder as directory and the name without it")
-        record, picture = folder / f"{name}.json", folder / f"{name}.overlay.png"
-        text = json.dumps(self.to_dict(), allow_nan=False) + "\n"
-        image = self.plot()
-        # Short names of their own: a long `name` must not grow past the file system's limit.
-        unfinished = [folder / f".ctmasknet-{uuid.uuid4().hex}.tmp" for _ in range(3)]
-        target = folder
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            target = picture
-            with unfinished[0].open("xb") as stream:
-                image.save(stream, format="PNG")
-            target = record
-            unfinished[1].write_text(text, encoding="utf-8")
-            if self.score_map is not None:
-                target = folder / f"{name}.score_map.npy"
-                with unfinished[2].open("xb") as stream:
-                    np.save(stream, self.score_map)
-                unfinished[2].replace(target)
-            target = picture
-            unfinished[0].replace(picture)
-            target = record
-            unfinished[1].replace(record)
-        except OSError as error:
-            raise cannot_write(target, error) from error
-        finally:
-            for path in unfinished:
-                with contextlib.suppress(OSError):  # renamed, or never made
-                    path.unlink()
-        return record, picture
+        stem = _target(directory, name, Path(self.source).name or "prediction")
+        picture, score_map = self.plot(), self.score_map
+        contents: dict[Path, Content] = {stem(".overlay.png"): lambda stream: picture.save(stream, format="PNG")}
+        if score_map is not None:
+            contents[stem(".score_map.npy")] = lambda stream: np.save(stream, score_map)
+        return write_files({**contents, stem(".json"): json_bytes(self.to_dict())})
+
+    def __repr__(self) -> str:
+        height, width = self.image_size
+        return _lines(f"Prediction of {self.source or 'a slice'}, {width} x {height}", self.summary, *self.caveats)
+
+    def _repr_png_(self) -> bytes:
+        return _png(self.plot())
 
 
-def run_length_encode(mask: npt.NDArray[np.bool_]) -> dict[str, list[int]]:
-    """(H, W) bool -> COCO's uncompressed RLE ``{"size": [H, W], "counts": [...]}``.
+def counted(number: int, thing: str) -> str:
+    """A number and its noun: 1 slice, 2 slices."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
-    Counts run down the columns and alternate, zeros first; pycocotools reads it with ``mask.frPyObjects``.
+
+def run_length_encode(mask: npt.NDArray[np.bool_]) -> dict[str, Any]:
+    """(H, W) bool -> COCO's RLE ``{"size": [H, W], "counts": "..."}``, which ``pycocotools.mask.decode`` reads.
+
+    Runs go down the columns and alternate, zeros first. From the fourth on, the difference to the run before last is
+    stored; a number goes in groups of five bits, lowest first, a sixth bit says that more follow, and 48 makes each a
+    printable character.
     """
     pixels = mask.ravel(order="F")
     starts = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1
     counts = np.diff(starts, prepend=0, append=pixels.size).tolist()
     if pixels.size and pixels[0]:
         counts.insert(0, 0)
-    return {"size": [int(side) for side in mask.shape], "counts": counts}
+    text = bytearray()
+    for place, count in enumerate(counts):
+        value = count - counts[place - 2] if place > 2 else count
+        more = True
+        while more:
+            bits = value & 31
+            value >>= 5
+            more = value != (-1 if bits & 16 else 0)
+            text.append(48 + bits + 32 * more)
+    return {"size": [int(side) for side in mask.shape], "counts": text.decode("ascii")}
 
 
 def _plain(values: npt.NDArray[np.float32]) -> list[Any]:
@@ -249,13 +241,6 @@ def _plain(values: npt.NDArray[np.float32]) -> list[Any]:
     if values.ndim > 1:
         return [_plain(row) for row in values]
     return [float(str(np.float32(value))) for value in values]
-
-
-MONTAGE_TILES, MONTAGE_COLUMNS = 12, 4
-_TILE = 288  # pixels
-_CAPTION = 20  # pixels
-_OTHER_COLOUR = (204, 121, 167)
-_TINT = 0.45
 
 
 @dataclass(frozen=True)
@@ -359,7 +344,7 @@ class VolumePrediction:
     def summary(self) -> str:
         """One line for people: "16 slices; lesions 31.4 ml in 12 of them; COVID-19 in 75% of the slices"."""
         done = [row for row in self.slices if not row.error]
-        parts = [f"{len(done)} slices"]
+        parts = [counted(len(done), "slice")]
         if len(done) < len(self.slices):
             parts[0] += f" ({len(self.slices) - len(done)} could not be used)"
         if self.lesion_ml is not None:
@@ -399,53 +384,25 @@ class VolumePrediction:
         """The rows as CSV, with a header; one column per class of the classifier."""
         classes = next((list(row.class_probabilities) for row in self.slices if row.class_probabilities), [])
         names = ("slice", "source", "height_mm", "lesions", "max_score", "lesion_area_mm2", "lesion_fraction")
-        text = io.StringIO(newline="")
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([*names, "predicted_class", *(f"p_{name}" for name in classes), "error"])
+        lines: list[list[Any]] = [[*names, "predicted_class", *(f"p_{name}" for name in classes), "error"]]
         for row in self.slices:
             numbers = (row.height_mm, row.lesions, row.max_score, row.lesion_area_mm2, row.lesion_fraction)
-            shown = ["" if value is None else f"{value:.6g}" for value in numbers]
             given = row.class_probabilities or {}
-            probabilities = [f"{given[name]:.6g}" if name in given else "" for name in classes]
-            writer.writerow(
-                [row.index, row.source, *shown, row.predicted_class or "", *probabilities, row.error.replace("\n", " ")]
-            )
-        return text.getvalue()
+            shown = [None if value is None else f"{value:.6g}" for value in (*numbers, *map(given.get, classes))]
+            figures, probabilities = shown[: len(numbers)], shown[len(numbers) :]
+            error = row.error.replace("\n", " ")
+            lines.append([row.index, row.source, *figures, row.predicted_class, *probabilities, error])
+        return csv_text(lines)
 
     def plot(self) -> Image.Image:
         """A montage: of each twelfth of the scan the slice with most lesion, or its middle one."""
-        columns = min(MONTAGE_COLUMNS, max(len(self.tiles), 1))
-        rows = -(-max(len(self.tiles), 1) // columns)
-        cell = _TILE + _CAPTION
-        font = ImageFont.load_default(size=13)
-        picture = Image.new("RGB", (columns * _TILE, rows * cell + 2 * _CAPTION), (18, 18, 20))
-        draw = ImageDraw.Draw(picture)
-        for place, tile in enumerate(self.tiles):
-            x, y = place % columns * _TILE, place // columns * cell
-            shown = self._tinted(tile)
-            picture.paste(shown, (x + (_TILE - shown.width) // 2, y + (_TILE - shown.height) // 2))
+        tiles = []
+        for tile in self.tiles:
             area = f": {tile.area_mm2 / 100:.1f} cm2 lesion" if tile.area_mm2 else ""
-            draw.text((x + 4, y + _TILE + 2), f"slice {tile.slice_index}{area}", fill=(240, 240, 240), font=font)
-        draw.text((4, rows * cell + 1), self.summary, fill=(240, 240, 240), font=font)
-        draw.text((4, rows * cell + _CAPTION), RESEARCH_NOTE, fill=(160, 160, 165), font=font)
-        return picture
+            tiles.append((f"slice {tile.slice_index}{area}", tile.grey, tile.labels))
+        return montage(tiles, self.class_names, self.summary, self.caveats)
 
-    def _tinted(self, tile: _Tile) -> Image.Image:
-        """The slice in grey with its lesions tinted and outlined, its longer side as long as a tile."""
-        colours = np.repeat(tile.grey[..., None], 3, axis=2).astype(np.float64)
-        for label in np.unique(tile.labels[tile.labels > 0]).tolist():
-            name = self.class_names[label] if label < len(self.class_names) else ""
-            colour = np.array(CLASS_COLOURS.get(name, _OTHER_COLOUR), np.float64)
-            mask = tile.labels == label
-            inside = np.pad(mask, 1)
-            inside = inside[:-2, 1:-1] & inside[2:, 1:-1] & inside[1:-1, :-2] & inside[1:-1, 2:]
-            colours[mask] = (1 - _TINT) * colours[mask] + _TINT * colour
-            colours[mask & ~inside] = colour
-        picture = Image.fromarray(np.rint(colours).astype(np.uint8))
-        scale = _TILE / max(picture.size)
-        return picture.resize((max(round(picture.width * scale), 1), max(round(picture.height * scale), 1)))
-
-    def save(self, directory: str | os.PathLike[str], name: str | None = None) -> dict[str, Path]:
+    def save(self, directory: PathLike, name: str | None = None) -> list[Path]:
         """Write mask, table, montage and record into `directory`, which is created if missing.
 
         `<name>.lesions.nii.gz` has the scan's geometry, `<name>.slices.csv` a row per slice, `<name>.montage.png`
@@ -456,33 +413,28 @@ class VolumePrediction:
             name: file name without a folder. Default: that of the scan.
 
         Returns:
-            The paths by ``"mask"``, ``"table"``, ``"montage"``, ``"json"``.
+            The paths, in that order.
 
         Raises:
             InputError: `name` holds a folder, or the files cannot be written.
         """
-        if name is None:
-            name = Path(self.source).resolve().name or "scan"
-        elif not name or Path(name).name != name:
-            raise InputError(f"{name!r} is not a file name: pass the folder as directory and the name without it")
-        folder = Path(directory)
-        paths = {
-            "mask": folder / f"{name}.lesions.nii.gz",
-            "table": folder / f"{name}.slices.csv",
-            "montage": folder / f"{name}.montage.png",
-            "json": folder / f"{name}.json",
-        }
-        picture = io.BytesIO()
-        self.plot().save(picture, format="PNG")
-        contents = {
-            # No time stamp: the same mask gives the same file.
-            "mask": gzip.compress(self.volume.mask_image(self.mask).to_bytes(), compresslevel=6, mtime=0),
-            "table": self.table().encode(),
-            "montage": picture.getvalue(),
-            "json": (json.dumps(self.to_dict(), allow_nan=False) + "\n").encode(),
-        }
-        write_files({paths[key]: content for key, content in contents.items()})
-        return paths
+        stem = _target(directory, name, Path(self.source).resolve().name or "scan")
+        return write_files(
+            {
+                # No time stamp: the same mask gives the same file.
+                stem(".lesions.nii.gz"): gzip.compress(self.volume.mask_image(self.mask).to_bytes(), 6, mtime=0),
+                stem(".slices.csv"): self.table().encode("utf-8", "backslashreplace"),
+                stem(".montage.png"): _png(self.plot()),
+                stem(".json"): json_bytes(self.to_dict()),
+            }
+        )
+
+    def __repr__(self) -> str:
+        size = " x ".join(map(str, self.volume.shape))
+        return _lines(f"VolumePrediction of {self.source}, {size} voxels", self.summary, *self.caveats)
+
+    def _repr_png_(self) -> bytes:
+        return _png(self.plot())
 
 
 def gather(
@@ -555,3 +507,24 @@ def _label_map(prediction: Prediction) -> npt.NDArray[np.uint8]:
     for lesion in np.argsort(prediction.scores, kind="stable").tolist():
         labels[prediction.masks[lesion]] = prediction.labels[lesion]
     return labels
+
+
+def _target(directory: PathLike, name: str | None, default: str) -> Callable[[str], Path]:
+    """Suffix -> the path of a result.
+
+    Raises:
+        InputError: `name` is no file name.
+    """
+    if name is not None and (not name or Path(name).name != name):
+        raise InputError(f"{name!r} is not a file name: pass the folder as directory and the name without it")
+    return lambda suffix: Path(directory) / f"{name or default}{suffix}"
+
+
+def _png(picture: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, format="PNG")
+    return stream.getvalue()
+
+
+def _lines(title: str, *facts: str) -> str:
+    return "\n  ".join((title, *facts))

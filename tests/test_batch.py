@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,11 +22,10 @@ from PIL import Image
 from scans import BlockPredictor
 
 from ctmasknet import ConfigError, DataError, InputError, create_model
-from ctmasknet.batch import compress_counts, find_inputs, place_of, predict_files, process_shard, write_coco_results
+from ctmasknet.batch import common_root, find_inputs, place_of, predict_files, process_shard, write_coco_results
 from ctmasknet.cli import main
 from ctmasknet.data.scans import read_ahead
 from ctmasknet.output import Log
-from ctmasknet.results import run_length_encode
 from ctmasknet.weights.files import write_weights
 
 
@@ -62,12 +64,13 @@ def test_a_run_writes_a_line_per_file_in_order_and_its_facts(here, predictor):
     (here / "in put é" / "notes.txt").write_text("no picture either")
     summary = predict_files(predictor, ["in put é"], "out", units=None)
     written = lines(Path("out/predictions.jsonl"))
-    assert [line["file"] for line in written] == names
-    assert (summary.predicted, summary.failed, summary.left_out, summary.status) == (7, 1, 1, "complete")
+    assert [line["source"] for line in written] == names
+    assert (summary.slices, summary.failed, summary.left_out, summary.status) == (7, 1, 1, "complete")
     run = json.loads(Path("out/run.json").read_text())
     assert run["status"] == "complete"
-    assert run["counts"] == {"inputs": 8, "predicted": 7, "already_done": 0, "failed": 1, "left_out": 1}
-    assert "bad.png" in run["failures"][0]["file"]
+    counts = {"inputs": 8, "slices": 7, "scans": 0, "scan_slices": 0, "bad_slices": 0}
+    assert run["counts"] == counts | {"already_done": 0, "failed": 1, "left_out": 1}
+    assert "bad.png" in run["failures"][0]["source"]
     assert run["settings"]["segmenter"]["variant"] == "maskrcnn_resnet18_t2"
     assert len(run["settings"]["segmenter"]["sha256"]) == 64
     assert {"ctmasknet", "torch", "torchvision", "python", "device"} <= set(run["environment"])
@@ -84,7 +87,7 @@ def test_the_same_command_again_does_only_what_is_missing(here, predictor):
     summary = predict_files(predictor, ["a"], "out", format="jsonl")
     assert (summary.already_done, summary.predicted) == (4, 2)
     assert Path("out/predictions.jsonl").read_bytes().startswith(before)
-    assert [line["file"] for line in lines(Path("out/predictions.jsonl"))] == [f"a/{k:04d}.png" for k in range(6)]
+    assert [line["source"] for line in lines(Path("out/predictions.jsonl"))] == [f"a/{k:04d}.png" for k in range(6)]
     assert predict_files(predictor, ["a"], "out", format="jsonl", restart=True).predicted == 6
     assert len(lines(Path("out/predictions.jsonl"))) == 6
 
@@ -95,6 +98,77 @@ def test_other_settings_do_not_mix_into_a_run(here, predictor):
     with pytest.raises(ConfigError, match=r"run\.json: a run with another units"):
         predict_files(predictor, ["a"], "out", format="jsonl", units="range")
     assert len(lines(Path("out/predictions.jsonl"))) == 2
+
+
+@pytest.mark.parametrize("options", [{"spacing": (1, 1, 2)}, {"units": "hu"}, {"format": "files"}])
+def test_other_ways_to_read_do_not_mix_into_a_run(here, predictor, options):
+    write_slices(Path("a"), 1)
+    predict_files(predictor, ["a"], "out", format="jsonl")
+    with pytest.raises(ConfigError, match="a run with another"):
+        predict_files(predictor, ["a"], "out", **{"format": "jsonl", **options})
+
+
+def test_another_configuration_of_the_same_weights_does_not_mix_into_a_run(here, predictor, monkeypatch):
+    write_slices(Path("a"), 1)
+    predict_files(predictor, ["a"], "out", format="jsonl")
+    model = predictor.segmenter
+    monkeypatch.setattr(model, "config", dataclasses.replace(model.config, max_size=800))
+    with pytest.raises(ConfigError, match="a run with another segmenter"):
+        predict_files(predictor, ["a"], "out", format="jsonl")
+
+
+@pytest.mark.parametrize("held", ["predictions.jsonl", "parts/predictions-1-of-2.jsonl"])
+def test_restart_touches_nothing_that_another_process_is_writing(here, predictor, held):
+    write_slices(Path("a"), 2)
+    predict_files(predictor, ["a"], "out", format="jsonl")
+    with Log(Path("out", held)) as log:
+        log.append({"source": "theirs"})
+        before = {path: path.read_bytes() for path in Path("out").rglob("*.*")}
+        with pytest.raises(ConfigError, match="another run is writing here"):
+            predict_files(predictor, ["a"], "out", format="jsonl", restart=True)
+        assert {path: path.read_bytes() for path in Path("out").rglob("*.*")} == before
+    assert predict_files(predictor, ["a"], "out", format="jsonl", restart=True).predicted == 2
+    assert len(lines(Path("out/predictions.jsonl"))) == 2
+    assert not Path("out/parts").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_names_that_are_no_text_are_shown_escaped_and_stop_nothing(here, capfd):
+    (good,) = write_slices(Path("in"), 1, side=128)
+    odd = [os.fsdecode(b"in/\xff.png"), "in/new\nline.png", "in/\x1b[31mred.png"]
+    for name in odd:
+        shutil.copy(good, name)
+    Path("in/bad\x07.png").write_text("no picture")
+    Path("list.txt").write_bytes(b"\n".join(os.fsencode(name) for name in [good, "nul\0.png", odd[0], odd[2]]))
+    assert main(["predict", "in", "-o", "out", "--classifier", "none"]) == 2
+    out, error = capfd.readouterr()
+    assert "in/\\udcff.png: " in out
+    assert "in/new\\nline.png: " in out
+    assert "in/\\x1b[31mred.png: " in out
+    assert "4 slices predicted, 1 failed" in out
+    assert "in/bad\\x07.png" in error
+    assert len(lines(Path("out/predictions.jsonl"))) == 4
+    assert main(["predict", "--names", "list.txt", "-o", "out2", "--classifier", "none"]) == 2
+    out, error = capfd.readouterr()
+    assert "3 slices predicted, 1 failed" in out
+    assert "nul\\x00.png: no file name holds a NUL" in error
+
+
+def test_score_maps_are_written_or_refused_never_computed_for_nothing(here, capsys):
+    nibabel = pytest.importorskip("nibabel")
+    from scans import block_volume
+
+    write_slices(Path("in"), 1, side=128)
+    nibabel.save(nibabel.Nifti1Image(block_volume(), np.eye(4)), "in/scan.nii.gz")
+    options = ["predict", "in", "-o", "out", "--classifier", "none", "--score-map"]
+    for format in ("jsonl", "coco"):
+        assert main([*options, "--format", format]) == 2
+        assert "needs --format files" in capsys.readouterr().err
+    assert main(options) == 2
+    output = capsys.readouterr()
+    assert "in/scan.nii.gz: a scan has no score map: predict it without --score-map" in output.err
+    assert "1 slice predicted, 1 failed" in output.out
+    assert np.load("out/in/0000.png.score_map.npy").shape == (128, 128)
 
 
 @pytest.mark.parametrize("cut", [1, 30, 10_000])
@@ -137,7 +211,7 @@ def test_a_full_disk_stops_the_run_in_one_line_and_it_goes_on_later(here, predic
     assert "disk space" in run["stopped_by"]
     monkeypatch.setattr(os, "write", plain)
     assert predict_files(predictor, ["a"], "out", format="jsonl").predicted == 3
-    assert len({line["file"] for line in lines(Path("out/predictions.jsonl"))}) == 6
+    assert len({line["source"] for line in lines(Path("out/predictions.jsonl"))}) == 6
 
 
 def test_a_folder_that_cannot_be_written_stops_the_run_at_once(here, predictor, monkeypatch):
@@ -153,7 +227,7 @@ def test_a_folder_that_cannot_be_written_stops_the_run_at_once(here, predictor, 
 
 def test_two_runs_into_one_folder_are_told_apart(here, predictor):
     write_slices(Path("a"), 2)
-    ledger = Log(Path("out/predictions.jsonl"), "file")
+    ledger = Log(Path("out/predictions.jsonl"))
     with pytest.raises(ConfigError, match="another run is writing here"):
         predict_files(predictor, ["a"], "out")
     ledger.close()
@@ -208,9 +282,44 @@ def test_dicom_folders_are_scans_and_with_slices_files(here):
     assert len([one for one in find_inputs(["study"], slices=True) if not one.scan]) == 5
 
 
-def test_results_lie_below_the_output_folder_wherever_the_file_is(here):
-    assert place_of("a/b.png") == Path("a/b.png")
-    assert place_of("/tmp/../etc/x.png") == Path("etc/x.png")
+@pytest.mark.parametrize(
+    ("inputs", "root"),
+    [
+        (["a/b.png", "c"], None),
+        (["/data/val"], "/data"),
+        (["/data/val/x.png", "/data/train/y/z.png"], "/data"),
+        (["/data/val/**/*.png"], "/data/val"),
+        (["a/b.png", "/elsewhere/c.png"], "/"),
+    ],
+)
+def test_inputs_share_a_folder(inputs, root):
+    assert common_root(inputs) == root
+
+
+def test_results_lie_at_their_inputs_path_from_here_or_from_the_shared_folder(tmp_path, monkeypatch, predictor):
+    write_slices(tmp_path / "data/val", 1)
+    (tmp_path / "data/link").symlink_to(tmp_path / "data/val")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert place_of("a/../b/c.png") == Path("b/c.png")
+    predict_files(predictor, [tmp_path / "data/link", "../data/val/missing.png"], "out")
+    assert Path("out/link/0000.png.json").is_file()
+    # What is added later keeps its place below the first run's folder, or is refused.
+    write_slices(tmp_path / "data/val/more", 1, side=70)
+    predict_files(predictor, [tmp_path / "data/val/more"], "out")
+    assert Path("out/val/more/0000.png.json").is_file()
+    write_slices(tmp_path / "other", 1)
+    with pytest.raises(ConfigError, match=r"run\.json: a run of files below .*data, where results"):
+        predict_files(predictor, [tmp_path / "other"], "out")
+
+
+def test_names_restrict_the_inputs_and_those_missing_are_reported(here, predictor):
+    write_slices(Path("a"), 4)
+    Path("names.txt").write_text("0001\nelsewhere/0003.png\n0009.png\n")
+    summary = predict_files(predictor, ["a"], "out", names="names.txt", format="jsonl")
+    assert [line["source"] for line in lines(Path("out/predictions.jsonl"))] == ["a/0001.png", "a/0003.png"]
+    assert summary.failures == [("0009.png", "0009.png: listed in names, but not among the inputs. Correct the list.")]
+    assert predict_files(predictor, ["a"], "out2", names=["0002"], format="jsonl").predicted == 1
 
 
 # Slices and scans in one run
@@ -226,8 +335,9 @@ def test_scans_and_slices_share_a_run(here, predictor):
     nibabel.save(nibabel.Nifti1Image(block_volume(), np.diag([0.8, 0.7, 2, 1])), "in/scan.nii.gz")
     nibabel.save(nibabel.Nifti1Image(np.zeros((40, 40, 3), np.int16), np.eye(4)), "in/zeros.nii.gz")
     summary = predict_files(predictor, ["in"], "out")
-    assert (summary.predicted, summary.failed) == (6, 1)
-    by_file = {line["file"]: line for line in lines(Path("out/predictions.jsonl"))}
+    assert (summary.slices, summary.scans, summary.scan_slices, summary.failed) == (4, 2, 12, 1)
+    assert summary.summary.startswith("4 slices and 2 scans (12 slices) predicted, 1 failed; ")
+    by_file = {line["source"]: line for line in lines(Path("out/predictions.jsonl"))}
     assert by_file["in/scan.nii.gz"]["lesion_ml"] == pytest.approx(24 * 0.8 * 0.7 * 2 / 1000)
     assert by_file["in/series"]["kind"] == "scan"
     for name in ("in/scan.nii.gz", "in/series"):
@@ -241,26 +351,27 @@ def test_the_command_line_predicts_a_scan_and_says_where_the_mask_is(here, capsy
     hu = np.flip(phantom(0, size=128).hu.T, (0, 1))[..., None]
     nibabel.save(nibabel.Nifti1Image(hu, np.diag([2.0, 2, 5, 1])), "scan.nii")
     assert main(["predict", "scan.nii", "-o", "out", "--classifier", "none", "--json"]) == 0
-    (facts,) = json.loads(capsys.readouterr().out)
-    assert Path(facts["mask"]).is_file()
+    (facts,) = json.loads(capsys.readouterr().out)["results"]
+    assert all(Path(path).is_file() for path in facts["paths"])
     assert facts["slices"] == 1
     assert sorted(path.name for path in Path("out").iterdir()) == [
-        f"scan.nii.{kind}" for kind in ("json", "lesions.nii.gz", "montage.png", "slices.csv")
+        "run.json",
+        *(f"scan.nii.{kind}" for kind in ("json", "lesions.nii.gz", "montage.png", "slices.csv")),
     ]
 
 
 def test_the_command_line_takes_lists_shards_and_formats(here, capsys):
     write_slices(Path("a"), 4, side=128)
     Path("list.txt").write_text("a/0000.png\n\na/0001.png\na/0002.png\n")
-    arguments = ["predict", "--list", "list.txt", "-o", "out", "--classifier", "none"]
+    arguments = ["predict", "--names", "list.txt", "-o", "out", "--classifier", "none"]
     assert main([*arguments, "--format", "jsonl", "--shard", "1/2"]) == 0
-    assert "1 of 1 slices predicted into out (process 1 of 2)" in capsys.readouterr().out
+    assert re.search(r"1 slice predicted; \d+ s -> out \(process 1 of 2\)", capsys.readouterr().out)
     assert [path.name for path in Path("out").iterdir()] == ["parts"]
     assert main([*arguments, "--format", "coco"]) == 0
-    assert "2 of 3 slices predicted into out, 1 before" in capsys.readouterr().out
+    assert "2 slices predicted, 1 done before" in capsys.readouterr().out
     assert len(lines(Path("out/predictions.jsonl"))) == 3
     assert Path("out/coco_results.json").is_file()
-    for wrong in (["--shard", "2/2"], ["--shard", "x"], ["--batch-size", "0"], ["--list", "missing.txt"]):
+    for wrong in (["--shard", "2/2"], ["--shard", "x"], ["--batch-size", "0"], ["--names", "missing.txt"]):
         assert main(["predict", "a", "-o", "out2", "--classifier", "none", *wrong]) == 2
         assert capsys.readouterr().err.count("\n") == 1
     assert main(["predict", "-o", "out2"]) == 2
@@ -322,7 +433,7 @@ def test_slow_readers_and_slow_models_give_the_same_lines(here, slow, monkeypatc
         monkeypatch.setattr(predictor, "_predict", lambda slices: (time.sleep(0.1), forward(slices))[1])
     predict_files(predictor, names, "out", format="jsonl", readers=3)
     written = lines(Path("out/predictions.jsonl"))
-    assert [line["file"] for line in written] == names
+    assert [line["source"] for line in written] == names
     areas = [line["lesions"][0]["area_px"] for line in written]
     assert areas == [5 * (5 + k % 31) for k in range(12)]
     assert predictor.batches == [4, 4, 4]
@@ -359,16 +470,6 @@ def test_the_environment_of_torchrun_names_the_shard():
 
 
 # COCO results
-
-
-def test_compressed_masks_are_those_pycocotools_makes():
-    mask_api = pytest.importorskip("pycocotools.mask")
-    rng = np.random.default_rng(0)
-    for shape in ((64, 48), (37, 501)):
-        for density in (0, 0.001, 0.5, 0.999, 1):
-            mask = rng.random(shape) < density
-            expected = mask_api.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
-            assert compress_counts(run_length_encode(mask)["counts"]) == expected
 
 
 def test_coco_results_score_a_perfect_prediction_perfectly(here, predictor, capsys):
@@ -418,7 +519,7 @@ def tiny_segmenter(folder: Path) -> Path:
 
 
 def command(weights: Path, *more: str) -> list[str]:
-    fixed = ["--segmenter", str(weights), "--classifier", "none", "--device", "cpu", "--threshold", "0.5"]
+    fixed = ["--segmenter", str(weights), "--classifier", "none", "--device", "cpu", "--score-threshold", "0.5"]
     return [sys.executable, "-m", "ctmasknet", "predict", "in", *fixed, "--format", "jsonl", *more]
 
 
@@ -444,7 +545,7 @@ def test_a_run_survives_three_kills_without_losing_or_repeating_a_line(here):
         assert json.loads(Path("out/run.json").read_text())["status"] == "running"
     run_whole(command(weights, "-o", "out"))
     run_whole(command(weights, "-o", "alone"))
-    assert [line["file"] for line in lines(ledger)] == names
+    assert [line["source"] for line in lines(ledger)] == names
     assert ledger.read_bytes() == Path("alone/predictions.jsonl").read_bytes()
 
 

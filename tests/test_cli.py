@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from PIL import Image
 
 from ctmasknet import doctor
 from ctmasknet.cli import main
+from ctmasknet.cli.parser import build_parser
+from ctmasknet.cli.printing import as_flags
 from ctmasknet.registry import VARIANTS
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -64,7 +67,7 @@ def test_predict_goes_on_past_bad_files_and_keeps_equal_names_apart(tmp_path, mo
     assert ["text.png" in lines[0], "missing.png" in lines[1], lines[2].startswith("ctmasknet predict: empty:")] == [
         True
     ] * 3
-    assert "3 of 6 slices" in output.out
+    assert "3 slices predicted, 3 failed" in output.out
     for folder in ("a", "b", "with space ü"):
         record = json.loads(Path(f"out/{folder}/x.png.json").read_text())
         assert record["source"].endswith("x.png")
@@ -76,8 +79,54 @@ def test_predict_states_facts_as_json(tmp_path, monkeypatch, capsys):
     Image.fromarray(phantom(0, size=256).image).save("x.png")
     assert main(["predict", "x.png", "bad.png", "-o", "out", "--json"]) == 2
     facts = json.loads(capsys.readouterr().out)
-    assert set(facts[0]["class_probabilities"]) == {"control", "pneumonia", "covid"}
-    assert "no such file" in facts[1]["error"].lower()
+    assert facts["counts"]["slices"] == facts["counts"]["failed"] == 1
+    assert facts["caveats"]
+    good, bad = facts["results"]
+    assert set(good["class_probabilities"]) == {"control", "pneumonia", "covid"}
+    assert [Path(path).name for path in good["paths"]] == ["x.png.overlay.png", "x.png.json"]
+    assert "no such file" in bad["error"].lower()
+
+
+def test_one_slice_states_its_caveats_and_is_predicted_anew_each_time(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(phantom(0, size=256).image).save("x.png")
+    for threshold in ("0.5", "0.9"):
+        assert main(["predict", "x.png", "-o", "out", "--score-threshold", threshold]) == 0
+        line, *caveats = capsys.readouterr().out.splitlines()
+        assert line.startswith("x.png: ")
+        assert "COVID-19" in line or "control" in line or "pneumonia" in line
+        run = json.loads(Path("out/run.json").read_text())
+        assert run["settings"]["score_threshold"] == float(threshold)
+        assert run["counts"]["slices"] == 1
+        assert caveats == [f"({caveat})" for caveat in run["caveats"]] != []
+    assert not Path("out/predictions.jsonl").exists()
+    assert main(["predict", "x.png", "-o", "out", "-q"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_help_is_what_a_bare_command_prints_and_every_command_can_be_quiet(capsys):
+    for bare in ([], ["data"]):
+        assert main(bare) == 0
+        assert capsys.readouterr().out.startswith("usage: ctmasknet")
+    commands = dict(subcommands(build_parser()))
+    commands |= subcommands(commands.pop("data"))
+    for command in commands.values():
+        assert "-q, --quiet" in command.format_help()
+        assert "-v, --verbose" in command.format_help()
+
+
+def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    (group,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return group.choices
+
+
+def test_errors_speak_of_flags(tmp_path, capsys):
+    assert main(["predict", "x.png", "-o", str(tmp_path), "--score-threshold", "7"]) == 2
+    assert "--score-threshold 7.0: must lie in 0..1" in capsys.readouterr().err
+    options = argparse.Namespace(units=None, restart=False, score_map=True)
+    text = "a_1/units=2/x.tif: pass units=\"hu\" or units='range', or begin anew: restart=True; lr=3 stays"
+    expected = "a_1/units=2/x.tif: pass --units hu or --units range, or begin anew: --restart; lr=3 stays"
+    assert as_flags(text, options) == expected
 
 
 def test_predict_elsewhere_and_upwards_stays_in_the_output_folder(tmp_path, monkeypatch):
@@ -87,7 +136,7 @@ def test_predict_elsewhere_and_upwards_stays_in_the_output_folder(tmp_path, monk
     monkeypatch.chdir(tmp_path / "here")
     assert main(["predict", "../data/x.png", "-o", "out", "--classifier", "none"]) == 0
     written = sorted(path.name for path in Path("out").rglob("*.*"))
-    assert written == ["x.png.json", "x.png.overlay.png"]
+    assert written == ["run.json", "x.png.json", "x.png.overlay.png"]
 
 
 def test_predict_without_permission_to_write_is_one_line(tmp_path, monkeypatch, capsys):
@@ -100,11 +149,14 @@ def test_predict_without_permission_to_write_is_one_line(tmp_path, monkeypatch, 
 
 def test_demo_says_what_was_there_what_was_found_and_where_the_picture_is(tmp_path, capsys):
     assert main(["demo", "-o", str(tmp_path), "--json"]) == 0
-    facts = json.loads(capsys.readouterr().out)
+    output = capsys.readouterr()
+    assert ["Starting" in output.err, "Loading" in output.err, "Predicting" in output.err] == [True] * 3
+    facts = json.loads(output.out)
     assert len(facts["lesions_drawn"]) == 4
     assert facts["found"] >= 3
-    assert Path(facts["overlay"]).is_file()
-    assert Image.open(facts["slice"]).size == (512, 512)
+    assert [Path(path).name for path in facts["paths"]] == ["slice.png.overlay.png", "slice.png.json"]
+    assert Image.open(facts["source"]).size == (512, 512)
+    assert facts["source"] == str(tmp_path / "slice.png")
     assert main(["demo", "-o", str(tmp_path), "--segmenter", "none"]) == 0
     text = capsys.readouterr().out
     assert "0 of 4 lesions found" in text
@@ -167,4 +219,4 @@ def test_a_malformed_dicom_is_explained_not_guessed(tmp_path, capsys):
     output = capsys.readouterr()
     assert "malformed_nm.dcm" in output.err
     assert "units" in output.err
-    assert "1 of 2" in output.out
+    assert "1 slice predicted, 1 failed" in output.out

@@ -245,7 +245,7 @@ def test_impossible_settings_raise(options, error, message):
 def test_predict_is_one_line(tmp_path):
     Image.fromarray(phantom(0).image).save(tmp_path / "slice.png")
     result = predict(tmp_path / "slice.png", classifier=None)
-    record, picture = result.save(tmp_path / "out")
+    picture, record = result.save(tmp_path / "out")
     assert json.loads(record.read_text())["lesions"]
     assert picture.name == "slice.png.overlay.png"
 

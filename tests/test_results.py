@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 from pathlib import Path
@@ -59,6 +60,7 @@ def masks_of_all_sorts() -> list[npt.NDArray[np.bool_]]:
         np.array([[True]]),
         rng.random((31, 17)) < 0.5,
         rng.random((512, 480)) < 0.001,
+        rng.random((64, 48)) < 0.999,
     ]
 
 
@@ -66,15 +68,8 @@ def masks_of_all_sorts() -> list[npt.NDArray[np.bool_]]:
 def test_pycocotools_reads_the_masks_back_exactly(mask: npt.NDArray[np.bool_]) -> None:
     coco = pytest.importorskip("pycocotools.mask")
     rle = json.loads(json.dumps(run_length_encode(mask)))
-    decoded = coco.decode(coco.frPyObjects(rle, *mask.shape))
-    np.testing.assert_array_equal(decoded.astype(bool), mask)
-
-
-def test_masks_are_encoded_down_the_columns_zeros_first() -> None:
-    assert run_length_encode(np.array([[1, 0, 0], [1, 1, 0]], bool)) == {
-        "size": [2, 3],
-        "counts": [0, 2, 1, 1, 2],
-    }
+    np.testing.assert_array_equal(coco.decode(rle).astype(bool), mask)
+    assert rle["counts"] == coco.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
 
 
 def test_a_pixel_of_two_lesions_counts_once() -> None:
@@ -172,7 +167,7 @@ def test_no_segmenter_and_no_lesion_are_told_apart() -> None:
 
 def test_save_writes_both_files_into_a_new_folder(tmp_path: Path) -> None:
     prediction = a_prediction()
-    record, picture = prediction.save(tmp_path / "new" / "folder")
+    picture, record = prediction.save(tmp_path / "new" / "folder")
     assert record == tmp_path / "new" / "folder" / "slice.png.json"
     assert picture == tmp_path / "new" / "folder" / "slice.png.overlay.png"
     assert json.loads(record.read_text()) == prediction.to_dict()
@@ -196,8 +191,8 @@ def test_inputs_that_differ_in_suffix_only_do_not_collide(tmp_path: Path) -> Non
 
 
 def test_a_name_can_be_given_and_is_not_needed(tmp_path: Path) -> None:
-    assert a_prediction().save(tmp_path, "mine")[0].name == "mine.json"
-    assert a_prediction(source="").save(tmp_path)[0].name == "prediction.json"
+    assert a_prediction().save(tmp_path, "mine")[-1].name == "mine.json"
+    assert a_prediction(source="").save(tmp_path)[-1].name == "prediction.json"
     with pytest.raises(InputError, match="is not a file name"):
         a_prediction().save(tmp_path, "../elsewhere")
 
@@ -217,12 +212,12 @@ def test_a_failure_keeps_the_files_of_the_run_before(tmp_path: Path, monkeypatch
     paths = a_prediction().save(tmp_path)
     before = [path.read_bytes() for path in paths]
 
-    def full(*_: Any, **__: Any) -> None:
+    def full(stream: Any, image: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(InputError, match=r"slice\.png\.json: cannot be written"):
-        nothing_found().save(tmp_path)
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(InputError, match=r"slice\.png\.score_map\.npy: cannot be written"):
+        nothing_found(score_map=np.zeros((40, 50), np.float32)).save(tmp_path)
     assert [path.read_bytes() for path in paths] == before
     assert sorted(tmp_path.iterdir()) == sorted(paths)
 
@@ -240,5 +235,16 @@ def test_a_folder_without_permission_is_named(tmp_path: Path, monkeypatch: pytes
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(Path, "mkdir", refuse)  # root, who runs many a test, may write anywhere
-    with pytest.raises(InputError, match=r"closed: cannot be written .*choose a folder you may write to"):
+    with pytest.raises(InputError, match=r"closed.*: cannot be written .*choose a folder you may write to"):
         a_prediction().save(tmp_path / "closed")
+
+
+def test_a_prediction_shows_itself_in_a_few_lines_and_as_a_picture() -> None:
+    prediction = a_prediction(caveats=("classes are biased",))
+    assert repr(prediction).splitlines() == [
+        "Prediction of folder/slice.png, 50 x 40",
+        "  2 lesions covering 6.0% of the slice; COVID-19 0.91",
+        "  classes are biased",
+    ]
+    with Image.open(io.BytesIO(prediction._repr_png_())) as shown:
+        np.testing.assert_array_equal(np.asarray(shown), np.asarray(prediction.plot()))

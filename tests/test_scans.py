@@ -77,7 +77,7 @@ def test_a_mask_returns_to_the_voxels_it_was_drawn_on_in_every_orientation(tmp_p
     image = nifti(orientation)
     nibabel.save(image, tmp_path / "scan.nii")
     paths = predictor.volume(tmp_path / "scan.nii").save(tmp_path / "out")
-    mask = nibabel.load(paths["mask"])
+    mask = nibabel.load(paths[0])
     require_same_geometry(mask, nibabel.load(tmp_path / "scan.nii"))
     assert mask.get_data_dtype() == np.uint8
     assert_array_equal(np.asarray(mask.dataobj), np.asarray(image.dataobj) == MARK)
@@ -96,7 +96,7 @@ def test_oblique_scans_are_seen_as_simpleitk_orients_them(tmp_path, predictor, o
     volume = open_volume(path)
     seen = {volume.height_mm(index): one.pixels for index, one in volume.slices()}
     assert_array_equal(np.stack([seen[height] for height in sorted(seen)]), expected)
-    mask = nibabel.load(predictor.volume(path).save(tmp_path / "out")["mask"])
+    mask = nibabel.load(predictor.volume(path).save(tmp_path / "out")[0])
     require_same_geometry(mask, nibabel.load(path))
     assert_array_equal(np.asarray(mask.dataobj), np.asarray(image.dataobj) == MARK)
 
@@ -107,13 +107,13 @@ def test_the_volume_of_lesions_and_the_table_are_those_of_hand_counted_voxels(tm
     assert result.lesion_ml == pytest.approx(6 * 4 * 0.8 * 0.7 * 2.5 / 1000)
     assert result.lesion_ml_by_class == {"lesion": pytest.approx(result.lesion_ml)}
     paths = result.save(tmp_path / "out")
-    rows = list(csv.DictReader(io.StringIO(paths["table"].read_text())))
+    rows = list(csv.DictReader(io.StringIO(paths[1].read_text())))
     assert [row["lesions"] for row in rows] == ["0", "0", "0", "0", "1", "0"]
     assert float(rows[4]["lesion_area_mm2"]) == pytest.approx(24 * 0.8 * 0.7)
     assert [float(row["height_mm"]) for row in rows] == [130 + 2.5 * k for k in range(6)]
-    facts = json.loads(paths["json"].read_text())
+    facts = json.loads(paths[3].read_text())
     assert (facts["slices"], facts["slices_with_lesions"], facts["problems"]) == (6, 1, [])
-    assert Image.open(paths["montage"]).size[0] >= 600
+    assert Image.open(paths[2]).size[0] >= 600
 
 
 def test_slope_intercept_and_units_of_length_are_those_of_the_header(tmp_path, predictor):
@@ -129,7 +129,7 @@ def test_slope_intercept_and_units_of_length_are_those_of_the_header(tmp_path, p
     assert_allclose(volume.read(3).pixels, expected, atol=1e-6)
     assert_allclose(volume.spacing, (0.8, 0.7, 2.5), rtol=1e-5)
     require_same_geometry(
-        nibabel.load(predictor.volume(tmp_path / "a.nii").save(tmp_path)["mask"]), nibabel.load(tmp_path / "a.nii")
+        nibabel.load(predictor.volume(tmp_path / "a.nii").save(tmp_path)[0]), nibabel.load(tmp_path / "a.nii")
     )
 
 
@@ -137,7 +137,7 @@ def test_nifti_2_and_header_pairs_are_read(tmp_path, predictor):
     nibabel.save(nibabel.Nifti2Image(block_volume(), PLAIN), tmp_path / "two.nii")
     nibabel.save(nibabel.Nifti1Pair(block_volume(), PLAIN), tmp_path / "pair.hdr")
     for name in ("two.nii", "pair.hdr"):
-        mask = nibabel.load(predictor.volume(tmp_path / name).save(tmp_path / "out")["mask"])
+        mask = nibabel.load(predictor.volume(tmp_path / name).save(tmp_path / "out")[0])
         assert_array_equal(np.asarray(mask.dataobj), block_volume() == MARK)
         assert_allclose(mask.affine, PLAIN, atol=1e-6)
 
@@ -289,7 +289,7 @@ def test_a_series_lies_where_simpleitk_puts_it(tmp_path, predictor, directions, 
     expected = reader.Execute()
     result = predictor.volume(tmp_path / "a b")
     assert result.problems == ()
-    mask = sitk.ReadImage(str(result.save(tmp_path / "out")["mask"]))
+    mask = sitk.ReadImage(str(result.save(tmp_path / "out")[0]))
     assert mask.GetSize() == expected.GetSize()
     for get in ("GetSpacing", "GetOrigin", "GetDirection"):
         assert_allclose(getattr(mask, get)(), getattr(expected, get)(), atol=1e-4)
@@ -511,7 +511,7 @@ def test_not_a_scan_a_missing_file_and_odd_names(tmp_path, predictor):
         open_volume(tmp_path / "loop")
     nibabel.save(nifti(), tmp_path / "Größe & 肺 .nii.gz")
     paths = predictor.volume(tmp_path / "Größe & 肺 .nii.gz").save(tmp_path / "aus gabe")
-    assert paths["mask"].name == "Größe & 肺 .nii.gz.lesions.nii.gz"
+    assert paths[0].name == "Größe & 肺 .nii.gz.lesions.nii.gz"
     with pytest.raises(ConfigError, match="units"):
         open_volume(tmp_path / "x.txt", units="mm")
 
@@ -581,7 +581,7 @@ def test_the_lesion_of_a_phantom_comes_back_on_its_side_and_slice(tmp_path):
     image = nifti("PIR", affine, np.stack(as_ras, axis=2))
     nibabel.save(image, tmp_path / "scan.nii.gz")
     result = segmenter.volume(tmp_path / "scan.nii.gz")
-    mask = nibabel.load(result.save(tmp_path / "out")["mask"])
+    mask = nibabel.load(result.save(tmp_path / "out")[0])
     back = np.asarray(nibabel.as_closest_canonical(mask).dataobj) > 0
     truth = np.flip(np.any(made.masks, axis=0).T, (0, 1))
     mirrored = truth[::-1]
@@ -603,7 +603,7 @@ def test_a_real_series_becomes_a_mask_on_simpleitks_grid(tmp_path, predictor):
     result = predictor.volume(SERIES)  # marks all above the lung window: bones
     assert result.problems == ()
     assert [Path(row.source).name for row in result.slices] == [f"IM{n:04d}.dcm" for n in range(66, 50, -1)]
-    mask = sitk.ReadImage(str(result.save(tmp_path)["mask"]))
+    mask = sitk.ReadImage(str(result.save(tmp_path)[0]))
     for get in ("GetSize", "GetSpacing", "GetOrigin", "GetDirection"):
         assert_allclose(getattr(mask, get)(), getattr(expected, get)(), atol=1e-5)
     assert_array_equal(sitk.GetArrayFromImage(mask), hu >= 150)

@@ -13,19 +13,30 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ctmasknet.cli.parser import build_parser
+from ctmasknet.cli.printing import as_flags, printable
 from ctmasknet.errors import CTMaskNetError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code: 0 fine, 1 a check of `doctor` failed, 2 the user has something to mend."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
-    warnings.showwarning = _show_warning
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a name that the terminal's encoding lacks is shown escaped
+            stream.reconfigure(errors="backslashreplace")
     options = build_parser().parse_args(arguments)
+    level = logging.ERROR if options.quiet else logging.INFO if options.verbose else logging.WARNING
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("ctmasknet").setLevel(level)
+
+    def warn(message: Warning | str, *_: Any, **__: Any) -> None:
+        if not options.quiet:
+            print(f"ctmasknet: {printable(as_flags(str(message), options))}", file=sys.stderr)
+
+    warnings.showwarning = warn
     run: Callable[[argparse.Namespace], int] = options.run
     try:
         return run(options)
     except CTMaskNetError as error:
-        print(f"ctmasknet {options.command}: {error}", file=sys.stderr)
+        print(f"ctmasknet {options.command}: {printable(as_flags(str(error), options))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"ctmasknet {options.command}: interrupted", file=sys.stderr)
@@ -33,7 +44,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, such as head, has gone
         sys.stderr.close()
         return 0
-
-
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"ctmasknet: {message}", file=sys.stderr)

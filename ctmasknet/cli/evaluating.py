@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 
 from ctmasknet.cli.printing import print_json
-from ctmasknet.output import require_writable, write_files
 
 
 def evaluate_command(options: argparse.Namespace) -> int:
@@ -16,8 +13,6 @@ def evaluate_command(options: argparse.Namespace) -> int:
 
     from ctmasknet.evaluation.evaluate import evaluate
 
-    if options.json not in (None, "-"):
-        require_writable(Path(options.json))
     result = evaluate(
         options.model,
         options.data,
@@ -30,18 +25,17 @@ def evaluate_command(options: argparse.Namespace) -> int:
         score_threshold=options.score_threshold,
         nms_threshold=options.nms_threshold,
         samples=options.samples,
-        out=options.rows,
+        out=options.out,
         device=options.device,
         batch_size=options.batch_size,
         precision=options.precision,
         workers=options.workers,
+        progress=not options.quiet,
     )
     if int(os.environ.get("RANK", "0")) != 0:  # of several processes one speaks
         return 0
-    if options.json == "-":
-        print_json(result.to_dict())
-        return 0
-    print(result.table())
     if options.json:
-        write_files({Path(options.json): (json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n").encode()})
+        print_json(result.to_dict())
+    else:
+        print(result.table())
     return 0

@@ -20,7 +20,8 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Start with: ctmasknet demo. Then: ctmasknet predict slice.png -o out",
     )
     parser.add_argument("--version", action="version", version=f"ctmasknet {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.set_defaults(run=_helper(parser), quiet=False, verbose=False)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     listing = _command(
         commands,
@@ -48,22 +49,26 @@ def build_parser() -> argparse.ArgumentParser:
         "predict",
         predicting.predict_command,
         "segment and classify slices and whole scans",
-        "Reads PNG, JPEG, WebP, TIFF and DICOM slices; NIfTI files, multi-frame DICOM files and folders with\n"
-        "a DICOM series as scans; folders and quoted wildcards for many of them. Writes, per slice and under its\n"
-        "relative path, FILE.json (boxes, scores, masks as COCO RLE, class probabilities) and FILE.overlay.png;\n"
-        "per scan the lesion mask (.lesions.nii.gz), a table (.slices.csv), a picture (.montage.png) and the facts\n"
-        "(.json). Of more than one input, also predictions.jsonl and run.json: the same command again goes on\n"
-        "where it was stopped. Files that cannot be used are reported, the others done; the exit code is then 2.\n\n"
+        "Reads PNG, JPEG, WebP, TIFF and DICOM slices; NIfTI files, multi-frame DICOM files and folders with a DICOM\n"
+        "series as scans; folders and quoted wildcards for many of them. Writes\n"
+        "  per slice  FILE.json (boxes, scores, masks as COCO RLE, class probabilities), FILE.overlay.png\n"
+        "  per scan   .lesions.nii.gz (the mask), .slices.csv (a table), .montage.png, .json\n"
+        "  run.json   what was done, and how\n"
+        "under each input's path from this folder, or for inputs elsewhere from the folder they share. With more than\n"
+        "one input also predictions.jsonl: the same command again goes on where it was stopped. Files that cannot be\n"
+        "used are reported, the others done; the exit code is then 2.\n\n"
         "Examples:\n"
         "  ctmasknet predict slice.png -o out\n"
         "  ctmasknet predict series/ scan.nii.gz -o out\n"
-        "  ctmasknet predict 'scans/**/*.png' -o out --format jsonl --classifier none --threshold 0.5\n"
+        "  ctmasknet predict 'scans/**/*.png' -o out --format jsonl --classifier none --score-threshold 0.5\n"
         "  ctmasknet predict raw16.tif -o out --units hu\n"
-        "  accelerate launch -m ctmasknet predict --list files.txt -o out",
+        "  accelerate launch -m ctmasknet predict --names files.txt -o out",
     )
     predict.add_argument("files", nargs="*", metavar="FILE", help="slices, scans, folders, quoted wildcards")
     predict.add_argument("-o", "--out", required=True, type=Path, metavar="DIR", help="folder for the results")
-    predict.add_argument("--list", type=Path, metavar="FILE", help="read more inputs from FILE, one per line")
+    predict.add_argument(
+        "--names", metavar="LIST", help=f"{_NAMES_HELP}; without FILE arguments, LIST has the paths, one per line"
+    )
     predict.add_argument("--units", choices=("hu", "range"), help=_UNITS_HELP)
     predict.add_argument(
         "--format",
@@ -73,10 +78,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     predict.add_argument("--annotations", type=Path, metavar="JSON", help="COCO annotations to take image ids from")
     predict.add_argument(
-        "--score-map", action="store_true", help="also write FILE.score_map.npy: raw mask logits of all RoIs, (H, W)"
+        "--score-map",
+        action="store_true",
+        help="slices: also write FILE.score_map.npy, mask logits of all RoIs, (H, W)",
     )
     predict.add_argument("--slices", action="store_true", help="take DICOM files in folders as slices, not as scans")
-    predict.add_argument("--series", metavar="UID", help="the series to take from the folder of a scan")
+    predict.add_argument(
+        "--series", metavar="UID", help="the series to take from a scan's folder (default: the longest)"
+    )
     predict.add_argument(
         "--spacing", nargs=3, type=float, metavar="MM", help="between columns, rows, slices, where a scan lacks it"
     )
@@ -122,17 +131,17 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--data", nargs="+", metavar="DIR", help="training data, one root or several")
     train.add_argument("--val", nargs="+", metavar="DIR", help="validation data")
     train.add_argument("--weights", metavar="W", help="where to start: default, a folder, a .pth of the paper's author")
-    train.add_argument("--out", metavar="RUN", help="folder of the run")
+    train.add_argument("-o", "--out", metavar="RUN", help="folder of the run")
     train.add_argument("--config", type=Path, metavar="FILE", help="YAML or JSON with any field of TrainConfig")
     train.add_argument("--recipe", choices=("fast", "paper"), help="fast (default) or the paper's")
     train.add_argument("--classes", choices=("merge", "both", "ggo"), help="lesion classes of CNCB masks")
-    train.add_argument("--names", metavar="FILE", help="use only the slices this file names")
-    train.add_argument("--val-names", metavar="FILE", help="likewise for --val")
+    train.add_argument("--names", metavar="LIST", help=_NAMES_HELP)
+    train.add_argument("--val-names", metavar="LIST", help="likewise for --val")
     train.add_argument("--epochs", type=int, help="passes over the data")
     train.add_argument("--batch-size", type=int, help="slices per process and step")
     train.add_argument("--lr", type=float, help="highest learning rate")
     train.add_argument("--seed", type=int, help="fixes order, augmentation and sampling (default: 0)")
-    train.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    train.add_argument("--device", help=_DEVICE_HELP)
     train.add_argument("--cache-rois", action="store_true", default=None, help="classifiers: train module S alone")
     train.add_argument("--resume", metavar="R", help="auto (default), no, or a checkpoint to continue from")
     train.add_argument(
@@ -146,7 +155,8 @@ def build_parser() -> argparse.ArgumentParser:
     _json_flag(train)
 
     data = commands.add_parser("data", help="look at a data set before training on it")
-    data_commands = data.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
+    data.set_defaults(run=_helper(data))
+    data_commands = data.add_subparsers(dest="data_command", metavar="COMMAND")
     check = _command(
         data_commands,
         "check",
@@ -161,7 +171,7 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("--task", choices=("segmentation", "classification"), help="default: tell by looking")
     check.add_argument("--classes", choices=("merge", "both", "ggo"), default="merge", help="default: merge")
     check.add_argument("--min-area", type=int, default=100, metavar="PX", help="default: 100")
-    check.add_argument("--names", metavar="FILE", help="use only the slices this file names")
+    check.add_argument("--names", metavar="LIST", help=_NAMES_HELP)
     _json_flag(check)
 
     download = _command(
@@ -223,38 +233,29 @@ def build_parser() -> argparse.ArgumentParser:
         "protocol, COCO AP, Dice, lesions found; classifiers: sensitivity, specificity, AUC by slice and patient; 95%\n"
         "intervals over patients. Several processes: accelerate launch -m ctmasknet evaluate ...\n\n"
         "Examples:\n"
-        "  ctmasknet evaluate maskrcnn_resnet18_t2 --data lesions/val --json result.json\n"
-        "  ctmasknet evaluate ctmasknet_resnet18_t1 --data classes/val --rows work\n"
+        "  ctmasknet evaluate maskrcnn_resnet18_t2 --data lesions/val\n"
+        "  ctmasknet evaluate ctmasknet_resnet18_t1 --data classes/val --json -o work > result.json\n"
         "  ctmasknet evaluate theirs.json --data lesions/val --score-threshold 0.5",
     )
     evaluate.add_argument("model", metavar="MODEL", help="what to measure")
     evaluate.add_argument("--data", nargs="+", required=True, metavar="DIR", help="labelled slices")
-    evaluate.add_argument("--names", metavar="FILE", help="only the slices that this text file names")
+    evaluate.add_argument("--names", metavar="LIST", help=_NAMES_HELP)
     evaluate.add_argument("--min-area", type=int, default=100, metavar="PX", help="smaller lesions do not count")
     evaluate.add_argument("--per-class", type=int, metavar="N", help="classifiers: N slices of each class")
-    evaluate.add_argument(
-        "--score-threshold",
-        type=float,
-        metavar="T",
-        help="operating point: lesions scored above T (default: the weights' own; of predictions, 0.5)",
-    )
-    evaluate.add_argument(
-        "--nms-threshold", type=float, metavar="T", help="its NMS between lesions (default: the weights' own)"
-    )
     evaluate.add_argument("--samples", type=int, default=1000, metavar="N", help="bootstrap resamples (default: 1000)")
     evaluate.add_argument("--batch-size", type=int, metavar="N", help="slices per forward")
     evaluate.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read slices")
-    evaluate.add_argument(
-        "--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="of the backbone (default: auto)"
-    )
     evaluate.add_argument("--limit", type=int, metavar="N", help="at most N slices, drawn at random")
     evaluate.add_argument("--seed", type=int, default=0, help="of every draw (default: 0)")
     evaluate.add_argument("--classes", choices=("merge", "both", "ggo"), help="lesion classes (default: the model's)")
-    evaluate.add_argument("--rows", metavar="DIR", help="keep what was measured per slice here, to go on after a kill")
-    evaluate.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     evaluate.add_argument(
-        "--json", nargs="?", const="-", metavar="OUT", help="print the figures as JSON, or write them to the file OUT"
+        "-o", "--out", metavar="DIR", help="keep what was measured per slice here, to go on after a kill"
     )
+    _running_flags(evaluate)
+    evaluate.add_argument(
+        "--nms-threshold", type=float, metavar="T", help="of boxes that overlap by more, keep the best"
+    )
+    _json_flag(evaluate)
 
     export = _command(
         commands,
@@ -288,6 +289,16 @@ _UNITS_HELP = (
     "what the values are, where a file does not say: hu (Hounsfield units) or range (stretch the slice's own "
     "range, no Hounsfield units claimed)"
 )
+_NAMES_HELP = "only the slices that this text file names, one per line"
+_DEVICE_HELP = "cpu, cuda, cuda:1, ... (default: a GPU if there is one)"
+
+
+def _helper(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+    def show_help(_: argparse.Namespace) -> int:
+        parser.print_help()
+        return 0
+
+    return show_help
 
 
 def _command(
@@ -300,6 +311,9 @@ def _command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
+    level = parser.add_mutually_exclusive_group()
+    level.add_argument("-q", "--quiet", action="store_true", help="no progress and no remarks, errors only")
+    level.add_argument("-v", "--verbose", action="store_true", help="say more of what is being done")
     return parser
 
 
@@ -308,19 +322,20 @@ def _json_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def _model_flags(parser: argparse.ArgumentParser) -> None:
-    models = "a variant's name, a folder or Hub repository of weights, or none (default: the bundled weights)"
-    parser.add_argument("--segmenter", default="default", metavar="MODEL", help=models)
-    parser.add_argument("--classifier", default="default", metavar="MODEL", help=models)
-    parser.add_argument(
-        "--threshold",
-        type=float,
-        metavar="T",
-        help="report lesions scored above T (default: the weights' own operating point)",
-    )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    models = "a variant's name, a folder, file or Hub repository of weights, an author's .pth, or none"
+    parser.add_argument("--segmenter", default="default", metavar="MODEL", help=f"{models} (default: bundled weights)")
+    parser.add_argument("--classifier", default="default", metavar="MODEL", help="likewise")
+    _running_flags(parser)
+
+
+def _running_flags(parser: argparse.ArgumentParser) -> None:
+    own = "(default: the weights' own operating point)"
+    parser.add_argument("--score-threshold", type=float, metavar="T", help=f"report lesions scored above T {own}")
+    parser.add_argument("--device", help=_DEVICE_HELP)
     parser.add_argument(
         "--precision",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="bfloat16 runs the backbone in it (default: auto)",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the backbone; less than float32 is faster where the device can, and changes results a little "
+        "(float16: GPUs only)",
     )

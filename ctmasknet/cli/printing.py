@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
 from typing import Any
 
 
 def print_json(facts: Any) -> None:
     """Print facts as JSON; NaN is refused, which JSON does not know."""
     print(json.dumps(facts, indent=2, allow_nan=False))
+
+
+def printable(text: str) -> str:
+    """One line for a terminal: control characters and what is no Unicode, as file names may hold, are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def as_flags(text: str, options: argparse.Namespace) -> str:
+    """A text of the library with its arguments as this command spells them: ``units="hu"`` reads ``--units hu``."""
+
+    def flag(match: re.Match[str]) -> str:
+        name, value = match[1], match[2].strip("\"'")
+        if name not in vars(options):
+            return match[0]
+        spelled = f"--{name.replace('_', '-')}"
+        return spelled if value == "True" else f"{spelled} {value}"
+
+    return re.sub(r"""(?<![\w/.=-])([a-z_]+)=("[^"]*"|'[^']*'|[-+\w.]+)""", flag, text)

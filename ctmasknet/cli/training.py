@@ -43,12 +43,15 @@ def train_command(options: argparse.Namespace) -> int:
         config = TrainConfig.from_file(options.config, **given)
     else:
         config = TrainConfig.from_dict(given, source="the command line")
-    logging.getLogger("ctmasknet").setLevel(logging.INFO)
+    if not options.quiet:
+        logging.getLogger("ctmasknet").setLevel(logging.INFO)
     result = train(config)
     if int(os.environ.get("RANK", "0")) > 0:  # of several processes the first speaks
         return 0
     if options.json:
         print_json(result.to_dict())
+        return 0
+    if options.quiet:
         return 0
     if result.finished:
         print(f"Weights: create_model({config.model!r}, weights={result.best!r})")

@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ctmasknet.data.slices import read_slice
+from ctmasknet.data.slices import PICTURE_SUFFIXES, read_slice
 from ctmasknet.errors import ConfigError, DataError, import_extra
 from ctmasknet.registry import IMAGE_CLASSES, LESION_CLASSES, Task
 
@@ -165,7 +165,7 @@ PathLike = str | Path
 Names = PathLike | Sequence[PathLike]
 """Which slices to use: a text file that lists names, one per line, or the names themselves."""
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".dcm")
+IMAGE_SUFFIXES = (*PICTURE_SUFFIXES, ".dcm")
 
 IMAGE_CLASS_WORDS = {
     "control": 0, "normal": 0, "healthy": 0,
@@ -324,7 +324,7 @@ def check_sizes(record: LesionRecord | CocoRecord, image_size: tuple[int, ...], 
 
 def patient_of(name: str) -> str | None:
     """The patient in a CNCB file name `[Class]_[PatientID]_[ScanNum]_[SliceNum]`, None for other names."""
-    match = _CNCB_NAME.fullmatch(_stem(name))
+    match = _CNCB_NAME.fullmatch(slice_name(name))
     if match is None or image_class_of(match["image_class"]) is None:
         return None
     return match["patient"]
@@ -452,9 +452,9 @@ def list_coco(json_path: Path, min_area: int = 100) -> Listing:
         places = [folder / file_name for folder in folders if (folder / file_name).is_file()]
         if not places:
             reason = f"image {file_name} is not in {folders[0]}; put the images there, or into images/"
-            found.problems.append(Problem("annotated image missing", str(json_path), reason, _stem(file_name)))
+            found.problems.append(Problem("annotated image missing", str(json_path), reason, slice_name(file_name)))
             continue
-        name, drawn = _stem(file_name), tuple(of_image[identifier])
+        name, drawn = slice_name(file_name), tuple(of_image[identifier])
         found.records.append(CocoRecord(name, places[0], patient_of(name), json_path, size, drawn, min_area))
     return found
 
@@ -494,7 +494,7 @@ def list_covidx(list_file: Path, roots: Sequence[Path]) -> Listing:
     for number, (file_name, label) in enumerate(_list_entries(list_file, found), start=1):
         source = f"{list_file}, entry {number}"
         below = [root / file_name for root in roots if (root / file_name).is_file()]
-        places = below or by_stem.get(_stem(file_name), [])
+        places = below or by_stem.get(slice_name(file_name), [])
         listed[file_name] += 1
         if label is None or label >= len(IMAGE_CLASSES):
             reason = f"{file_name} has no class 0, 1 or 2; write FILENAME CLASS XMIN YMIN XMAX YMAX"
@@ -508,7 +508,7 @@ def list_covidx(list_file: Path, roots: Sequence[Path]) -> Listing:
         elif listed[file_name] > 1:
             found.problems.append(Problem("duplicate", source, f"{file_name} is listed twice; remove one"))
         else:
-            name = _stem(file_name)
+            name = slice_name(file_name)
             found.records.append(ImageRecord(name, places[0], patient_of(name), label))
     return found
 
@@ -594,7 +594,7 @@ def finish(found: Listing, names: Names | None = None) -> Listing:
             source, given = str(names), [name for name, _ in _list_entries(Path(names), found)]
         else:
             source, given = "names", [str(name) for name in names]
-        wanted = {_stem(name) for name in given}
+        wanted = {slice_name(name) for name in given}
         there = {record.image.stem for record in found.records} | {problem.name for problem in found.problems}
         found.records = [record for record in found.records if record.image.stem in wanted]
         found.problems = [problem for problem in found.problems if problem.name is None or problem.name in wanted]
@@ -626,7 +626,7 @@ def as_paths(data: PathLike | Sequence[PathLike]) -> list[Path]:
     return paths
 
 
-def _stem(name: str) -> str:
+def slice_name(name: str) -> str:
     """The name without folders and without an image's ending; dots elsewhere are part of the name."""
     last = name.replace("\\", "/").rsplit("/", 1)[-1]
     return last[: -len(Path(last).suffix)] if Path(last).suffix.lower() in IMAGE_SUFFIXES else last
@@ -692,7 +692,7 @@ def _patient_index(root: Path) -> dict[str, str]:
         splits = {row.get("split") for row in rows}
         mine = [row for row in rows if root.resolve().name not in splits or row["split"] == root.resolve().name]
         nobody = {"unknown", "none", "nan", "-", "?"}
-        return {_stem(row["name"]): row["patient"] for row in mine if row["patient"].lower() not in nobody}
+        return {slice_name(row["name"]): row["patient"] for row in mine if row["patient"].lower() not in nobody}
     return {}
 
 

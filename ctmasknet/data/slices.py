@@ -32,6 +32,7 @@ LUNG_WINDOW = (-1350.0, 150.0)  # HU
 MIN_SIDE = 32  # pixels; two cells of the models' stride 16, less cannot be a chest
 MAX_SIDE = 4096  # pixels; eight times a CT slice, more is a mistake or an attack
 UNITS = (None, "hu", "range")
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 
 # What a chest CT in HU must look like; see require_chest_hu and hu_offset.
 PADDING_BELOW = -1500.0  # HU; no matter is that thin, scanners write -2000, -2048, -3024 outside the circle
