@@ -610,6 +610,35 @@ def test_a_real_series_becomes_a_mask_on_simpleitks_grid(tmp_path, predictor):
     assert result.lesion_ml == pytest.approx((hu >= 150).sum() * 0.603515625**2 * 2 / 1000)
 
 
+def test_simpleitk_lays_the_mask_on_the_scan(tmp_path, predictor):
+    sitk = pytest.importorskip("SimpleITK")
+
+    def lay(scan: object, mask: object) -> np.ndarray:
+        shown = sitk.Cast(sitk.RescaleIntensity(scan), sitk.sitkUInt8)
+        sitk.LabelOverlay(shown, mask)  # refuses origins that differ by more than a millionth of a voxel
+        return sitk.GetArrayFromImage(sitk.Mask(scan, mask, 0))
+
+    for number, turn in enumerate((rotation(0, 0, 0), rotation(6, -4, 3))):
+        affine = turn @ np.diag([0.7421875, 0.6, 2.5, 1])
+        affine[:3, 3] = -162.19824, 293.1982421875, -303.7
+        nibabel.save(nifti("LPS", affine), tmp_path / f"{number}.nii.gz")
+        mask = sitk.ReadImage(str(predictor.volume(tmp_path / f"{number}.nii.gz").save(tmp_path / "out")["mask"]))
+        scan = sitk.ReadImage(str(tmp_path / f"{number}.nii.gz"))
+        for get in ("GetSize", "GetSpacing", "GetOrigin", "GetDirection"):
+            assert getattr(mask, get)() == getattr(scan, get)()
+        assert (lay(scan, mask) == MARK).sum() == 24
+
+    write_series(tmp_path / "series", np.moveaxis(block_volume(), 2, 0), origin=(-162.19824, -293.1982421875, -303.7))
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(tmp_path / "series")))
+    scan = reader.Execute()
+    mask = sitk.ReadImage(str(predictor.volume(tmp_path / "series").save(tmp_path / "out")["mask"]))
+    with pytest.raises(RuntimeError, match="same physical space"):  # NIfTI keeps 7 digits, DICOM all of them
+        lay(scan, mask)
+    mask.CopyInformation(scan)  # what docs/scans.md says
+    assert (lay(scan, mask) == MARK).sum() == 24
+
+
 def test_a_volume_is_read_in_order_and_ahead(tmp_path):
     nibabel.save(nifti(), tmp_path / "a.nii")
     volume = open_volume(tmp_path / "a.nii")
