@@ -13,7 +13,7 @@ from engine_data import lesion_folder
 from ctmasknet.data.augment import Augmentation
 from ctmasknet.data.datasets import open_dataset
 from ctmasknet.engine import TrainConfig
-from ctmasknet.engine.batches import EpochBatches, OnDevice, TrainingSlices, model_input
+from ctmasknet.engine.batches import Batch, EpochBatches, OnDevice, TrainingSlices, make_loader, model_input
 from ctmasknet.engine.setup import build_optimizer, learning_rate
 
 
@@ -79,6 +79,27 @@ def test_slices_kept_on_a_device_are_the_same(tmp_path: Path) -> None:
         assert there.name == here.name
         assert torch.equal(there.image, here.image)
         assert torch.equal(there.target["masks"], here.target["masks"])
+
+
+def test_a_batch_is_pinned_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[int] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: (pinned.append(id(tensor)), tensor.clone())[1])
+    target = {"boxes": torch.zeros(2, 4), "labels": torch.ones(2), "image_label": 1}
+    batch = Batch([torch.zeros(1, 4, 4), torch.ones(1, 4, 4)], [target, {"image_label": 0}], ["a", "b"])
+    copy = batch.pin_memory()
+    assert pinned == [id(tensor) for tensor in (*batch.images, target["boxes"], target["labels"])]
+    assert (copy.names, copy.targets[0]["image_label"], copy.targets[1]) == (batch.names, 1, {"image_label": 0})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="memory is pinned for a GPU")
+def test_the_loader_gives_pinned_batches_for_a_gpu(tmp_path: Path) -> None:
+    data = TrainingSlices(
+        open_dataset("segmentation", lesion_folder(tmp_path / "d", range(1, 4)), min_area=5), Augmentation(), seed=7
+    )
+    loader = make_loader(data, batches(3, batch=3), workers=1, device=torch.device("cuda"))
+    batch = next(iter(loader))
+    assert all(image.is_pinned() for image in batch.images)
+    assert all(target["masks"].is_pinned() for target in batch.targets)
 
 
 def test_models_get_three_channels_in_0_to_1() -> None:

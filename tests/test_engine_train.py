@@ -15,11 +15,17 @@ from typing import Any
 import pytest
 import torch
 from engine_data import SMALL, class_folder, classifier_config, lesion_folder, segmenter_config
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ctmasknet import ConfigError, CTMaskNetError, DataError, WeightsError, create_model, from_pretrained
+from ctmasknet.data.datasets import open_dataset
 from ctmasknet.engine import TrainConfig, TrainResult, loop, train
-from ctmasknet.engine.batches import ModuleSOnRoIs, find_rois
+from ctmasknet.engine.batches import Batch, ModuleSOnRoIs, find_rois
+from ctmasknet.engine.record import plot_curves
+from ctmasknet.engine.setup import initial_model
+from ctmasknet.evaluation.metrics import SegmentationMetrics
 from ctmasknet.weights.files import read_weights
 
 pytest.importorskip("accelerate")
@@ -35,6 +41,16 @@ def lesions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return class_folder(tmp_path_factory.mktemp("classes") / "train", 1)
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights to start from: random ones, but with terms and origin."""
+    torch.manual_seed(5)
+    folder = tmp_path_factory.mktemp("started")
+    model = create_model(SEGMENTER, **SMALL)  # type: ignore[arg-type]
+    model.metadata["caveat"] = "Of phantoms only."
+    return model.save_pretrained(folder, license="cc-by-nc-sa-4.0", dataset="Drawn slices.")
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +111,6 @@ def test_best_and_last_are_loadable_with_config_card_and_operating_point(segment
 
 
 def test_best_carries_the_metrics_of_its_operating_point(segmented: TrainResult, lesions: Path) -> None:
-    from ctmasknet.data.datasets import open_dataset
-    from ctmasknet.evaluation.metrics import SegmentationMetrics
-
     assert segmented.best is not None
     stored = read_weights(segmented.best).metadata
     point = stored["operating_point"]
@@ -129,6 +142,64 @@ def test_the_run_folder_tells_what_happened(segmented: TrainResult, lesions: Pat
     assert record["peak_gb"] > 0
     assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert list((out / "tensorboard").glob("events.*"))
+
+
+def test_best_has_a_golden_file_that_it_passes(segmented: TrainResult) -> None:
+    assert segmented.best is not None
+    from_pretrained(segmented.best, verify=True)
+
+
+def test_a_run_from_weights_says_how_they_did_and_which_epoch_is_best(
+    started: Path, lesions: Path, tmp_path: Path
+) -> None:
+    result = train(segmenter_config(lesions, tmp_path / "run", weights=started, val=lesions, operating_point=True))
+    start, *rows = result.history
+    assert [start["epoch"], *(row["epoch"] for row in rows)] == [0, 1, 2]
+    reference = SegmentationMetrics()
+    model = from_pretrained(started, box_score_thresh=0.3, box_nms_thresh=0.5)
+    for image, target, name in open_dataset("segmentation", lesions, min_area=5):
+        with torch.no_grad():
+            found = model([image.expand(3, -1, -1) / 255])[0]
+        masks = found["masks"][:, 0] > 0.5
+        reference.update(target["masks"] > 0, target["labels"], masks, found["labels"], found["scores"], image_id=name)
+    expected = reference.compute()
+    assert start["ap50"] == pytest.approx(expected["ap50"], abs=1e-4)
+    assert start["dice_pooled"] == pytest.approx(expected["dice_pooled"], abs=1e-4)
+
+    best = max(rows, key=lambda row: row["score"])
+    assert result.best_epoch == best["epoch"]
+    assert f"best is epoch {best['epoch']} of 2: ap50 {best['ap50']:.3f}" in result.summary
+    assert f"start weights: ap50 {start['ap50']:.3f}" in result.summary
+    assert f"score above {result.operating_point['score_threshold']:g}, NMS at" in result.summary
+    assert result.operating_point == read_weights(str(result.best)).metadata["operating_point"]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["result"]["summary"] == result.summary
+
+
+def test_terms_and_origin_of_the_start_weights_go_along(started: Path, classes: Path, tmp_path: Path) -> None:
+    for out, license in ((tmp_path / "silent", None), (tmp_path / "own", "mit")):
+        result = train(classifier_config(classes, out, weights=started, epochs=1, license=license))
+        stored = read_weights(str(result.best)).metadata
+        assert stored["license"] == (license or "cc-by-nc-sa-4.0")
+        assert stored["caveat"] == "Of phantoms only."
+        card = Path(str(result.best), "README.md").read_text()
+        assert "cc-by-nc-sa-4.0" in card
+        assert "Drawn slices." in card
+
+
+def test_every_curve_has_its_colour_and_no_legend_lies_on_one(
+    segmented: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: (drawn.append(figure), save(figure, *a, **k)))
+    plot_curves(tmp_path / "curves.png", segmented.history)
+    losses = drawn[0].axes[0]
+    assert {line.get_label() for line in losses.lines} == {key for key in segmented.history[-1] if "loss" in key}
+    for axis in drawn[0].axes:
+        assert len({line.get_color() for line in axis.lines}) == len(axis.lines)
+        assert not axis.get_legend().get_window_extent().overlaps(axis.get_window_extent())
 
 
 def test_training_lowers_the_loss(segmented: TrainResult) -> None:
@@ -202,8 +273,6 @@ def test_weights_of_another_variant_need_a_word(segmented: TrainResult, lesions:
 def test_partial_weights_copy_what_fits_and_say_what_is_new(
     segmented: TrainResult, lesions: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from ctmasknet.engine.setup import initial_model
-
     config = segmenter_config(lesions, tmp_path / "run", weights=segmented.best, partial_weights=True).to_dict()
     config["model"] = "maskrcnn_resnet18_t1"
     with caplog.at_level(logging.WARNING):
@@ -217,8 +286,6 @@ def test_partial_weights_copy_what_fits_and_say_what_is_new(
 
 
 def test_other_classes_keep_all_but_their_heads(segmented: TrainResult, lesions: Path, tmp_path: Path) -> None:
-    from ctmasknet.engine.setup import initial_model
-
     config = segmenter_config(lesions, tmp_path / "run", weights=segmented.best, classes="both")
     model = initial_model(config, ("background", "GGO", "consolidation"))
     assert segmented.best is not None
@@ -230,7 +297,6 @@ def test_other_classes_keep_all_but_their_heads(segmented: TrainResult, lesions:
 
 def test_the_body_can_start_from_imagenet(monkeypatch: pytest.MonkeyPatch, lesions: Path, tmp_path: Path) -> None:
     from ctmasknet import zoo
-    from ctmasknet.engine.setup import initial_model
 
     loaded = []
     monkeypatch.setattr(zoo, "load_backbone", lambda model, revision=None: loaded.append(model.variant.name))
@@ -316,6 +382,71 @@ def test_a_finished_run_is_left_alone_and_can_be_given_more_epochs(classes: Path
     assert (more.epochs, more.finished) == (3, True)
 
 
+def test_a_finished_run_is_said_to_be_complete_and_not_touched(
+    lesions: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = segmenter_config(lesions, tmp_path / "run", epochs=1, tensorboard=True)
+    first = train(config)
+
+    def files() -> dict[str, tuple[int, bytes]]:
+        found = sorted(path for path in (tmp_path / "run").rglob("*") if path.is_file())
+        return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in found}
+
+    before = files()
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        again = train(config)
+    assert again == first
+    assert files() == before
+    assert "complete" in caplog.text
+    assert "continuing" not in caplog.text
+
+
+def test_more_epochs_go_on_from_the_last_average_not_from_the_best(lesions: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"schedule": "constant", "ema": 0.9, "val": lesions, "operating_point": True}
+    options["score_threshold"] = 1.0  # nothing is detected, so no epoch is better than the first
+    first = train(segmenter_config(lesions, tmp_path / "more", epochs=2, **options))
+    assert first.best_epoch == 1, "otherwise this shows nothing"
+    more = train(segmenter_config(lesions, tmp_path / "more", epochs=3, **options))
+    whole = train(segmenter_config(lesions, tmp_path / "whole", epochs=3, **options))
+    assert same_weights(more.last, whole.last)
+
+
+def test_another_split_of_batch_and_accumulation_is_refused(
+    classes: Path, tmp_path: Path, at_step: dict[int, Any]
+) -> None:
+    at_step |= {1: stop}
+    train(classifier_config(classes, tmp_path / "run", batch_size=2))
+    with pytest.raises(ConfigError, match="batches per step 1, here it is 2"):
+        train(classifier_config(classes, tmp_path / "run", batch_size=1, accumulate=2))
+
+
+def test_cached_rois_of_other_weights_are_refused(started: Path, classes: Path, tmp_path: Path) -> None:
+    train(classifier_config(classes, tmp_path / "run", weights=started, epochs=1))
+    torch.manual_seed(6)
+    other = create_model(SEGMENTER, **SMALL).save_pretrained(tmp_path / "other")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="weights that are not trained"):
+        train(classifier_config(classes, tmp_path / "run", weights=other, epochs=2))
+    with pytest.raises(ConfigError, match="cache rois True, here it is False"):
+        train(classifier_config(classes, tmp_path / "run", weights=started, epochs=2, cache_rois=False))
+
+
+def test_a_checkpoint_of_another_version_is_named(classes: Path, tmp_path: Path) -> None:
+    train(classifier_config(classes, tmp_path / "run", epochs=1))
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        with safe_open(path, "pt") as file:
+            header = {key: value for key, value in file.metadata().items() if key != "format"}
+        save_file(load_file(path), path, metadata=header)
+    with pytest.raises(WeightsError, match="another version of ctmasknet"):
+        train(classifier_config(classes, tmp_path / "run", epochs=2))
+
+
+def test_another_optimizer_is_refused(classes: Path, tmp_path: Path) -> None:
+    train(classifier_config(classes, tmp_path / "run", epochs=1))
+    with pytest.raises(ConfigError, match="does not fit these settings"):
+        train(classifier_config(classes, tmp_path / "run", epochs=2, optimizer="adam"))
+
+
 def test_resume_false_does_not_touch_a_run(classes: Path, tmp_path: Path) -> None:
     train(classifier_config(classes, tmp_path / "run", epochs=1))
     with pytest.raises(ConfigError, match="holds a run"):
@@ -379,6 +510,32 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_named(
     assert all(row["loss"] < 2 for row in result.history), "they do not count in the mean"
 
 
+def test_a_skipped_step_leaves_nothing_in_batch_normalisation(
+    lesions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    move, calls = Batch.to, iter(range(100))
+
+    def spoiled(batch: Batch, device: torch.device) -> Batch:
+        moved = move(batch, device)
+        return (
+            Batch([image * float("nan") for image in moved.images], moved.targets, moved.names)
+            if next(calls) == 1
+            else moved
+        )
+
+    monkeypatch.setattr(Batch, "to", spoiled)
+    result = train(segmenter_config(lesions, tmp_path / "run", accumulate=1))
+    assert (result.steps, result.skipped_steps) == (4, 1)
+    create_model(SEGMENTER, weights=result.last)
+
+
+def test_a_patient_in_both_splits_is_named(classes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for val, said in ((class_folder(tmp_path / "same", 1), True), (class_folder(tmp_path / "other", 2), False)):
+        caplog.clear()
+        train(classifier_config(classes, tmp_path / f"run{said}", val=val, epochs=1))
+        assert ("are in both (p1)" in caplog.text) is said
+
+
 def test_too_many_in_a_row_stop_the_run_with_file_names_and_the_last_good_checkpoint(
     classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -433,7 +590,6 @@ def test_a_single_slice_is_enough(tmp_path: Path) -> None:
 
 
 def test_cached_rois_give_the_whole_models_outputs_and_gradients(classes: Path) -> None:
-    from ctmasknet.data.datasets import open_dataset
 
     torch.manual_seed(0)
     model = create_model(CLASSIFIER, replicate=False, **{k: v for k, v in SMALL.items() if "test" in k or "min" in k})
