@@ -20,14 +20,15 @@ from paper.figure3 import roi_figure
 from paper.figure4 import roi_boxplots
 from paper.request import Request
 from paper.roi_counts import RoICounts
-from phantom import phantom
+from phantom import phantom, write_lesions
 
-from ctmasknet import ConfigError
+from ctmasknet import ConfigError, DataError, create_model
 from ctmasknet.evaluation.contributions import RoIContributions, contribution_figure
 from ctmasknet.evaluation.evaluate import Table
 from ctmasknet.results import Prediction, RoIBatch
 
 NAMES = ("control", "pneumonia", "covid")
+QUICK: dict[str, Any] = {"min_size": 128, "rpn_pre_nms_top_n_test": 60, "rpn_post_nms_top_n_test": 30}
 
 
 def words(figure: Any) -> str:
@@ -193,3 +194,41 @@ def test_figure2_of_phantoms_needs_no_data(tmp_path: Path) -> None:
     table, paths = make("figure2", Request(limit=1, device="cpu"), tmp_path)
     assert table.rows[0][:2] == ("phantom 0", 4)
     assert all(path.stat().st_size < 400_000 for path in paths if path.suffix == ".png")
+
+
+@pytest.mark.parametrize(
+    ("names", "codes"),
+    [(("background", "GGO"), (2,)), (("background", "GGO", "consolidation"), (2, 3)), (None, (2, 3))],
+)
+def test_figure2_shows_the_lesions_of_the_classes_that_the_model_tells_apart(tmp_path: Path, names, codes) -> None:
+    ndimage = pytest.importorskip("scipy.ndimage")
+    model = create_model("maskrcnn_resnet18_t2", num_classes=len(names or "12"), **QUICK)
+    model.metadata = {"classes": list(names)} if names else {}
+    weights = tmp_path / "weights"
+    model.save_pretrained(weights)
+    data = write_lesions(tmp_path / "data", 2, lesions=6, size=256)
+    expected = {}
+    for mask in (data / "masks").iterdir():
+        groups = [codes] if names is None else [(code,) for code in codes]  # merged, or each class by itself
+        found = [ndimage.label(np.isin(Image.open(mask), group), np.ones((3, 3)))[0] for group in groups]
+        expected[mask.stem] = sum(int((np.bincount(f.ravel())[1:] > 100).sum()) for f in found)
+    for source in ((str(data),), ()):
+        table, _ = make("figure2", Request((str(weights),), source, limit=2, device="cpu"), tmp_path / "out")
+        shown = dict(row[:2] for row in table.rows)
+        if source:
+            assert shown == expected
+        else:
+            drawn = phantom(0, lesions=4)
+            assert shown["phantom 0"] == (4 if 3 in codes else int((drawn.labels == 1).sum()))
+    assert min(expected.values()) > 0
+
+
+def test_figure2_refuses_data_of_other_classes_than_the_models(tmp_path: Path) -> None:
+    model = create_model("maskrcnn_resnet18_t2", **QUICK)
+    model.metadata = {"classes": ["background", "GGO"]}
+    weights = tmp_path / "weights"
+    model.save_pretrained(weights)
+    data = write_lesions(tmp_path / "data", 1, size=256)
+    request = Request((str(weights),), (str(data),), classes="merge", limit=1, device="cpu")
+    with pytest.raises(DataError, match="classes background, lesion, but maskrcnn_resnet18_t2 tells background, GGO"):
+        make("figure2", request, tmp_path / "out")

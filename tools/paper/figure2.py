@@ -13,9 +13,9 @@ import torch
 from phantom import phantom
 
 from ctmasknet.data.datasets import open_dataset
-from ctmasknet.data.layouts import LesionRecord, read_class_mask
+from ctmasknet.data.layouts import LesionRecord, classes_of, instances, read_class_mask, same_names
 from ctmasknet.data.slices import read_slice
-from ctmasknet.errors import ConfigError
+from ctmasknet.errors import ConfigError, DataError
 from ctmasknet.evaluation.evaluate import Table
 from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN
 from ctmasknet.predictor import Predictor
@@ -32,7 +32,7 @@ def make(request: Request) -> Made:
     if classifier is not None:
         classifier.to(predictor.device)
     count = 4 if request.limit is None else request.limit
-    drawn = _slices_of(request, count) if request.data else _phantoms(request.seed, count)
+    drawn = _slices_of(request, segmenter, count) if request.data else _phantoms(request, segmenter, count)
     lines, rows = [], []
     for title, pixels, lesions, lungs in drawn:
         prediction = predictor(pixels)
@@ -65,9 +65,16 @@ def _pair(request: Request) -> tuple[LesionMaskRCNN, COVIDCTMaskNet | None]:
     return segmenters[0], classifiers[0] if classifiers else None
 
 
-def _slices_of(request: Request, count: int) -> list[tuple[str, Any, Any, Any]]:
+def _slices_of(request: Request, segmenter: LesionMaskRCNN, count: int) -> list[tuple[str, Any, Any, Any]]:
     """Title, slice, lesions, lungs: half of them with lesions and half without, as far as there are such."""
-    data: Any = open_dataset("segmentation", list(request.data), classes=request.classes or "merge")
+    names = class_names(segmenter)
+    data: Any = open_dataset("segmentation", list(request.data), classes=request.classes or classes_of(names))
+    nameless = "classes" not in segmenter.metadata and len(data.class_names) == len(names)
+    if not nameless and not same_names(data.class_names, names):
+        raise DataError(
+            f"{', '.join(request.data)}: classes {', '.join(data.class_names)}, but {segmenter.variant.name} tells "
+            f"{', '.join(names)} apart; give --classes, or data, of the model's classes"
+        )
     order = np.random.default_rng(request.seed).permutation(len(data)).tolist()
     with_lesions: list[int] = []
     without: list[int] = []
@@ -86,11 +93,13 @@ def _slices_of(request: Request, count: int) -> list[tuple[str, Any, Any, Any]]:
     return drawn
 
 
-def _phantoms(seed: int, count: int) -> list[tuple[str, Any, Any, Any]]:
+def _phantoms(request: Request, segmenter: LesionMaskRCNN, count: int) -> list[tuple[str, Any, Any, Any]]:
+    classes = request.classes or classes_of(class_names(segmenter))
     drawn = []
-    for number in range(count):
-        made = phantom(seed + number, lesions=(4, 6, 0, 0)[number % 4])
-        drawn.append((f"phantom {seed + number}", made.image, made.masks, made.lungs))
+    for seed in range(request.seed, request.seed + count):
+        made = phantom(seed, lesions=(4, 6, 0, 0)[(seed - request.seed) % 4])
+        lesions = instances(made.class_mask(), classes=classes)["masks"].numpy() != 0
+        drawn.append((f"phantom {seed}", made.image, lesions, made.lungs))
     return drawn
 
 
