@@ -19,7 +19,7 @@ from phantom import phantom
 from PIL import Image
 
 import ctmasknet
-from ctmasknet import ConfigError, DataError, Predictor, create_model, evaluate
+from ctmasknet import ConfigError, DataError, MissingExtraError, Predictor, create_model, evaluate
 from ctmasknet.cli import main
 from ctmasknet.data.datasets import (
     ClassificationImages,
@@ -360,6 +360,18 @@ def test_a_place_that_cannot_be_written_is_named_before_the_work(
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OutputError, match=r"file.*result.*cannot be written"):
         evaluate("maskrcnn_resnet18_t2", lesions, out=tmp_path / "file" / "result")
+
+
+def test_a_core_install_measures_what_it_can_and_names_the_extra(
+    slices: Path, lesions: Path, coco_files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("scipy", "scipy.ndimage", "pycocotools", "pycocotools.mask", "accelerate", "matplotlib"):
+        monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    assert evaluate(classifier(), slices, samples=20).images == 6
+    truth, predictions = coco_files
+    assert evaluate(predictions, truth, samples=20).metrics["coco"]["mask_ap50"] > 0  # RLE needs no extra
+    with pytest.raises(MissingExtraError, match=r"ctmasknet\[train\]"):
+        evaluate(segmenter(), lesions)
 
 
 # --- other people's predictions -----------------------------------------------------------------------------------
