@@ -9,8 +9,10 @@ import io
 import itertools
 import json
 import shutil
+import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from phantom import phantom
 from PIL import Image
 
 from ctmasknet import ConfigError, InputError, MissingExtraError, Predictor
+from ctmasknet.cli import main
 from ctmasknet.data.scans import Volume, open_volume
 from ctmasknet.data.slices import read_slice, window
 
@@ -644,3 +647,39 @@ def test_a_volume_is_read_in_order_and_ahead(tmp_path):
     volume = open_volume(tmp_path / "a.nii")
     assert isinstance(volume, Volume)
     assert [index for index, _ in volume.slices()] == list(range(6))
+
+
+def test_odd_uids_are_no_line_per_file_on_the_command_line(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for k, plane in enumerate(np.moveaxis(block_volume(), 2, 0)):
+            uids = {"SeriesInstanceUID": "1.2.odd..03", "SOPInstanceUID": f"1.2.odd.{k}"}
+            write_series(tmp_path / "series", plane[None], origin=(0, 0, 2.0 * k), prefix=str(k), **uids)
+    arguments = [str(tmp_path / "series"), "-o", str(tmp_path / "out"), "--classifier", "none"]
+    command = [sys.executable, "-m", "ctmasknet", "predict", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stderr.count("UI") <= 1, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("stored", "code", "words"),
+    [
+        (lambda hu: hu + 1024, 0, "1024 was subtracted"),
+        (lambda hu: np.clip(hu, 0, 255).astype(np.uint8), 2, "--units range"),
+    ],
+    ids=["HU + 1024", "8 bits"],
+)
+def test_forced_units_on_the_command_line(tmp_path, capsys, stored, code, words):
+    made = np.stack([phantom(0, lesions=2, size=256).hu.T] * 2, -1)[::-1, ::-1].copy()
+    scan = saved(tmp_path / "scan.nii.gz", stored(made).astype(np.int16))
+    arguments = ["predict", str(scan), "-o", str(tmp_path / "out"), "--classifier", "none"]
+    assert main(arguments) == 2
+    assert "--units hu" in capsys.readouterr().err
+    assert main([*arguments, "--units", "hu", "--json"]) == code
+    output = capsys.readouterr()
+    assert words in output.err
+    assert 'units="' not in output.err
+    if code == 0:
+        (facts,) = json.loads(output.out)["results"]
+        assert facts["units"] == "hu+1024"
+        assert facts["slices_with_lesions"] == 2

@@ -26,6 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     level = logging.ERROR if options.quiet else logging.INFO if options.verbose else logging.WARNING
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("ctmasknet").setLevel(level)
+    # pydicom logs and warns of every UID and number of odd form, file by file, and reads them all the same.
+    logging.getLogger("pydicom").disabled = True
+    warnings.filterwarnings("ignore", module="pydicom")
 
     def warn(message: Warning | str, *_: Any, **__: Any) -> None:
         if not options.quiet:
