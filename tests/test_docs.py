@@ -1,7 +1,8 @@
 """README and docs: every command parses, every block runs or says why not, every link leads somewhere.
 
 A fence in `bash` or `python` is run by the slow tests, page by page and in order, in a folder with the example data of
-docs/data.md and without a network; `<!-- not run: REASON -->` on the line before it takes it out.
+docs/data.md and without a network; `<!-- not run: REASON -->` on the line before it takes it out, and
+`<!-- run without the installation -->` leaves out its `pip install … &&`. README and quickstart run in an empty folder.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import docs_pictures
 import pytest
 import yaml
+from PIL import Image
 
 import ctmasknet
 from ctmasknet import TrainConfig
@@ -53,6 +56,15 @@ class Fence:
     @property
     def runs(self) -> bool:
         return self.language in RUN and not self.mark.startswith("not run:")
+
+    @property
+    def script(self) -> str:
+        """What is run of it."""
+        if self.mark != "run without the installation":
+            return self.code
+        installing, _, rest = self.code.partition(" && ")
+        assert installing.startswith("pip install "), self
+        return rest
 
     def __str__(self) -> str:
         return f"{self.page.name}:{self.line}"
@@ -265,6 +277,12 @@ def test_the_picture_of_the_code_shows_every_module_and_the_true_direction_of_im
     assert all(late for a, b, late in imports() if (a, b) in exceptions), "an exception is imported only when called"
 
 
+@pytest.mark.parametrize("name", docs_pictures.PICTURES)
+def test_the_pictures_show_what_the_bundled_weights_find(name):
+    with Image.open(DOCS / name) as picture:
+        assert picture.text == docs_pictures.weights(), f"{name} is of other weights: python tools/docs_pictures.py"
+
+
 def test_the_notebook_is_kept_without_outputs():
     for cell in json.loads(NOTEBOOK.read_text())["cells"]:
         assert not cell.get("outputs")
@@ -328,7 +346,7 @@ def without_network() -> dict[str, str]:
 
 def run_blocks(blocks: list[Fence], folder: Path, environment: dict[str, str]) -> None:
     plan = folder.parent / f"{folder.name}.json"
-    plan.write_text(json.dumps([(str(block), block.language, block.code) for block in blocks]))
+    plan.write_text(json.dumps([(str(block), block.language, block.script) for block in blocks]))
     command = [sys.executable, "-c", DRIVER, str(plan)]
     done = subprocess.run(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
@@ -349,7 +367,10 @@ def example_data(tmp_path_factory, surroundings):
 @pytest.mark.parametrize("page", [p for p in PAGES if any(f.runs for f in fences(p))], ids=lambda page: page.stem)
 def test_every_block_of_the_page_runs(page, tmp_path, example_data, surroundings):
     folder = tmp_path / "work"
-    shutil.copytree(example_data, folder, symlinks=True)
+    if page.name in ("README.md", "index.md"):  # where people begin: nothing is there before
+        folder.mkdir()
+    else:
+        shutil.copytree(example_data, folder, symlinks=True)
     run_blocks([fence for fence in fences(page) if fence.runs], folder, surroundings)
 
 

@@ -249,7 +249,7 @@ def test_the_page_in_a_browser(tmp_path, series):
         first.click("#predict")
         first.wait_for("#status", "6 files: predicted")
         assert "6 slices" in first.text("#facts")
-        assert ".nii.gz" in first.text("#files")
+        assert "lesions.nii" in first.text("#files")
         assert first.other_hosts() == second.other_hosts() == set()
     finally:
         first.driver.quit()
