@@ -11,7 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ctmasknet.batch import predict_files
+    from ctmasknet.batch import FileResult, RunSummary, predict_files
+    from ctmasknet.data.datasets import open_dataset
     from ctmasknet.engine import TrainConfig, TrainResult, train
     from ctmasknet.errors import (
         ConfigError,
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from ctmasknet.predictor import Predictor, predict
     from ctmasknet.registry import Variant, get_variant, list_models
     from ctmasknet.results import Prediction, VolumePrediction
-    from ctmasknet.zoo import create_model, from_pretrained, load_released
+    from ctmasknet.zoo import create_model, from_pretrained, load_released, open_model
 
 try:
     __version__ = version("ctmasknet")
@@ -43,9 +44,10 @@ _HOMES = {
         "WeightsError",
     ),
     "ctmasknet.registry": ("Variant", "get_variant", "list_models"),
-    "ctmasknet.zoo": ("create_model", "from_pretrained", "load_released"),
+    "ctmasknet.zoo": ("create_model", "from_pretrained", "load_released", "open_model"),
     "ctmasknet.predictor": ("Predictor", "predict"),
-    "ctmasknet.batch": ("predict_files",),
+    "ctmasknet.batch": ("FileResult", "RunSummary", "predict_files"),
+    "ctmasknet.data.datasets": ("open_dataset",),
     "ctmasknet.results": ("Prediction", "VolumePrediction"),
     "ctmasknet.evaluation.evaluate": ("Evaluation", "evaluate"),
     "ctmasknet.exporting": ("Exported", "export"),
@@ -59,10 +61,12 @@ __all__ = [
     "DataError",
     "Evaluation",
     "Exported",
+    "FileResult",
     "InputError",
     "MissingExtraError",
     "Prediction",
     "Predictor",
+    "RunSummary",
     "TrainConfig",
     "TrainResult",
     "Variant",
@@ -76,6 +80,8 @@ __all__ = [
     "get_variant",
     "list_models",
     "load_released",
+    "open_dataset",
+    "open_model",
     "predict",
     "predict_files",
     "train",
