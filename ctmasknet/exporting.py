@@ -36,7 +36,6 @@ from ctmasknet.models import Model
 from ctmasknet.models.classifier import COVIDCTMaskNet
 from ctmasknet.models.detector import LesionMaskRCNN, Regions
 from ctmasknet.output import require_writable, write_files
-from ctmasknet.predictor import operating_point
 from ctmasknet.registry import DISCLAIMER, LESION_CLASSES
 from ctmasknet.weights.files import state_digest
 from ctmasknet.weights.publish import still_true
@@ -134,8 +133,6 @@ def _frozen(model: Any) -> Model:
     """A copy as it predicts: on the CPU, in float32, a segmenter at its operating point."""
     copy: Model = deepcopy(model).cpu().float().eval().requires_grad_(False)
     copy.backbone.autocast_dtype = None
-    if isinstance(copy, LesionMaskRCNN):
-        copy.roi_heads.score_thresh, copy.roi_heads.nms_thresh = operating_point(copy)
     return copy
 
 

@@ -26,7 +26,8 @@ from ctmasknet.errors import ConfigError, CTMaskNetError, InputError, import_ext
 from ctmasknet.evaluation.contributions import contribution_figure, roi_contributions
 from ctmasknet.example import SLICE
 from ctmasknet.models.classifier import COVIDCTMaskNet
-from ctmasknet.predictor import Precision, Predictor, operating_point
+from ctmasknet.models.inference import Precision
+from ctmasknet.predictor import Predictor
 from ctmasknet.registry import DEFAULT_CLASSIFIER, DEFAULT_SEGMENTER, DISCLAIMER, class_title, get_variant
 from ctmasknet.results import Prediction, VolumePrediction
 from ctmasknet.weights.manifest import variants_with_weights
@@ -253,14 +254,14 @@ def build(
 
     @guarded
     def on_models(case: Case | None, seg: str, cls: str) -> Iterator[Shown]:
-        segmenter = predictor_of(seg, cls).segmenter
+        chosen = predictor_of(seg, cls)
         if case is not None:
             case.predictor = None  # what is shown stays what was predicted
-        stored = {} if segmenter is None else dict(zip((cut, nms), operating_point(segmenter), strict=True))
+        stored = {} if chosen.segmenter is None else {cut: chosen.score_threshold, nms: chosen.nms_threshold}
         yield {status: f"{escape(seg)} and {escape(cls)}: press Predict."} | stored
 
-    first = predictor_of(offered[0][0], offered[1][0]).segmenter
-    stored = (0.5, 0.5) if first is None else operating_point(first)
+    first = predictor_of(offered[0][0], offered[1][0])
+    stored = (0.5, 0.5) if first.segmenter is None else (first.score_threshold, first.nms_threshold)
     score, overlap = (own if given is None else given for given, own in zip(points, stored, strict=True))
     with gr.Blocks(title="ctmasknet", analytics_enabled=False, delete_cache=(60, KEPT_SECONDS)) as page:
         state = gr.State(None, time_to_live=KEPT_SECONDS, delete_callback=lambda case: case and case.drop())

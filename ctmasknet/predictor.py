@@ -6,34 +6,27 @@ import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, TypeVar, get_args
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, get_args
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
-from ctmasknet.data.scans import Volume, open_volume
-from ctmasknet.data.slices import Slice, read_slice
+from ctmasknet.data.scans import NIFTI_SUFFIXES, Volume, open_volume
+from ctmasknet.data.slices import Slice, read_slice, require_finite
 from ctmasknet.errors import ConfigError, CTMaskNetError, InputError
 from ctmasknet.models import Model
-from ctmasknet.models.config import model_config
 from ctmasknet.models.detector import LesionMaskRCNN
-from ctmasknet.models.inference import (
-    FastInference,
-    Found,
-    Reading,
-    computes_bfloat16,
-    heads_set_to,
-    same_detector,
-    score_maps,
-)
+from ctmasknet.models.inference import Detections, Inference, Precision, Protocol, Reading, dtype_of, same_detector
 from ctmasknet.registry import Task
 from ctmasknet.results import Prediction, RoIBatch, VolumePrediction, gather
 from ctmasknet.zoo import DEFAULT, choose_device, class_names, open_model
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor | Slice
-Precision = Literal["auto", "float32", "bfloat16"]
 Key = TypeVar("Key")
 Other = TypeVar("Other")
 Item = TypeVar("Item")
@@ -47,20 +40,23 @@ class Predictor:
     """Segments lesions in chest CT slices and classifies the slices.
 
     Args:
-        segmenter, classifier: the name of a variant (with its default weights), the path of a folder of weights, a
-            Hub repository (``"owner/name@revision"``), or a model; None leaves that task out. `DEFAULT` takes the
-            bundled ones.
+        segmenter, classifier: the name of a variant (with its default weights), a folder or file of weights, a Hub
+            repository (``"owner/name@revision"``), an author's ``.pth``, or a model; None leaves that task out.
+            `DEFAULT` takes the bundled ones.
         device: ``"cpu"``, ``"cuda"``, ...; None takes a GPU if there is one. A model passed in is moved there.
         batch_size: slices per forward in `batch`; None takes 1 on the CPU, where larger batches are not faster, and 8
-            elsewhere.
-        score_threshold: report lesions scored above this, in 0..1. None takes the operating point stored with
-            the weights; without one, the model's own setting (the paper's: 0.75).
-        precision: of the convolutions of backbone, FPN and RPN; box arithmetic is float32 always. ``"auto"`` takes
-            ``"bfloat16"`` where the device has units for it, ``"float32"`` elsewhere.
-        score_map: also give `Prediction.score_map`, at the price of another pass of the segmenter.
+            elsewhere. A slice's result does not depend on it.
+        score_threshold: report lesions scored above this, in 0..1. None takes the model's own: the operating point
+            stored with its weights; without one, or for a model built otherwise, what it was built with (0.75).
+        nms_threshold: drop lesions that overlap a better one of their class by more than this IoU; None as above.
+        precision: of the convolutions of backbone, FPN and RPN; box arithmetic is float32 always. ``"float32"`` gives
+            the models' own results up to rounding; ``"bfloat16"`` and, on a GPU, ``"float16"`` are faster where the
+            device has units for them, and change results (docs/predict.md).
+        score_map: also give `Prediction.score_map`.
 
-    Slices go through `ctmasknet.models.inference`, which gives the models' own detections up to rounding; where
-    classifier and segmenter hold the same detector, it runs once for both.
+    Slices go through `ctmasknet.models.inference`; where classifier and segmenter hold the same detector, it runs once
+    for both. Several threads may use one Predictor; a model passed in keeps its mode and settings, and changes of its
+    weights are seen.
 
     Raises:
         ConfigError: unknown variant, device or precision; a model of the other task; a threshold outside 0..1.
@@ -75,43 +71,49 @@ class Predictor:
         device: str | torch.device | None = None,
         batch_size: int | None = None,
         score_threshold: float | None = None,
-        precision: Precision = "auto",
+        nms_threshold: float | None = None,
+        precision: Precision = "float32",
         score_map: bool = False,
     ) -> None:
         if segmenter is None and classifier is None:
             raise ConfigError("nothing to predict: give a segmenter, a classifier, or both")
-        if score_threshold is not None and not 0 <= score_threshold <= 1:
-            raise ConfigError(f"score_threshold={score_threshold}: must lie in 0..1")
-        if precision not in ("auto", "float32", "bfloat16"):
-            raise ConfigError(f"precision={precision!r}: use 'auto', 'float32' or 'bfloat16'")
+        for name, value in (("score_threshold", score_threshold), ("nms_threshold", nms_threshold)):
+            if value is not None and not 0 <= value <= 1:
+                raise ConfigError(f"{name}={value}: must lie in 0..1")
         if batch_size is not None and batch_size < 1:
             raise ConfigError(f"batch_size={batch_size}: must be at least 1")
         self.device = choose_device(device)
+        dtype_of(precision, self.device)
+        self.precision = precision
         self.batch_size = batch_size or (1 if self.device.type == "cpu" else 8)
         self.segmenter, self.classifier = (
-            None if given is None else open_model(given, task=task, device=self.device).eval()
+            None if given is None else open_model(given, task=task, device=self.device)
             for given, task in zip((segmenter, classifier), get_args(Task), strict=True)
         )
         self.score_threshold: float | None = None
-        self.nms_threshold = 0.0
-        if self.segmenter is not None:
-            stored, self.nms_threshold = operating_point(self.segmenter)
-            self.score_threshold = stored if score_threshold is None else float(score_threshold)
+        self.nms_threshold: float | None = None
+        if isinstance(self.segmenter, LesionMaskRCNN):
+            own = Protocol.of(self.segmenter)
+            self.score_threshold = own.score_threshold if score_threshold is None else float(score_threshold)
+            self.nms_threshold = own.nms_threshold if nms_threshold is None else float(nms_threshold)
         models = (self.segmenter, self.classifier)
         self.caveats = tuple(m.metadata["caveat"] for m in models if m is not None and "caveat" in m.metadata)
-        if precision == "auto":
-            precision = "bfloat16" if computes_bfloat16(self.device) else "float32"
-        self.precision = precision
         self.score_map = score_map
-        self._fast: dict[Task, FastInference] = {}
-        self._one_detector = False
+        self._prepared = _Prepared({}, False)
+
+    def __repr__(self) -> str:
+        """What it runs, in a line."""
+        models = (("segmenter", self.segmenter), ("classifier", self.classifier))
+        parts = [f"{slot}={None if model is None else model.variant.name!r}" for slot, model in models]
+        parts += [f"{name}={getattr(self, name)!r}" for name in ("score_threshold", "nms_threshold", "precision")]
+        return f"Predictor({', '.join(parts)}, device={str(self.device)!r})"
 
     def __call__(self, image: ImageLike, *, units: str | None = None) -> Prediction:
         """Predict one slice.
 
         Args:
             image: path of a PNG, JPEG, WebP, TIFF or single-slice DICOM file; a PIL image; an array or tensor, uint8
-                or float in 0..1, shaped (H, W), (H, W, C) or (C, H, W) with C of 1 or 3.
+                or float in 0..1, shaped (H, W), (H, W, C) or (C, H, W) with C of 1 or 3. For a scan, see `volume`.
             units: ``"hu"`` if the values are Hounsfield units, ``"range"`` to stretch the slice's own range.
 
         Raises:
@@ -125,29 +127,32 @@ class Predictor:
         Raises:
             InputError: at the first image that cannot be used.
         """
-        slices = (image if isinstance(image, Slice) else read_slice(image, units=units) for image in images)
+        slices = (_checked(image if isinstance(image, Slice) else _read(image, units)) for image in images)
         while chunk := list(itertools.islice(slices, self.batch_size)):
-            yield from self._predict_in_memory(chunk)
+            yield from self._predict_in_memory(chunk, self.score_map)
 
     def stream(
-        self, reads: Iterable[tuple[Key, Slice | Other]]
+        self, reads: Iterable[tuple[Key, Slice | Other]], *, score_map: bool | None = None
     ) -> Iterator[tuple[Key, Prediction | Other | CTMaskNetError]]:
         """Predict slices that are read elsewhere, in order and in batches, past errors.
 
         Args:
             reads: pairs of anything to know a slice by and the slice; what is no slice, such as the reason why
                 there is none, passes through in its place.
+            score_map: also give score maps; None as the Predictor was made.
 
         Yields:
-            The key with the prediction, or with the error of a slice too large for the device's memory.
+            The key with the prediction, or with the error of a slice that holds NaN or is too large for the device's
+            memory.
         """
+        maps = self.score_map if score_map is None else score_map
         waiting: list[tuple[Key, Slice | Other]] = []
         for read in reads:
             waiting.append(read)
             if len(waiting) >= self.batch_size:
-                yield from self._predict_past_errors(waiting)
+                yield from self._predict_past_errors(waiting, maps)
                 waiting = []
-        yield from self._predict_past_errors(waiting)
+        yield from self._predict_past_errors(waiting, maps)
 
     def volume(
         self,
@@ -156,7 +161,7 @@ class Predictor:
         units: str | None = None,
         series: str | None = None,
         spacing: tuple[float, float, float] | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: bool | Callable[[int, int], None] = False,
     ) -> VolumePrediction:
         """Predict a whole scan, slice by slice (extra ``io``); slices that cannot be used are reported in it.
 
@@ -164,17 +169,17 @@ class Predictor:
             scan: a folder with a DICOM series, a DICOM file of one or many frames, a NIfTI file, or what `open_volume`
                 gave.
             units, series, spacing: see `ctmasknet.data.scans.open_volume`.
-            progress: called with the numbers of slices done and in all.
+            progress: True shows a bar on a terminal; a function is called with the numbers of slices done and in all.
 
         Raises:
             InputError: not a scan, not on an even grid, or without a usable slice; names the file and the fix.
             MissingExtraError: pydicom, nibabel or the decoder is not installed.
         """
         volume = scan if isinstance(scan, Volume) else open_volume(scan, units=units, series=series, spacing=spacing)
-        results = self.stream(volume.slices())
+        results = self.stream(volume.slices(), score_map=False)
         return gather(
             volume,
-            results if progress is None else _counted(results, len(volume.names), progress),
+            _counted(results, len(volume.names), progress),
             class_names=("background",) if self.segmenter is None else class_names(self.segmenter),
             score_threshold=self.score_threshold,
             has_segmentation=self.segmenter is not None,
@@ -182,23 +187,30 @@ class Predictor:
         )
 
     def _predict_past_errors(
-        self, reads: list[tuple[Key, Slice | Other]]
+        self, reads: list[tuple[Key, Slice | Other]], score_map: bool
     ) -> Iterator[tuple[Key, Prediction | Other | CTMaskNetError]]:
-        slices = [read for _, read in reads if isinstance(read, Slice)]
+        usable = [read if isinstance(read, Slice) else None for _, read in reads]
+        problems: list[CTMaskNetError | None] = [None] * len(reads)
+        for index, one in enumerate(usable):
+            try:
+                usable[index] = None if one is None else _checked(one)
+            except InputError as error:
+                usable[index], problems[index] = None, error
+        slices = [one for one in usable if one is not None]
         try:
-            results: Iterator[Prediction | CTMaskNetError] = iter(self._predict_in_memory(slices))
+            results: Iterator[Prediction | CTMaskNetError] = iter(self._predict_in_memory(slices, score_map))
         except OutOfMemoryError:
-            results = iter([self._alone(one) for one in slices])
-        for key, read in reads:
-            yield key, next(results) if isinstance(read, Slice) else read
+            results = iter([self._alone(one, score_map) for one in slices])
+        for (key, read), one, problem in zip(reads, usable, problems, strict=True):
+            yield key, next(results) if one is not None else problem or read  # type: ignore[misc]
 
-    def _alone(self, one: Slice) -> Prediction | CTMaskNetError:
+    def _alone(self, one: Slice, score_map: bool) -> Prediction | CTMaskNetError:
         try:
-            return self._predict_in_memory([one])[0]
+            return self._predict_in_memory([one], score_map)[0]
         except OutOfMemoryError as error:
             return error
 
-    def _predict_in_memory(self, slices: list[Slice]) -> list[Prediction]:
+    def _predict_in_memory(self, slices: list[Slice], score_map: bool) -> list[Prediction]:
         """Predict; where the device's memory does not suffice, halve the batch, for good, and go on.
 
         Raises:
@@ -208,7 +220,7 @@ class Predictor:
         while len(results) < len(slices):
             chunk = slices[len(results) : len(results) + self.batch_size]
             try:
-                results += self._predict(chunk)
+                results += self._predict(chunk, score_map)
                 continue
             except torch.OutOfMemoryError as error:
                 reason = str(error).splitlines()[0]
@@ -227,43 +239,42 @@ class Predictor:
             )
         return results
 
-    def _predict(self, slices: list[Slice]) -> list[Prediction]:
+    def _predict(self, slices: list[Slice], score_map: bool) -> list[Prediction]:
         tensors = [torch.from_numpy(s.pixels).to(self.device).expand(3, -1, -1) for s in slices]
-        self._prepare()
-        found: list[Found] | list[None] = [None] * len(slices)
+        inferences, one_detector = self._prepare()
+        segmenter, classifier = inferences.get("segmentation"), inferences.get("classification")
+        found: list[Detections] | list[None] = [None] * len(slices)
         classified: list[dict[str, Tensor]] | list[None] = [None] * len(slices)
         maps: list[Tensor] | list[None] = [None] * len(slices)
-        with torch.inference_mode():
-            reading: Reading | None = None
-            if isinstance(self.segmenter, LesionMaskRCNN):
-                fast = self._fast["segmentation"]
-                reading = fast.read(tensors)
-                heads = self.segmenter.roi_heads
-                with heads_set_to(heads, score_thresh=self.score_threshold, nms_thresh=self.nms_threshold):
-                    found = fast.segment(reading)
-                if self.score_map:
-                    maps = score_maps(self.segmenter, tensors, nms_threshold=self.segmenter.config.box_nms_thresh)
-            if self.classifier is not None:
-                fast = self._fast["classification"]
-                if reading is None or not self._one_detector:
-                    reading = fast.read(tensors)
-                classified = fast.classify(reading)
-            return [self._result(*item) for item in zip(slices, found, classified, maps, strict=True)]
+        readings: list[Reading] | None = None
+        if segmenter is not None:
+            protocol = replace(
+                Protocol.of(segmenter.model), score_threshold=self.score_threshold, nms_threshold=self.nms_threshold
+            )
+            readings = segmenter.read(tensors)
+            found = [segmenter.detect(reading, protocol)[0] for reading in readings]
+            if score_map:
+                maps = [segmenter.score_map(reading) for reading in readings]
+        if classifier is not None:
+            if readings is None or not one_detector:
+                readings = classifier.read(tensors)
+            classified = [classifier.classify(reading) for reading in readings]
+        return [self._result(*item) for item in zip(slices, found, classified, maps, strict=True)]
 
-    def _prepare(self) -> None:
-        """Make what is fast of the models, again if their weights have changed since."""
+    def _prepare(self) -> _Prepared:
+        """What runs the models; made again if their weights have changed since. In threads the last made stays."""
         models = [model for model in (self.segmenter, self.classifier) if model is not None]
-        fast = [self._fast.get(model.variant.task) for model in models]
-        if all(one is not None and one.is_current() for one in fast):
-            return
-        dtype = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
-        self._fast = {model.variant.task: FastInference(model, dtype) for model in models}
-        self._one_detector = len(models) == 2 and same_detector(*models)
+        prepared = self._prepared
+        made = [prepared.inferences.get(model.variant.task) for model in models]
+        if not all(one is not None and one.is_current() for one in made):
+            inferences = {model.variant.task: Inference(model, self.precision) for model in models}
+            prepared = self._prepared = _Prepared(inferences, len(models) == 2 and same_detector(*models))
+        return prepared
 
     def _result(
         self,
         source: Slice,
-        found: Found | None,
+        found: Detections | None,
         classified: dict[str, Tensor] | None,
         score_map: Tensor | None,
     ) -> Prediction:
@@ -300,22 +311,37 @@ class Predictor:
         )
 
 
-def _counted(items: Iterable[Item], total: int, progress: Callable[[int, int], None]) -> Iterator[Item]:
-    for done, item in enumerate(items, start=1):
-        progress(done, total)
-        yield item
+class _Prepared(NamedTuple):
+    inferences: dict[Task, Inference]
+    one_detector: bool  # a reading of the segmenter's serves the classifier
+
+
+def _read(image: ImageLike, units: str | None) -> Slice:
+    if isinstance(image, str | os.PathLike):
+        name = os.fsdecode(image)
+        if name.lower().endswith(NIFTI_SUFFIXES) or Path(name).is_dir():
+            raise InputError(f"{name}: a scan, not a slice: use Predictor.volume({name!r}), or name one image in it")
+    return read_slice(image, units=units)
+
+
+def _checked(one: Slice) -> Slice:
+    """The slice, if its values are what the models take; read_slice sees to it, others may not."""
+    require_finite(one.pixels, one.source)
+    if one.pixels.min() < 0 or one.pixels.max() > 1:
+        raise InputError(f"{one.source}: values outside 0..1; read it with read_slice, which puts HU into the window")
+    return one
+
+
+def _counted(items: Iterable[Item], total: int, progress: bool | Callable[[int, int], None]) -> Iterator[Item]:
+    show = progress if callable(progress) else None
+    with tqdm(total=total, unit="slice", disable=None if progress is True else True) as bar:
+        for done, item in enumerate(items, start=1):
+            bar.update()
+            if show is not None:
+                show(done, total)
+            yield item
 
 
 def predict(image: ImageLike, *, units: str | None = None, **options: Any) -> Prediction:
     """Predict one slice with a new `Predictor(**options)`; for many slices, keep a `Predictor`."""
     return Predictor(**options)(image, units=units)
-
-
-def operating_point(model: Model) -> tuple[float, float]:
-    """Score and NMS threshold: the weights' own, unless the model was built with others than the variant's defaults."""
-    config, default = model.config, model_config(model.variant)
-    own = config.box_score_thresh, config.box_nms_thresh
-    if own != (default.box_score_thresh, default.box_nms_thresh):
-        return own
-    stored = model.metadata.get("operating_point", {})
-    return stored.get("score_threshold", own[0]), stored.get("nms_threshold", own[1])

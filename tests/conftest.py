@@ -6,8 +6,6 @@ import os
 import sys
 from pathlib import Path
 
-import pytest
-
 # Tests use the tools of the checkout, tools/phantom.py above all.
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
@@ -15,9 +13,3 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     threads = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
-
-
-@pytest.fixture(autouse=True)
-def exact_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`Predictor` stays in float32: tests compare numbers, and which processors compute in bfloat16 differs."""
-    monkeypatch.setattr("ctmasknet.predictor.computes_bfloat16", lambda device: False)

@@ -1,9 +1,10 @@
-"""Fast inference gives what the plain models and torchvision's own operators give."""
+"""The one inference gives what the plain models and torchvision's own operators give, slice by slice."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from matching import assert_same_detections
 from rois import awkward_boxes
 from torch import Tensor
 from torch.testing import assert_close
@@ -11,8 +12,8 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import clip_boxes_to_image
 
-from ctmasknet import create_model
-from ctmasknet.models.inference import FastInference, choose_proposals, fold_batch_norm, paste_masks
+from ctmasknet import ConfigError, InputError, create_model
+from ctmasknet.models.inference import PAPER, Inference, Protocol, choose_proposals, fold_batch_norm, paste_masks
 from ctmasknet.registry import VARIANTS
 
 SMALL = {"min_size": 96, "max_size": 160, "rpn_post_nms_top_n_test": 100, "rpn_pre_nms_top_n_test": 300}
@@ -35,14 +36,16 @@ def pictures() -> list[Tensor]:
     return [torch.rand(3, *size, generator=generator) for size in ((96, 96), (80, 130), (200, 150))]
 
 
-def segment(model, dtype=torch.float32):
-    fast = FastInference(model, dtype)
-    return fast.segment(fast.read(pictures()))
+def segment(model, precision="float32", protocol=None):
+    inference = Inference(model, precision)
+    protocol = protocol or Protocol.of(model)
+    return [inference.detect(reading, protocol)[0] for reading in inference.read(pictures())]
 
 
-def classify(model):
-    fast = FastInference(model)
-    return fast.classify(fast.read(pictures()))
+def alone(model, images=None):
+    """What the plain model gives for each image in a call of its own."""
+    with torch.inference_mode():
+        return [model([image])[0] for image in images or pictures()]
 
 
 @pytest.mark.parametrize("name", [name for name, v in VARIANTS.items() if v.task == "segmentation"])
@@ -51,27 +54,25 @@ def test_segments_as_the_plain_model(name, mask_score):
     if mask_score == "logit" and not name.endswith("t2"):
         pytest.skip("the branch does not depend on the body")
     model = living(name, box_score_thresh=0.0, box_detections_per_img=30, mask_score=mask_score)
-    with torch.inference_mode():
-        plain = model(pictures())
+    plain = alone(model)
     assert sum(len(p["scores"]) for p in plain) >= 5
     for expected, found in zip(plain, segment(model), strict=True):
-        assert_close(found.scores, expected["scores"], atol=1e-3, rtol=0)
-        assert_close(found.boxes, expected["boxes"], atol=5e-2, rtol=0)
-        assert torch.equal(found.labels, expected["labels"])
-        different = (found.masks != (expected["masks"][:, 0] > 0.5)).sum()
-        assert different <= 2e-4 * found.masks.numel()
+        assert (found.scores.diff() <= 0).all()
+        for row, pair in assert_same_detections(vars(found), expected, last=1e-3, allowed=1):
+            different = found.masks[pair] != (expected["masks"][row, 0] > 0.5)
+            assert different.sum() <= max(2, 2e-3 * different.numel())
 
 
 @pytest.mark.parametrize("name", [name for name, v in VARIANTS.items() if v.task == "classification"])
 def test_classifies_as_the_plain_model(name):
     model = living(name)
-    with torch.inference_mode():
-        plain = model(pictures())
-    for expected, found in zip(plain, classify(model), strict=True):
-        assert_close(found["logits"], expected["logits"], atol=1e-4, rtol=0)
-        assert_close(found["probabilities"], expected["probabilities"], atol=1e-4, rtol=0)
-        assert_close(found["scores"], expected["scores"], atol=1e-3, rtol=0)
-        assert_close(found["boxes"], expected["boxes"], atol=5e-2, rtol=0)
+    inference = Inference(model)
+    for expected, reading in zip(alone(model), inference.read(pictures()), strict=True):
+        found = inference.classify(reading)
+        # Module S reads RoIs in rank order: where rounding exchanges two of nearly the same score, logits move.
+        assert_close(found["logits"], expected["logits"], atol=1e-3, rtol=1e-3)
+        assert_close(found["probabilities"], found["logits"].softmax(0))
+        assert_same_detections(found, expected, last=1e-3, allowed=1)
 
 
 def test_the_model_is_left_as_it_was():
@@ -81,12 +82,61 @@ def test_the_model_is_left_as_it_was():
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
-def test_thresholds_may_change_between_calls():
+def test_one_pass_gives_what_the_model_gives_when_built_for_each_protocol():
+    protocols = [Protocol(0.45, 0.5), Protocol(0.3, 0.75, "logit"), Protocol(0.0, 0.4, detections=3)]
+    inference = Inference(living("maskrcnn_resnet18_t2"))
+    found = [inference.detect(reading, *protocols) for reading in inference.read(pictures())]
+    assert len({len(one.scores) for one in found[0]}) > 1
+    for index, protocol in enumerate(protocols):
+        model = living(
+            "maskrcnn_resnet18_t2",
+            box_score_thresh=protocol.score_threshold,
+            box_nms_thresh=protocol.nms_threshold,
+            box_detections_per_img=protocol.detections,
+            mask_score=protocol.mask_score,
+        )
+        for mine, expected in zip(found, alone(model), strict=True):
+            for row, pair in assert_same_detections(vars(mine[index]), expected, last=1e-3, allowed=1):
+                different = mine[index].masks[pair] != (expected["masks"][row, 0] > 0.5)
+                assert different.sum() <= max(2, 2e-3 * different.numel())
+
+
+def test_the_score_map_is_the_maximum_of_all_rois_raw_mask_logits():
+    inference = Inference(living("maskrcnn_resnet18_t2"))
+    model = living("maskrcnn_resnet18_t2", box_score_thresh=-0.01, box_nms_thresh=0.75, mask_score="logit")
+    for reading, expected in zip(inference.read(pictures()), alone(model), strict=True):
+        found = inference.score_map(reading)
+        assert_close(found, expected["masks"].amax((0, 1)), atol=1e-3, rtol=1e-3)
+        assert not inference.score_map(reading, rois=0).any()
+
+
+def test_neither_mode_nor_settings_of_the_model_are_changed_or_matter():
     model = living("maskrcnn_resnet18_t2", box_score_thresh=0.3)
-    fast = FastInference(model)
-    many = sum(len(found.scores) for found in fast.segment(fast.read(pictures())))
-    model.roi_heads.score_thresh = 0.99
-    assert sum(len(found.scores) for found in fast.segment(fast.read(pictures()))) < many
+    settings = vars(model.roi_heads).copy()
+    before = segment(model, protocol=PAPER)
+    model.train()
+    after = segment(model, protocol=PAPER)
+    assert model.training
+    assert model.backbone.body.bn1.training
+    assert {key: value for key, value in vars(model.roi_heads).items() if key != "training"} == {
+        key: value for key, value in settings.items() if key != "training"
+    }
+    for one, other in zip(before, after, strict=True):
+        assert all(torch.equal(value, getattr(other, key)) for key, value in vars(one).items())
+
+
+@pytest.mark.parametrize("name", ["maskrcnn_resnet18_t1", "ctmasknet_resnet50"])
+def test_a_slice_does_not_depend_on_its_neighbours(name):
+    generator = torch.Generator().manual_seed(2)
+    images = [torch.rand(3, *size, generator=generator) for size in ((60, 96), (96, 60), (60, 96), (96, 96))]
+    inference = Inference(living(name))
+    together = inference.read(images)
+    for reading, image in zip(together, images, strict=True):
+        (single,) = inference.read([image])
+        assert single.size == reading.size == tuple(image.shape[1:])
+        assert_close(reading.proposals, single.proposals, atol=1e-4, rtol=0)
+        assert_close(reading.logits, single.logits, atol=1e-4, rtol=0)
+        assert_close(reading.deltas, single.deltas, atol=1e-4, rtol=0)
 
 
 def test_nothing_found_is_empty():
@@ -99,10 +149,29 @@ def test_nothing_found_is_empty():
 def test_bfloat16_stays_near():
     model = living("maskrcnn_resnet18_t2", box_score_thresh=0.0)
     exact = segment(model)[0]
-    rounded = segment(model, torch.bfloat16)[0]
+    rounded = segment(model, "bfloat16")[0]
     assert rounded.boxes.dtype == torch.float32
     assert_close(rounded.scores[:20], exact.scores[:20], atol=0.05, rtol=0)
+    assert rounded.boxes.shape[1] == 4
     assert not torch.equal(rounded.scores, exact.scores)
+
+
+@pytest.mark.parametrize(("precision", "message"), [("auto", "use 'float32'"), ("float16", "needs a GPU")])
+def test_a_precision_that_cannot_be_computed_is_refused(precision, message):
+    with pytest.raises(ConfigError, match=message):
+        Inference(create_model("maskrcnn_resnet18_t2"), precision)
+
+
+def test_a_slice_with_nan_is_named_and_so_is_the_other_tasks_model():
+    model = living("maskrcnn_resnet18_t2")
+    images = pictures()
+    images[1][0, 3, 3] = torch.nan
+    for run in (Inference(model).read, model):
+        with pytest.raises(InputError, match=r"images\[1\] holds NaN"):
+            run(images)
+    inference = Inference(living("ctmasknet_resnet18_t2"))
+    with pytest.raises(TypeError, match="no masks"):
+        inference.detect(inference.read(pictures())[0], PAPER)
 
 
 def test_folding_leaves_no_batch_norm_and_the_same_values():
@@ -129,10 +198,12 @@ def test_proposals_are_the_rpns(name):
         )
         scores, shifts = rows
         found = choose_proposals(
-            model.rpn, [s.squeeze(2) for s in scores], shifts, ImageList(batch.tensors, batch.image_sizes)
+            model, [s.squeeze(2) for s in scores], shifts, ImageList(batch.tensors, batch.image_sizes)
         )
     for a, b in zip(found, expected, strict=True):
-        assert_close(a, b, atol=1e-3, rtol=0)
+        far = torch.cdist(a, b, p=torch.inf)  # equal scores may change places
+        assert len(a) == len(b)
+        assert (far.amin(0) <= 1e-3).float().mean() > 0.98
 
 
 def test_pasting_is_torchvisions():

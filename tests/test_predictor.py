@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from matching import assert_same_detections
 from phantom import phantom
 from PIL import Image
 
 import ctmasknet
-from ctmasknet import ConfigError, InputError, Prediction, Predictor, WeightsError, create_model, predict
-from ctmasknet.models.inference import FastInference
+from ctmasknet import (
+    ConfigError,
+    InputError,
+    Prediction,
+    Predictor,
+    WeightsError,
+    create_model,
+    from_pretrained,
+    predict,
+)
+from ctmasknet.data.slices import Slice
+from ctmasknet.models.inference import Inference
 from ctmasknet.registry import DEFAULT_CLASSIFIER, DEFAULT_SEGMENTER
 from ctmasknet.weights.files import write_weights
 from ctmasknet.zoo import class_names
@@ -70,20 +82,15 @@ def test_a_prediction_is_what_the_contract_says(predictor):
 def test_the_same_as_the_model_itself_at_the_stored_operating_point(segmenter):
     made = phantom(1)
     point = operating_point()
-    model = create_model(
-        DEFAULT_SEGMENTER,
-        weights="default",
-        box_score_thresh=point["score_threshold"],
-        box_nms_thresh=point["nms_threshold"],
-    )
-    tensor = torch.from_numpy(made.image).float().div(255).expand(3, -1, -1)
-    with torch.inference_mode():
-        expected = model([tensor])[0]
+    thresholds = {"box_score_thresh": point["score_threshold"], "box_nms_thresh": point["nms_threshold"]}
     result = segmenter(made.image)
     assert len(result.scores) >= 3
-    np.testing.assert_allclose(result.scores, expected["scores"].numpy(), atol=1e-3)
-    np.testing.assert_allclose(result.boxes, expected["boxes"].numpy(), atol=0.05)
-    assert (result.masks != (expected["masks"][:, 0].numpy() > 0.5)).mean() < 1e-4
+    for options in ({}, thresholds):  # what create_model returns is set to it already
+        model = create_model(DEFAULT_SEGMENTER, weights="default", **options)
+        with torch.inference_mode():
+            expected = model([torch.from_numpy(made.image).float().div(255).expand(3, -1, -1)])[0]
+        for row, pair in assert_same_detections(vars(result), expected):
+            assert (result.masks[pair] != (expected["masks"][row, 0].numpy() > 0.5)).mean() < 1e-4
 
 
 def test_every_kind_of_input_gives_the_same(segmenter, tmp_path):
@@ -114,11 +121,15 @@ def test_hounsfield_units_are_windowed(segmenter):
 
 
 def test_batch_keeps_order_and_equals_one_by_one():
-    predictor = Predictor(classifier=None, batch_size=2, device="cpu")
-    images = [phantom(0).image, phantom(0, size=256).image, phantom(1, lesions=0).image]
+    predictor = Predictor(*small_pair(), batch_size=4, device="cpu", score_threshold=0.1)
+    made = [phantom(seed, size=512).image for seed in range(4)]
+    images = [made[0][56:456], made[1][:, 96:416], made[2], made[3][:256, :256]]  # 400 x 512, 512 x 320, ...
     for image, result in zip(images, predictor.batch(iter(images)), strict=True):
+        single = predictor(image)
         assert result.image_size == image.shape
-        np.testing.assert_allclose(result.scores, predictor(image).scores, atol=1e-4)
+        np.testing.assert_allclose(result.scores, single.scores, atol=1e-4)
+        np.testing.assert_allclose(result.boxes, single.boxes, atol=1e-3)
+        assert result.class_probabilities == pytest.approx(single.class_probabilities, abs=1e-4)
 
 
 def test_a_threshold_given_replaces_the_stored_one(segmenter):
@@ -129,6 +140,26 @@ def test_a_threshold_given_replaces_the_stored_one(segmenter):
     assert len(loose.scores) > len(segmenter(image).scores) >= len(strict.scores)
     assert strict.score_threshold == 0.5
     assert (strict.scores > 0.5).all()
+
+
+@pytest.mark.parametrize("given", [{}, {"score": 0.75}, {"nms": 0.75}, {"score": 0.6, "nms": 0.3}])
+def test_each_threshold_by_itself_and_what_is_given_wins_even_if_it_is_the_papers(given):
+    point = operating_point()
+    assert point["score_threshold"] != 0.75 != point["nms_threshold"]
+    expected = {"score": point["score_threshold"], "nms": point["nms_threshold"]} | given
+    model = create_model(DEFAULT_SEGMENTER, weights="default", **{f"box_{key}_thresh": v for key, v in given.items()})
+    assert (model.roi_heads.score_thresh, model.roi_heads.nms_thresh) == (expected["score"], expected["nms"])
+    assert (model.config.box_score_thresh, model.config.box_nms_thresh) == (expected["score"], expected["nms"])
+    named = {f"{key}_threshold": value for key, value in given.items()}
+    for predictor in (Predictor(model, None, device="cpu"), Predictor(classifier=None, device="cpu", **named)):
+        assert (predictor.score_threshold, predictor.nms_threshold) == (expected["score"], expected["nms"])
+
+
+def test_a_threshold_given_to_create_model_survives_saving(tmp_path):
+    create_model(DEFAULT_SEGMENTER, weights="default", box_score_thresh=0.75).save_pretrained(tmp_path / "w")
+    again = from_pretrained(tmp_path / "w")
+    assert again.config.box_score_thresh == 0.75
+    assert again.config.box_nms_thresh == operating_point()["nms_threshold"]
 
 
 def test_a_model_passed_in_keeps_its_own_settings():
@@ -181,32 +212,103 @@ def test_bfloat16_finds_the_same_lesions(segmenter):
     np.testing.assert_allclose(np.sort(rounded.scores), np.sort(segmenter(image).scores), atol=0.1)
 
 
-def test_bfloat16_is_chosen_where_the_processor_has_units_for_it(monkeypatch):
-    for present in (True, False):
-        monkeypatch.setattr("ctmasknet.predictor.computes_bfloat16", lambda device, present=present: present)
-        assert Predictor(classifier=None, device="cpu").precision == ("bfloat16" if present else "float32")
-        assert Predictor(classifier=None, device="cpu", precision="float32").precision == "float32"
+def small_pair():
+    options = {"min_size": 128, "weights": "default"}
+    return create_model(DEFAULT_SEGMENTER, **options), create_model(DEFAULT_CLASSIFIER, **options)
 
 
-def test_a_model_trained_on_after_a_prediction_is_used_as_it_is_now():
-    model = create_model(DEFAULT_SEGMENTER, weights="default", min_size=128)
+@pytest.mark.parametrize("place", ["body", "fc6", "mask head"])
+def test_a_model_trained_on_after_a_prediction_is_used_as_it_is_now(place):
+    model, _ = small_pair()
     predictor = Predictor(model, None, device="cpu", score_threshold=0.0)
     image = phantom(0, size=128).image
-    before = predictor(image).scores
+    before = predictor(image)
+    weight = {
+        "body": model.backbone.body.layer1[0].conv1.weight,
+        "fc6": model.roi_heads.box_head.fc6.weight,
+        "mask head": model.roi_heads.mask_head[0][0].weight,
+    }[place]
     with torch.no_grad():
-        model.roi_heads.box_predictor.cls_score.bias[1] += 1.0
-    after = predictor(image).scores
-    assert after.max() > before.max()
-    fresh = Predictor(model, None, device="cpu", score_threshold=0.0)(image).scores
-    np.testing.assert_array_equal(after, fresh)
+        weight *= 0.8
+    after = predictor(image)
+    fresh = Predictor(model, None, device="cpu", score_threshold=0.0)(image)
+    if place == "mask head":
+        assert not np.array_equal(before.masks, after.masks)
+    else:
+        assert not np.array_equal(before.scores, after.scores)
+    for key in ("boxes", "scores", "labels", "masks"):
+        np.testing.assert_array_equal(getattr(after, key), getattr(fresh, key))
+
+
+def test_training_mode_of_a_model_changes_nothing():
+    segmenter, classifier = small_pair()
+    predictor = Predictor(segmenter, classifier, device="cpu", score_threshold=0.0)
+    image = phantom(0, size=128).image
+    before = predictor(image)
+    assert len(before.scores) > 3
+    segmenter.train()
+    classifier.train()
+    for after in (predictor(image), predictor(image)):
+        assert after.class_probabilities == before.class_probabilities
+        np.testing.assert_array_equal(after.masks, before.masks)
+        np.testing.assert_array_equal(after.boxes, before.boxes)
+    assert segmenter.training
+    assert classifier.module_s.training
+
+
+def test_four_threads_share_one_predictor():
+    segmenter, classifier = small_pair()
+    predictor = Predictor(segmenter, classifier, device="cpu", score_threshold=0.0)
+    images = [phantom(seed, size=128).image for seed in range(4)]
+    alone = [Predictor(segmenter, classifier, device="cpu", score_threshold=0.0)(image) for image in images]
+    with ThreadPoolExecutor(4) as pool:
+        for expected, found in zip(alone * 3, pool.map(predictor, images * 3), strict=True):
+            assert found.class_probabilities == pytest.approx(expected.class_probabilities, abs=1e-6)
+            np.testing.assert_allclose(found.scores, expected.scores, atol=1e-6)
+            np.testing.assert_allclose(found.boxes, expected.boxes, atol=1e-4)
+
+
+def test_the_default_precision_is_float32_on_every_processor():
+    predictor = Predictor(*small_pair(), device="cpu")
+    assert predictor.precision == "float32"
+    predictor(phantom(0, size=128).image)
+    networks = [inference._network for inference in predictor._prepare().inferences.values()]
+    assert {parameter.dtype for network in networks for parameter in network.parameters()} == {torch.float32}
+
+
+def test_a_slice_with_nan_is_named_and_the_others_of_a_stream_go_on():
+    predictor = Predictor(create_model("maskrcnn_resnet18_t2", min_size=64), None, device="cpu", batch_size=3)
+    good = Slice(np.zeros((64, 64), np.float32), "good.png", "png")
+    bad = Slice(np.full((64, 64), np.nan, np.float32), "bad.png", "png")
+    hounsfield = Slice(np.full((64, 64), -1000, np.float32), "hu.png", "png")
+    with pytest.raises(InputError, match=r"bad\.png: 4096 of 4096 values are NaN"):
+        list(predictor.batch([good, bad]))
+    found = list(predictor.stream(enumerate([good, bad, hounsfield, "no slice", good])))
+    assert [key for key, _ in found] == [0, 1, 2, 3, 4]
+    assert [type(result) for _, result in found] == [Prediction, InputError, InputError, str, Prediction]
+    assert "hu.png: values outside 0..1" in str(found[2][1])
+
+
+def test_a_scan_is_no_slice(segmenter, tmp_path):
+    for path in (tmp_path, tmp_path / "scan.nii.gz", str(tmp_path / "scan.nii")):
+        with pytest.raises(InputError, match=r"use Predictor\.volume"):
+            segmenter(path)
+
+
+def test_repr_says_what_runs_in_a_line(predictor):
+    text = repr(predictor)
+    assert "\n" not in text
+    assert len(text) < 200
+    assert DEFAULT_SEGMENTER in text
+    assert "score_threshold=" in text
 
 
 def test_one_detector_is_run_once_for_both_tasks_and_only_then(monkeypatch):
     passes = []
-    read = FastInference.read
-    monkeypatch.setattr(FastInference, "read", lambda self, images: passes.append(self.model) or read(self, images))
+    read = Inference.read
+    monkeypatch.setattr(Inference, "read", lambda self, images: passes.append(self.model) or read(self, images))
     small = {"min_size": 128, "weights": "default"}
-    segmenter, classifier = (create_model(name, **small) for name in (DEFAULT_SEGMENTER, DEFAULT_CLASSIFIER))
+    segmenter, classifier = small_pair()
     image = phantom(0, size=128).image
     shared = Predictor(segmenter, classifier, device="cpu")(image)
     assert len(passes) == 1
@@ -232,6 +334,9 @@ def test_one_detector_is_run_once_for_both_tasks_and_only_then(monkeypatch):
         ({"segmenter": "maskrcnn_resnet50"}, WeightsError, "no trained weights"),
         ({"segmenter": 3}, ConfigError, "name of a variant"),
         ({"score_threshold": 1.5}, ConfigError, r"0\.\.1"),
+        ({"nms_threshold": -0.1}, ConfigError, r"nms_threshold=-0\.1: must lie in 0\.\.1"),
+        ({"precision": "auto"}, ConfigError, "precision='auto': use 'float32'"),
+        ({"precision": "float16", "device": "cpu"}, ConfigError, "needs a GPU"),
         ({"precision": "float8"}, ConfigError, "precision='float8'"),
         ({"device": "quantum"}, ConfigError, "device='quantum' cannot be used"),
         ({"batch_size": 0}, ConfigError, "batch_size=0"),

@@ -50,8 +50,7 @@ from ctmasknet.engine.setup import speed_up
 from ctmasknet.evaluation.evaluate import Table
 from ctmasknet.evaluation.metrics import released_average_precision
 from ctmasknet.models import Model
-from ctmasknet.models.inference import FastInference
-from ctmasknet.predictor import operating_point
+from ctmasknet.models.inference import Inference, Protocol
 from ctmasknet.registry import DEFAULT_SEGMENTER, VARIANTS
 from ctmasknet.weights.manifest import manifest
 from ctmasknet.zoo import load_released
@@ -204,7 +203,8 @@ class Plain:
             self.network = plain_model(model.variant.name)
             self.network.load_state_dict(model.state_dict())
             heads = self.network.roi_heads
-            heads.score_thresh, heads.nms_thresh = operating_point(model)
+            own = Protocol.of(model)
+            heads.score_thresh, heads.nms_thresh = own.score_threshold, own.nms_threshold
             if score_threshold is not None:
                 heads.score_thresh = score_threshold
         self.network.to(device).eval()
@@ -271,7 +271,7 @@ def agree(plain: Plain, ours: Predictor, slices: Iterable[Any], *, same_box: flo
     """
     if ours.segmenter is None:
         return _same_classes(plain, ours, slices)
-    threshold = operating_point(ours.segmenter)[0]
+    threshold = Protocol.of(ours.segmenter).score_threshold
     matched: list[float] = []  # gap of the scores of each detection; infinite without a match
     precisions: list[tuple[float, float]] = []
     for sample in slices:
@@ -372,7 +372,7 @@ def predict_speed(name: str, images: list[np.ndarray], options: argparse.Namespa
 
 
 def _network_alone(model: Model, images: list[np.ndarray], ours: Predictor) -> Callable[[], Any]:
-    network = FastInference(model, getattr(torch, ours.precision))._network
+    network = Inference(model, ours.precision)._network
     batch = torch.zeros(min(ours.batch_size, len(images)), 3, *images[0].shape, device=ours.device)
 
     @torch.inference_mode()

@@ -11,6 +11,8 @@ from ctmasknet import __version__
 from ctmasknet.cli import evaluating, predicting, training, variants
 from ctmasknet.registry import DISCLAIMER
 
+PRECISIONS = ("float32", "bfloat16", "float16")
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser; `run` of what it returns is the function of the command."""

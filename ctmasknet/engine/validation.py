@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,8 @@ from ctmasknet.evaluation.metrics import (
     operating_points,
 )
 from ctmasknet.evaluation.rows import found_on, search_rows
-from ctmasknet.models import LesionMaskRCNN
-from ctmasknet.models.inference import Protocol
+from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN
+from ctmasknet.models.inference import Inference, Protocol
 from ctmasknet.overlay import overlay
 from ctmasknet.results import Prediction
 
@@ -42,11 +43,11 @@ def validate_segmenter(
     Args:
         samples: this process's part of the data.
     """
-    model.eval()
-    protocol = Protocol(score_threshold, nms_threshold, model.config.mask_score)
+    inference = Inference(model)
+    protocol = replace(Protocol.of(model), score_threshold=score_threshold, nms_threshold=nms_threshold)
     own = SegmentationMetrics()
     for sample in samples:
-        ((found,),) = found_on(model, [sample], [protocol])
+        ((found,),) = found_on(inference, [sample], protocol)
         truth = (sample.target["masks"] != 0, sample.target["labels"])
         own.update(*truth, found["masks"], found["labels"], found["scores"], image_id=sample.name)
     results = SegmentationMetrics(_all(own.rows, gather)).compute()
@@ -66,8 +67,8 @@ def final_figures(
         Score and NMS threshold as in a model's metadata; metrics as `validate_segmenter` gives them, with COCO box and
         mask AP of the detections above score 0.05.
     """
-    model.eval()
-    rows = _all([row for sample in samples for row in search_rows(model, [sample])], gather)
+    inference = Inference(model)
+    rows = _all([row for sample in samples for row in search_rows(inference, [sample])], gather)
     best = operating_points(rows)[0]
     score = best.pop("objective")
     point = {key: best.pop(key) for key in ("score_threshold", "nms_threshold")}
@@ -77,13 +78,12 @@ def final_figures(
     return point, {key: value for key, value in figures.items() if value is not None}
 
 
-@torch.no_grad()
 def draw_example(
     model: LesionMaskRCNN, sample: SegmentationSample, class_names: tuple[str, ...], score: float, nms: float
 ) -> np.ndarray:
     """A slice with what the model finds on it, (H, W, 3) uint8."""
-    model.eval()
-    ((tensors,),) = found_on(model, [sample], [Protocol(score, nms, model.config.mask_score)])
+    protocol = replace(Protocol.of(model), score_threshold=score, nms_threshold=nms)
+    ((tensors,),) = found_on(Inference(model), [sample], protocol)
     found = {key: value.numpy() for key, value in tensors.items()}
     image = sample.image[0].cpu().numpy().astype(np.float32) / np.float32(255)
     prediction = Prediction(
@@ -102,16 +102,16 @@ def draw_example(
     return np.asarray(overlay(prediction).convert("RGB"))
 
 
-@torch.no_grad()
 def validate_classifier(
-    model: nn.Module, samples: Iterator[ClassificationSample], gather: Gather, class_names: tuple[str, ...]
+    model: COVIDCTMaskNet, samples: Iterator[ClassificationSample], gather: Gather, class_names: tuple[str, ...]
 ) -> dict[str, float]:
     """Accuracy, and per class sensitivity and AUC; `score` is the mean sensitivity."""
     metrics = ClassificationMetrics(class_names)
-    model.eval()
+    inference = Inference(model)
     device = next(model.parameters()).device
     for image, label, name in samples:
-        probabilities = model([model_input(image, device)])[0]["probabilities"]
+        (reading,) = inference.read([model_input(image, device)])
+        probabilities = inference.classify(reading)["probabilities"]
         metrics.update(probabilities[None].cpu(), torch.tensor([label]), [name])
     results = ClassificationMetrics(class_names, _all(metrics.rows, gather)).compute()
     values = {"accuracy": results["accuracy"], "images": results["n"]}

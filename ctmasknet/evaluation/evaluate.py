@@ -42,8 +42,8 @@ from ctmasknet.evaluation.rows import (
     task_of_predictions,
 )
 from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN, Model
+from ctmasknet.models.inference import Precision, dtype_of
 from ctmasknet.output import Log, csv_text, json_bytes, read_logs, require_writable, write_files
-from ctmasknet.predictor import Precision
 from ctmasknet.registry import VARIANTS, Task
 from ctmasknet.zoo import choose_device, open_model
 
@@ -176,7 +176,7 @@ def evaluate(
     out: PathLike | None = None,
     device: str | torch.device | None = None,
     batch_size: int | None = None,
-    precision: Precision = "auto",
+    precision: Precision = "float32",
     workers: int = 0,
     progress: bool = True,
 ) -> Evaluation:
@@ -218,15 +218,13 @@ def evaluate(
             raise ConfigError(f"{name}={value}: must be at least 1")
     if limit is not None and per_class is not None:
         raise ConfigError("give limit or per_class, not both")
-    if precision not in ("auto", "float32", "bfloat16"):
-        raise ConfigError(f"precision={precision!r}: use 'auto', 'float32' or 'bfloat16'")
     for name, value in (("score_threshold", score_threshold), ("nms_threshold", nms_threshold)):
         if value is not None and not 0 <= value <= 1:
             raise ConfigError(f"{name}={value}: must lie in 0..1")
-    autocast = torch.bfloat16 if precision == "bfloat16" else None
     if out is not None:
         require_writable(Path(out) / EVALUATION)
     where = choose_device(device)
+    dtype_of(precision, where)
     workforce = processes(cpu=where.type == "cpu")
     if device is None and workforce.world > 1 and where.type == "cuda":
         where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -245,9 +243,9 @@ def evaluate(
         opened = open_model(model, device=where)
         name = title_of(model, opened)
         if isinstance(opened, LesionMaskRCNN):
-            subject = SegmenterSubject(opened, name, score_threshold, nms_threshold, autocast)
+            subject = SegmenterSubject(opened, name, score_threshold, nms_threshold, precision)
         else:
-            subject = ClassifierSubject(opened, name, autocast)
+            subject = ClassifierSubject(opened, name, precision)
         source, data_names = _open(data, subject.task, classes or classes_of(subject.class_names), min_area, names)
         if "classes" not in opened.metadata and len(subject.class_names) == len(source.class_names):
             subject.class_names = source.class_names  # of weights that do not name their classes

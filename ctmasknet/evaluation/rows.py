@@ -16,9 +16,8 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,9 +38,8 @@ from ctmasknet.evaluation.metrics import (
     segmentation_rows,
 )
 from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN
-from ctmasknet.models.inference import PAPER, detect_at
+from ctmasknet.models.inference import PAPER, Inference, Precision, Reading
 from ctmasknet.models.inference import Protocol as Detection
-from ctmasknet.predictor import operating_point
 from ctmasknet.registry import Task
 from ctmasknet.weights.files import sha256_of, state_digest
 from ctmasknet.zoo import class_names
@@ -85,34 +83,35 @@ class SegmenterSubject:
         self,
         model: LesionMaskRCNN,
         name: str,
-        score_threshold: float | None,
-        nms_threshold: float | None,
-        autocast: torch.dtype | None,
+        score_threshold: float | None = None,
+        nms_threshold: float | None = None,
+        precision: Precision = "float32",
     ) -> None:
-        self.model, self.name, self.class_names = model.eval(), name, class_names(model)
+        """The operating point is the model's own, but for a threshold that is given."""
+        self.name, self.class_names = name, class_names(model)
         self.training_minutes = _minutes(model)
-        self._autocast = autocast
-        own_score, own_nms = operating_point(model)
-        score = own_score if score_threshold is None else score_threshold
-        nms = own_nms if nms_threshold is None else nms_threshold
-        masks = model.config.mask_score
+        self._inference = Inference(model, precision)
+        point = Detection.of(model)
+        if score_threshold is not None:
+            point = replace(point, score_threshold=score_threshold)
+        if nms_threshold is not None:
+            point = replace(point, nms_threshold=nms_threshold)
         # COCO AP counts every score; its NMS is that of the operating point.
         self._protocols = {
             "paper": PAPER,
-            "operating_point": Detection(score, nms, masks),
-            "coco": Detection(COCO_SCORE, nms, masks),
+            "operating_point": point,
+            "coco": replace(point, score_threshold=COCO_SCORE),
         }
         self.facts = {
             "weights": digest(model),
             "config": model.config.to_dict(),
             "protocols": {name: asdict(protocol) for name, protocol in self._protocols.items()},
-            "precision": str(autocast or torch.float32),
+            "precision": precision,
         }
 
     def rows(self, samples: Sequence[SegmentationSample]) -> list[Row]:
-        with _precision(self.model, self._autocast):
-            results = found_on(self.model, samples, list(self._protocols.values()))
-        return [segmentation_row(sample, *found) for sample, found in zip(samples, results, strict=True)]
+        found = found_on(self._inference, samples, *self._protocols.values())
+        return [segmentation_row(sample, *by_protocol) for sample, by_protocol in zip(samples, found, strict=True)]
 
 
 class ClassifierSubject:
@@ -120,25 +119,22 @@ class ClassifierSubject:
 
     task: Task = "classification"
 
-    def __init__(self, model: COVIDCTMaskNet, name: str, autocast: torch.dtype | None) -> None:
-        self.model, self.name, self.class_names = model.eval(), name, class_names(model)
+    def __init__(self, model: COVIDCTMaskNet, name: str, precision: Precision = "float32") -> None:
+        self.name, self.class_names = name, class_names(model)
         self.training_minutes = _minutes(model)
-        self._autocast = autocast
+        self._inference = Inference(model, precision)
         self.facts = {
             "weights": digest(model),
             "config": model.config.to_dict(),
-            "precision": str(autocast or torch.float32),
+            "precision": precision,
             "roi_thresholds": list(ROI_THRESHOLDS),
         }
 
-    @torch.no_grad()
     def rows(self, samples: Sequence[ClassificationSample]) -> list[Row]:
-        device = next(self.model.parameters()).device
-        with _precision(self.model, self._autocast):
-            results = self.model([_input(sample.image, device) for sample in samples])
         rows = []
-        for sample, result in zip(samples, results, strict=True):
+        for sample, reading in zip(samples, _readings(self._inference, samples), strict=True):
             check_label(sample, len(self.class_names))
+            result = self._inference.classify(reading)
             scores = result["scores"].cpu().numpy()
             rows.append(
                 {
@@ -153,12 +149,12 @@ class ClassifierSubject:
 
 @torch.no_grad()
 def found_on(
-    model: LesionMaskRCNN, samples: Sequence[SegmentationSample], protocols: Sequence[Detection]
-) -> list[list[Found]]:
-    """What a segmenter in evaluation mode detects on slices by each protocol, from one pass."""
-    device = next(model.parameters()).device
-    results = detect_at(model, [_input(sample.image, device) for sample in samples], protocols)
-    return [[{key: value.cpu() for key, value in found.items()} for found in result] for result in results]
+    inference: Inference, samples: Sequence[SegmentationSample], *protocols: Detection
+) -> Iterator[list[Found]]:
+    """What a segmenter detects on each slice by each protocol, from one pass."""
+    for reading in _readings(inference, samples):
+        found = inference.detect(reading, *protocols)
+        yield [{key: value.cpu() for key, value in vars(one).items()} for one in found]
 
 
 def segmentation_row(sample: SegmentationSample, paper: Found, operating_point: Found, coco: Found) -> Row:
@@ -169,19 +165,20 @@ def segmentation_row(sample: SegmentationSample, paper: Found, operating_point: 
     return row | {"coco": _coco_row(sample, coco)}
 
 
-def search_rows(model: LesionMaskRCNN, samples: Sequence[SegmentationSample]) -> list[Row]:
+def search_rows(inference: Inference, samples: Sequence[SegmentationSample]) -> list[Row]:
     """Per slice what `operating_points` needs to choose among its candidates, and COCO AP at each NMS, from one pass.
 
     Every candidate has the figures of a run at it.
     """
-    protocols = [Detection(SCORE_THRESHOLDS[0], nms, model.config.mask_score) for nms in NMS_THRESHOLDS]
+    own = Detection.of(inference.model)
+    protocols = [replace(own, score_threshold=SCORE_THRESHOLDS[0], nms_threshold=nms) for nms in NMS_THRESHOLDS]
     return [
         {
             "image_id": sample.name,
             "points": [segmentation_rows(*_masks_of(sample, found), SCORE_THRESHOLDS) for found in result],
             "coco": [_coco_row(sample, found) for found in result],
         }
-        for sample, result in zip(samples, found_on(model, samples, protocols), strict=True)
+        for sample, result in zip(samples, found_on(inference, samples, *protocols), strict=True)
     ]
 
 
@@ -210,24 +207,15 @@ def digest(model: torch.nn.Module) -> str:
     return state_digest(model.state_dict())[:16]
 
 
-def _input(image: Tensor, device: torch.device) -> Tensor:
-    """(1, H, W) uint8 -> (3, H, W) float32 in 0..1."""
-    return (image.to(device).float() / 255).expand(3, -1, -1)
+def _readings(inference: Inference, samples: Sequence[Any]) -> list[Reading]:
+    """Of slices that hold (1, H, W) uint8."""
+    device = next(inference.model.parameters()).device
+    return inference.read([(sample.image.to(device).float() / 255).expand(3, -1, -1) for sample in samples])
 
 
 def _minutes(model: LesionMaskRCNN | COVIDCTMaskNet) -> float | None:
     minutes = model.metadata.get("training", {}).get("minutes")
     return None if minutes is None else float(minutes)
-
-
-@contextmanager
-def _precision(model: LesionMaskRCNN | COVIDCTMaskNet, dtype: torch.dtype | None) -> Any:
-    before = model.backbone.autocast_dtype
-    model.backbone.autocast_dtype = dtype
-    try:
-        yield
-    finally:
-        model.backbone.autocast_dtype = before
 
 
 class ImportedDetections:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models.detection.transform import resize_boxes
 
 from ctmasknet.errors import InputError
 from ctmasknet.models.config import ModelConfig
-from ctmasknet.models.detector import LesionRoIHeads, Regions, ResNetFPN, build_rpn, build_transform, freeze
+from ctmasknet.models.detector import (
+    LesionRoIHeads,
+    Regions,
+    ResNetFPN,
+    build_rpn,
+    build_transform,
+    checked_images,
+    freeze,
+    require_float32,
+)
 from ctmasknet.models.sharing import Shareable
 from ctmasknet.registry import Variant
 
@@ -23,6 +34,8 @@ class ModuleS(nn.Module):
         self.fc1 = nn.Linear(5 * slots, hidden)
         self.fc2 = nn.Linear(hidden, hidden)
         self.logits = nn.Linear(hidden, image_classes)
+        for layer in (self.fc1, self.fc2, self.logits):  # as the released code; biases are torch's
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, batches: Tensor) -> Tensor:
         return self.logits(F.relu(self.fc2(F.relu(self.fc1(batches.flatten(1))))))
@@ -31,7 +44,7 @@ class ModuleS(nn.Module):
 class COVIDCTMaskNet(Shareable, nn.Module):
     """Image classifier on top of a lesion detector without its mask head.
 
-    ``model(images, targets=None)``: `images` a list of (3, H, W) float tensors in 0..1, sizes may differ.
+    ``model(images, targets=None)``: `images` a list of (3, H, W) float32 tensors in 0..1, sizes may differ.
 
     - Training mode: `targets` is a list of dicts with `image_label` (an int or an int64 scalar tensor). Returns
       ``{"loss_image": ...}``, binary cross-entropy with logits on one-hot labels. The detector stays in evaluation
@@ -47,6 +60,10 @@ class COVIDCTMaskNet(Shareable, nn.Module):
         variant: the registry's entry.
         config: the settings it was built with.
         metadata: what is known of its weights (metrics, ...); plain values.
+
+    Raises:
+        InputError: images or targets of another kind; says which and what to do.
+        ConfigError: the model is not in float32.
     """
 
     def __init__(self, variant: Variant, config: ModelConfig) -> None:
@@ -75,44 +92,46 @@ class COVIDCTMaskNet(Shareable, nn.Module):
             module.eval()
         return self
 
-    def forward(self, images: list[Tensor], targets: list[dict[str, Any]] | None = None) -> Any:
+    def forward(self, images: Sequence[Tensor], targets: list[dict[str, Any]] | None = None) -> Any:
         if self.training and targets is None:
             raise InputError("training needs targets: a list of dicts with image_label, one per image")
-        sizes = [(int(image.shape[-2]), int(image.shape[-1])) for image in images]
-        batch, _ = self.transform(list(images))
+        require_float32(self)
+        images = checked_images(images)
+        batch, _ = self.transform(images)
         features = self.backbone(batch.tensors)
         proposals, _ = self.rpn(batch, features)
         regions = self.roi_heads.regions(features, proposals, batch.image_sizes)
         if self.training and targets is not None:
-            return {"loss_image": image_loss(self._logits(regions)[0], targets)}
-        return self.classify(regions, batch.image_sizes, sizes)
+            logits = [self.read(r, random=True)[0] for r in regions]
+            return {"loss_image": image_loss(torch.stack(logits), targets)}
+        sizes = [(int(image.shape[-2]), int(image.shape[-1])) for image in images]
+        return [self.classify(*one) for one in zip(regions, batch.image_sizes, sizes, strict=True)]
 
-    def classify(
-        self, regions: list[Regions], resized: list[tuple[int, int]], sizes: list[tuple[int, int]]
-    ) -> list[dict[str, Tensor]]:
-        """The results of evaluation mode, from each image's ranked regions.
+    def read(self, regions: Regions, *, random: bool = False) -> tuple[Tensor, Regions]:
+        """Module S's (K,) logits for the ranked regions of an image, and those that stand in its RoI batch.
+
+        Args:
+            random: draw which regions are repeated, as in training.
+        """
+        matrix, batch = fill_batch(regions, self._slots, replicate=self.config.replicate, random=random)
+        return self.module_s(matrix[None])[0], batch
+
+    def classify(self, regions: Regions, resized: tuple[int, int], size: tuple[int, int]) -> dict[str, Tensor]:
+        """The result of evaluation mode, from an image's ranked regions.
 
         Args:
             regions: boxes in pixels of the resized image.
-            resized, sizes: (height, width) of each image, resized and as given.
+            resized, size: (height, width) of the image, resized and as given.
         """
-        logits, batches = self._logits(regions)
-        results = [
-            {
-                "logits": row,
-                "probabilities": row.softmax(-1),
-                "boxes": r.boxes,
-                "scores": r.scores,
-                "labels": r.labels,
-                "deltas": r.deltas,
-            }
-            for row, r in zip(logits, batches, strict=True)
-        ]
-        return self.transform.postprocess(results, resized, sizes)
-
-    def _logits(self, regions: list[Regions]) -> tuple[Tensor, list[Regions]]:
-        filled = [fill_batch(r, self._slots, replicate=self.config.replicate, random=self.training) for r in regions]
-        return self.module_s(torch.stack([matrix for matrix, _ in filled])), [batch for _, batch in filled]
+        logits, batch = self.read(regions)
+        return {
+            "logits": logits,
+            "probabilities": logits.softmax(-1),
+            "boxes": resize_boxes(batch.boxes, list(resized), list(size)),
+            "scores": batch.scores,
+            "labels": batch.labels,
+            "deltas": batch.deltas,
+        }
 
 
 def image_loss(logits: Tensor, targets: list[dict[str, Any]]) -> Tensor:

@@ -1,8 +1,12 @@
-"""The parts both model families share, built from torchvision's: transform, RPN, RoI heads."""
+"""The lesion detector: ResNet body and FPN, RPN, RoI heads, and Mask R-CNN made of them (paper section 2, Figure 1a).
+
+Built from torchvision's parts; the classifiers share all but the mask branch.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,17 +22,49 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, batched_nms, clip_boxes_to_image
 
+from ctmasknet.errors import ConfigError, InputError
 from ctmasknet.models.config import ModelConfig
 from ctmasknet.models.sharing import Shareable
 from ctmasknet.registry import Variant
 
 BOX_HIDDEN = 128
 _BOX_POOL, _BOX_SAMPLING = 7, 2
+_MASK_POOL, _MASK_SAMPLING = 14, 2
+_SLACK = 1e-3  # by which rounding and resampling may leave 0..1; more is another unit
+
+
+class ResNetFPN(nn.Module):
+    """timm ResNet up to the variant's last stage, then FPN: one level, or four for ResNet50.
+
+    Attributes:
+        autocast_dtype: run body and FPN under autocast in this dtype, None for the input's own. Features
+            leave in float32 either way: box arithmetic in bfloat16 moves boxes by whole pixels.
+    """
+
+    out_channels = 256
+
+    def __init__(self, variant: Variant) -> None:
+        super().__init__()
+        levels = range(variant.stages - variant.levels + 1, variant.stages + 1)
+        # zero_init_last=False: the paper's bodies are torchvision's, which start with every residual branch open.
+        self.body = timm.create_model(
+            variant.backbone, features_only=True, out_indices=tuple(levels), zero_init_last=False
+        )
+        self.fpn = FeaturePyramidNetwork(self.body.feature_info.channels(), self.out_channels)
+        self.autocast_dtype: torch.dtype | None = None
+
+    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
+        """(B, 3, H, W) normalised images -> {"0": (B, 256, H / stride, W / stride), ...}, finest level first."""
+        enabled = self.autocast_dtype is not None
+        with torch.autocast(images.device.type, dtype=self.autocast_dtype, enabled=enabled):
+            maps = self.body(images)
+            features = self.fpn(OrderedDict((str(level), m) for level, m in enumerate(maps)))
+        return OrderedDict((level, feature.float()) for level, feature in features.items())
 
 
 @dataclass
 class Regions:
-    """What the box branch says of one image, best score first, after NMS; one row per RoI and class.
+    """What the box branch says of one image, best score first; one row per RoI and class.
 
     Attributes:
         boxes: (N, 4) xyxy, pixels of the resized image, clipped to it.
@@ -41,6 +77,16 @@ class Regions:
     scores: Tensor
     labels: Tensor
     deltas: Tensor
+
+    def __getitem__(self, rows: Tensor) -> Regions:
+        """Some of them: row numbers, or a mask."""
+        return Regions(self.boxes[rows], self.scores[rows], self.labels[rows], self.deltas[rows])
+
+    def kept(self, score_threshold: float, nms_threshold: float, count: int) -> Tensor:
+        """Numbers of the rows scored above a threshold that NMS per class leaves, best first, so many at most."""
+        rows = (self.scores > score_threshold).nonzero().squeeze(1)
+        left = batched_nms(self.boxes[rows], self.scores[rows].detach(), self.labels[rows], nms_threshold)
+        return rows[left[:count]]
 
 
 class LesionRoIHeads(RoIHeads):
@@ -89,41 +135,35 @@ class LesionRoIHeads(RoIHeads):
     def regions(
         self, features: dict[str, Tensor], proposals: list[Tensor], image_shapes: list[tuple[int, int]]
     ) -> list[Regions]:
-        """The ranked regions of each image: above the score threshold, not empty, after NMS per class."""
-        pooled = self.box_head(self.box_roi_pool(features, proposals, image_shapes))
-        logits, deltas = self.box_predictor(pooled)
-        return self.rank(logits, deltas, proposals, image_shapes)
+        """The ranked regions of each image, at the thresholds set here: not empty, after NMS per class."""
+        logits, deltas = self.box_predictor(self.box_head(self.box_roi_pool(features, proposals, image_shapes)))
+        counts = [len(p) for p in proposals]
+        per_image = zip(logits.split(counts), deltas.split(counts), proposals, image_shapes, strict=True)
+        ranked = [self.rank(*image, self.score_thresh) for image in per_image]
+        return [r[r.kept(self.score_thresh, self.nms_thresh, self.detections_per_img)] for r in ranked]
 
     def rank(
-        self, logits: Tensor, deltas: Tensor, proposals: list[Tensor], image_shapes: list[tuple[int, int]]
-    ) -> list[Regions]:
-        """The ranked regions that the box predictor's (R, K) logits and (R, 4 K) deltas give for R proposals."""
-        scores = logits.softmax(-1) if self.roi_score == "softmax" else logits.sigmoid()
-        boxes = self.box_coder.decode(deltas, proposals)
-        counts = [len(p) for p in proposals]
-        per_image = zip(
-            boxes.split(counts),
-            scores.split(counts),
-            deltas.view(len(boxes), -1, 4).split(counts),
-            image_shapes,
-            strict=True,
-        )
-        return [self._rank(*image) for image in per_image]
+        self, logits: Tensor, deltas: Tensor, proposals: Tensor, shape: tuple[int, int], score_threshold: float
+    ) -> Regions:
+        """The regions of one image above a score, not empty, best first, before NMS.
 
-    def _rank(self, boxes: Tensor, scores: Tensor, deltas: Tensor, shape: tuple[int, int]) -> Regions:
-        lesion_classes = scores.shape[1] - 1
-        labels = torch.arange(1, lesion_classes + 1, device=scores.device).repeat(len(scores))
+        Args:
+            logits, deltas: (R, K) and (R, 4 K), what the box predictor says of the (R, 4) proposals.
+            shape: (height, width) of the resized image.
+        """
+        scores = logits.softmax(-1) if self.roi_score == "softmax" else logits.sigmoid()
+        labels = torch.arange(1, scores.shape[1], device=scores.device).repeat(len(scores))
+        boxes = self.box_coder.decode(deltas, [proposals])
         boxes = clip_boxes_to_image(boxes[:, 1:].reshape(-1, 4), shape)
         scores = scores[:, 1:].reshape(-1)
-        deltas = deltas[:, 1:].reshape(-1, 4)
-        valid = scores > self.score_thresh
+        deltas = deltas.view(len(proposals), -1, 4)[:, 1:].reshape(-1, 4)
+        valid = scores > score_threshold
         if self.drop_empty:
             sides = boxes[:, 2:] - boxes[:, :2]
             valid &= sides.prod(1) > 0
         rows = valid.nonzero().squeeze(1)
-        kept = batched_nms(boxes[rows], scores[rows].detach(), labels[rows], self.nms_thresh)
-        rows = rows[kept[: self.detections_per_img]]
-        return Regions(boxes[rows], scores[rows], labels[rows], deltas[rows])
+        rows = rows[scores[rows].detach().argsort(descending=True, stable=True)]
+        return Regions(boxes, scores, labels, deltas)[rows]
 
     def _masks(
         self, features: dict[str, Tensor], regions: list[Regions], image_shapes: list[tuple[int, int]]
@@ -135,6 +175,49 @@ class LesionRoIHeads(RoIHeads):
         if self.mask_score == "sigmoid":
             chosen = chosen.sigmoid()
         return chosen.split([len(r.labels) for r in regions])
+
+
+class LesionMaskRCNN(Shareable, GeneralizedRCNN):
+    """Mask R-CNN for lesions in chest CT slices, with torchvision's calling convention.
+
+    ``model(images, targets=None)``: `images` a list of (3, H, W) float32 tensors in 0..1, sizes may differ.
+
+    - Training mode: `targets` is a list of dicts with boxes (N, 4) float32 xyxy in pixels, labels (N,) int64 and masks
+      (N, H, W); slices without lesions have N = 0. Returns a dict of losses.
+    - Evaluation mode: returns per image a dict of boxes (N, 4), labels (N,), scores (N,) falling, and masks
+      (N, 1, H, W) float32: probabilities, or raw logits with ``mask_score="logit"``; foreground above 0.5.
+
+    Images of different sizes in one call are padded to the largest, as in torchvision, which changes results a little;
+    `Predictor` and `ctmasknet.models.inference` keep each slice's result its own.
+
+    Attributes:
+        variant: the registry's entry.
+        config: the settings it was built with.
+        metadata: what is known of its weights (operating point, metrics, ...); plain values.
+
+    Raises:
+        InputError: images of another kind; says which and what to do.
+        ConfigError: the model is not in float32.
+    """
+
+    def __init__(self, variant: Variant, config: ModelConfig) -> None:
+        backbone = ResNetFPN(variant)
+        roi_heads = LesionRoIHeads(config, variant.levels, backbone.out_channels)
+        # Table 1's lightweight models also shrink the mask branch: one 3x3 layer where ResNet50 has four.
+        # Their weights start from torchvision's Kaiming normal (fan-out, ReLU), which is the released code's too.
+        layers, hidden = ((256,) * 4, 256) if variant.backbone == "resnet50" else ((128,), 128)
+        names = [str(level) for level in range(variant.levels)]
+        roi_heads.mask_roi_pool = MultiScaleRoIAlign(names, _MASK_POOL, _MASK_SAMPLING)
+        roi_heads.mask_head = MaskRCNNHeads(backbone.out_channels, layers, dilation=1)
+        roi_heads.mask_predictor = MaskRCNNPredictor(layers[-1], hidden, config.num_classes)
+        super().__init__(backbone, build_rpn(config, variant), roi_heads, build_transform(config))
+        self.variant = variant
+        self.config = config
+        self.metadata: dict[str, Any] = {}
+
+    def forward(self, images: Sequence[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
+        require_float32(self)
+        return super().forward(checked_images(images), targets)
 
 
 def build_transform(config: ModelConfig) -> GeneralizedRCNNTransform:
@@ -169,64 +252,43 @@ def freeze(module: nn.Module) -> None:
         parameter.requires_grad_(False)
 
 
-class ResNetFPN(nn.Module):
-    """timm ResNet up to the variant's last stage, then FPN: one level, or four for ResNet50.
+def checked_images(images: Sequence[Tensor]) -> list[Tensor]:
+    """The images as a list, if they are what a model takes: (3, H, W) float32 tensors with values in 0..1.
 
-    Attributes:
-        autocast_dtype: run body and FPN under autocast in this dtype, None for the input's own. Features
-            leave in float32 either way: box arithmetic in bfloat16 moves boxes by whole pixels.
+    Raises:
+        InputError: they are not; names the first that is not and the fix.
     """
+    wanted = "give a list of (3, H, W) float32 tensors with values in 0..1"
+    batch = isinstance(images, Tensor) and images.dim() == 4
+    if not batch and (isinstance(images, Tensor) or not isinstance(images, Sequence)):
+        raise InputError(f"images is a single {type(images).__name__}: {wanted}")
+    if len(images) == 0:
+        raise InputError(f"no images: {wanted}")
+    for number, image in enumerate(images):
+        name = f"images[{number}]"
+        if not isinstance(image, Tensor):
+            raise InputError(f"{name} is of type {type(image).__name__}: {wanted} (torch.from_numpy(array))")
+        if image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
+            raise InputError(f"{name} has shape {tuple(image.shape)}: {wanted} (repeat grey: image.expand(3, -1, -1))")
+        if image.dtype != torch.float32:
+            raise InputError(f"{name} is {image.dtype}: {wanted} (8 bit: image.float() / 255)")
+        low, high = (float(extreme) for extreme in image.detach().aminmax())
+        if not low - low == high - high == 0:
+            raise InputError(f"{name} holds NaN or infinite values: replace them first")
+        if low < -_SLACK or high > 1 + _SLACK:
+            raise InputError(
+                f"{name} has values from {low:g} to {high:g}: {wanted} (read_slice puts HU and files there)"
+            )
+    return list(images)
 
-    out_channels = 256
 
-    def __init__(self, variant: Variant) -> None:
-        super().__init__()
-        levels = range(variant.stages - variant.levels + 1, variant.stages + 1)
-        # zero_init_last=False: the paper's bodies are torchvision's, which start with every residual branch open.
-        self.body = timm.create_model(
-            variant.backbone, features_only=True, out_indices=tuple(levels), zero_init_last=False
+def require_float32(model: nn.Module) -> None:
+    """Raises:
+    ConfigError: the weights have another precision; says how to compute in a lower one.
+    """
+    dtype = next(model.parameters()).dtype
+    if dtype != torch.float32:
+        raise ConfigError(
+            f"the model is in {dtype}, but box arithmetic needs float32: call model.float(). For convolutions of lower "
+            "precision set model.backbone.autocast_dtype, or use Predictor(precision=...)"
         )
-        self.fpn = FeaturePyramidNetwork(self.body.feature_info.channels(), self.out_channels)
-        self.autocast_dtype: torch.dtype | None = None
-
-    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
-        """(B, 3, H, W) normalised images -> {"0": (B, 256, H / stride, W / stride), ...}, finest level first."""
-        enabled = self.autocast_dtype is not None
-        with torch.autocast(images.device.type, dtype=self.autocast_dtype, enabled=enabled):
-            maps = self.body(images)
-            features = self.fpn(OrderedDict((str(level), m) for level, m in enumerate(maps)))
-        return OrderedDict((level, feature.float()) for level, feature in features.items())
-
-
-_MASK_POOL, _MASK_SAMPLING = 14, 2
-
-
-class LesionMaskRCNN(Shareable, GeneralizedRCNN):
-    """Lesion detector and segmenter with torchvision's calling convention.
-
-    ``model(images, targets=None)``: `images` a list of (3, H, W) float tensors in 0..1, sizes may differ.
-
-    - Training mode: `targets` is a list of dicts with boxes (N, 4) float32 xyxy in pixels, labels (N,) int64 and masks
-      (N, H, W); slices without lesions have N = 0. Returns a dict of losses.
-    - Evaluation mode: returns per image a dict of boxes (N, 4), labels (N,), scores (N,) falling, and masks
-      (N, 1, H, W) float32: probabilities, or raw logits with ``mask_score="logit"``; foreground above 0.5.
-
-    Attributes:
-        variant: the registry's entry.
-        config: the settings it was built with.
-        metadata: what is known of its weights (operating point, metrics, ...); plain values.
-    """
-
-    def __init__(self, variant: Variant, config: ModelConfig) -> None:
-        backbone = ResNetFPN(variant)
-        roi_heads = LesionRoIHeads(config, variant.levels, backbone.out_channels)
-        # Table 1's lightweight models also shrink the mask branch: one 3x3 layer where ResNet50 has four.
-        layers, hidden = ((256,) * 4, 256) if variant.backbone == "resnet50" else ((128,), 128)
-        names = [str(level) for level in range(variant.levels)]
-        roi_heads.mask_roi_pool = MultiScaleRoIAlign(names, _MASK_POOL, _MASK_SAMPLING)
-        roi_heads.mask_head = MaskRCNNHeads(backbone.out_channels, layers, dilation=1)
-        roi_heads.mask_predictor = MaskRCNNPredictor(layers[-1], hidden, config.num_classes)
-        super().__init__(backbone, build_rpn(config, variant), roi_heads, build_transform(config))
-        self.variant = variant
-        self.config = config
-        self.metadata: dict[str, Any] = {}

@@ -1,10 +1,22 @@
-"""Inference of the same models, faster: the same detections up to rounding.
+"""Inference outside training, the one way everything that predicts or measures runs a model: read, rank, paste.
 
-What is done differently from the plain path, each with a test against it (`tests/test_fast.py`):
+    inference = Inference(model)                              # once per model and precision
+    for reading in inference.read(images):                    # body, FPN, RPN, box branch: once per slice
+        found, = inference.detect(reading, Protocol(0.35, 0.5))    # a segmenter's detections
+        strict, every = inference.detect(reading, PAPER, Protocol(0.05, 0.5))  # at several settings, from the same pass
+        scores = inference.score_map(reading)                 # its raw mask scores
+        result = inference.classify(reading)                  # a classifier's probabilities and RoI batch
 
-- BatchNorm is folded into the convolutions before it, tensors are channels-last, optionally bfloat16;
+Thresholds are arguments, and neither the model's mode nor its settings are changed, so that one `Inference` serves
+several threads. A slice's result depends on that slice alone: only slices that are of one shape after resizing are
+batched, so nothing is padded for a neighbour's sake, and on a CPU each goes alone.
+
+The models' own `forward` is for training, and the reference for this. It gives the same detections up to rounding
+(`tests/test_fast.py`). What is done differently:
+
+- BatchNorm is folded into the convolutions before it, tensors are channels-last, optionally in lower precision;
 - the RPN chooses its best anchors first and decodes those, where torchvision decodes all (read in 0.29);
-- on a CPU, RoIAlign is that of `ctmasknet.models.inference`;
+- on a CPU, RoIAlign runs on all threads;
 - masks are pasted inside their boxes only and kept as bool.
 
 Box arithmetic is float32 throughout. The model itself is copied, not changed.
@@ -15,9 +27,8 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +39,15 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops import MultiScaleRoIAlign, batched_nms, clip_boxes_to_image, remove_small_boxes, roi_align
 
+from ctmasknet.errors import ConfigError
 from ctmasknet.models.classifier import COVIDCTMaskNet
-from ctmasknet.models.detector import LesionMaskRCNN, LesionRoIHeads, Regions
+from ctmasknet.models.detector import LesionMaskRCNN, Regions, checked_images, require_float32
 from ctmasknet.registry import Variant
+
+Precision = Literal["float32", "bfloat16", "float16"]
+
+EVERY_SCORE = -0.01
+"""Score threshold that lets every RoI through (paper section 3)."""
 
 _READING_SETTINGS = (
     "num_classes",
@@ -47,9 +64,44 @@ _READING_SETTINGS = (
 )
 
 
-@dataclass
-class Found:
-    """What a segmenter says of one image: boxes (N, 4) in its pixels, labels, scores (N,), masks (N, H, W) bool."""
+@dataclass(frozen=True)
+class Protocol:
+    """What counts as a detection, and as its mask.
+
+    Attributes:
+        score_threshold: detections scored above it.
+        nms_threshold: of the RoI NMS, per class.
+        mask_score: foreground is above 0.5 in pasted probabilities (``"sigmoid"``) or in pasted raw
+            logits (``"logit"``, as the released code does).
+        detections: so many per image at most, the best.
+    """
+
+    score_threshold: float
+    nms_threshold: float
+    mask_score: Literal["sigmoid", "logit"] = "sigmoid"
+    detections: int = 128
+
+    @classmethod
+    def of(cls, model: LesionMaskRCNN) -> Protocol:
+        """As the model is set: its weights' operating point, unless it was built with other thresholds."""
+        heads = model.roi_heads
+        return cls(heads.score_thresh, heads.nms_thresh, heads.mask_score, heads.detections_per_img)
+
+
+PAPER = Protocol(0.75, 0.75, "logit")
+"""How Table 2 was made (paper section 3; the logits: released code)."""
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What a segmenter says of one image, best score first.
+
+    Attributes:
+        boxes: (N, 4) float32 xyxy in pixels of the image.
+        labels: (N,) int64.
+        scores: (N,) float32.
+        masks: (N, H, W) bool.
+    """
 
     boxes: Tensor
     labels: Tensor
@@ -57,38 +109,44 @@ class Found:
     masks: Tensor
 
 
-@dataclass
+@dataclass(frozen=True)
 class Reading:
-    """What the detector up to its box predictor makes of some images, before any threshold.
+    """What the detector up to its box predictor makes of one image, before any threshold.
 
     Attributes:
-        features: (B, C, H, W) float32 per level, finest first.
-        proposals: (N, 4) per image, pixels of the resized image.
-        logits, deltas: (R, K) and (R, 4 K), one row per proposal of all images.
-        resized, sizes: (height, width) of each image, as the network saw it and as given.
+        features: (1, C, H, W) float32 per level, finest first.
+        proposals: (R, 4), pixels of the resized image.
+        logits, deltas: (R, K) and (R, 4 K), one row per proposal.
+        resized, size: (height, width) as the network saw it and as given.
     """
 
     features: list[Tensor]
-    proposals: list[Tensor]
+    proposals: Tensor
     logits: Tensor
     deltas: Tensor
-    resized: list[tuple[int, int]]
-    sizes: list[tuple[int, int]]
+    resized: tuple[int, int]
+    size: tuple[int, int]
 
 
-class FastInference:
+class Inference:
     """Inference of one model.
 
     Args:
-        model: in evaluation mode; later changes of its weights are not seen (`is_current` tells), those of its
-            thresholds are.
-        dtype: of the convolutions of body, FPN and RPN head: ``torch.float32`` or ``torch.bfloat16``.
+        model: in float32, on its device, in either mode; later changes of its weights are not seen (`is_current`
+            tells).
+        precision: of the convolutions of body, FPN and RPN head; ``"float16"`` on a GPU only.
+
+    Raises:
+        ConfigError: unknown precision, or one that the device cannot compute; a model that is not in float32.
     """
 
-    def __init__(self, model: LesionMaskRCNN | COVIDCTMaskNet, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, model: LesionMaskRCNN | COVIDCTMaskNet, precision: Precision = "float32") -> None:
+        require_float32(model)
+        dtype = dtype_of(precision, next(model.parameters()).device)
         self.model = model
         self._stamp = _stamp(model)
         self._network = _Network(model, dtype)
+        self._transform = copy.deepcopy(model.transform).eval()
         heads = model.roi_heads
         size = heads.box_roi_pool.output_size[0]
         # Pooled rows come as (7 * 7, C), not (C, 7 * 7): the first layer's weights are put in that order.
@@ -105,39 +163,101 @@ class FastInference:
         return self._stamp == _stamp(self.model)
 
     @torch.inference_mode()
-    def read(self, images: list[Tensor]) -> Reading:
-        """Everything before the thresholds, for (3, H, W) images in 0..1."""
-        batch, _ = self.model.transform(list(images))
-        # On a CPU one image at a time is as fast as several, and holds less memory.
-        chunks = batch.tensors.split(1 if batch.tensors.device.type == "cpu" else len(batch.tensors))
-        outputs = [self._network(chunk) for chunk in chunks]
-        features, objectness, rpn_deltas = (
-            [torch.cat(level) for level in zip(*(output[part] for output in outputs), strict=True)] for part in range(3)
-        )
-        proposals = choose_proposals(self.model.rpn, objectness, rpn_deltas, batch)
-        logits, deltas = self._box_branch(features, proposals)
-        sizes = [(int(image.shape[-2]), int(image.shape[-1])) for image in images]
-        return Reading(features, proposals, logits, deltas, batch.image_sizes, sizes)
+    def read(self, images: Sequence[Tensor]) -> list[Reading]:
+        """Everything before the thresholds, of each image.
+
+        Args:
+            images: (3, H, W) float32 in 0..1, on the model's device; sizes may differ.
+
+        Raises:
+            InputError: images of another kind, or with NaN; says which.
+        """
+        images = checked_images(images)
+        resized = [self._transform.resize(self._transform.normalize(image), None)[0] for image in images]
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for index, image in enumerate(resized):
+            # On a CPU one image at a time is as fast as several, and holds less memory.
+            alone = (index,) if image.device.type == "cpu" else ()
+            groups.setdefault((*image.shape, *alone), []).append(index)
+        readings: dict[int, Reading] = {}
+        for members in groups.values():
+            sizes = [(int(images[index].shape[-2]), int(images[index].shape[-1])) for index in members]
+            readings |= zip(members, self._read([resized[index] for index in members], sizes), strict=True)
+        return [readings[index] for index in range(len(images))]
 
     @torch.inference_mode()
-    def segment(self, reading: Reading) -> list[Found]:
-        """A segmenter's detections, at the thresholds of the model's RoI heads."""
-        regions = self._rank(reading)
+    def detect(self, reading: Reading, *protocols: Protocol) -> list[Detections]:
+        """A segmenter's detections by each protocol; at least one is needed.
+
+        Raises:
+            TypeError: the model is a classifier, which has no masks.
+        """
+        ranked = self._rank(reading, min(p.score_threshold for p in protocols))
+        kept = [ranked.kept(p.score_threshold, p.nms_threshold, p.detections) for p in protocols]
+        wanted = torch.cat(kept).unique()
+        logits = self._mask_logits(reading, ranked[wanted])
         results = []
-        for r, mask, resized, size in zip(
-            regions, self._masks(reading.features, regions), reading.resized, reading.sizes, strict=True
-        ):
-            boxes = resize_boxes(r.boxes, list(resized), list(size))
-            results.append(Found(boxes, r.labels, r.scores, paste_masks(mask, boxes, size)))
+        for protocol, rows in zip(protocols, kept, strict=True):
+            found, masks = ranked[rows], logits[torch.searchsorted(wanted, rows)]
+            if protocol.mask_score == "sigmoid":
+                masks = masks.sigmoid()
+            boxes = resize_boxes(found.boxes, list(reading.resized), list(reading.size))
+            results.append(Detections(boxes, found.labels, found.scores, paste_masks(masks, boxes, reading.size)))
         return results
 
     @torch.inference_mode()
-    def classify(self, reading: Reading) -> list[dict[str, Tensor]]:
-        """What the classifier gives in evaluation mode."""
-        model = self.model
+    def classify(self, reading: Reading) -> dict[str, Tensor]:
+        """What a classifier gives in evaluation mode: logits, probabilities (K,) and its RoI batch.
+
+        Raises:
+            TypeError: the model is a segmenter.
+        """
+        model, heads = self.model, self.model.roi_heads
         if not isinstance(model, COVIDCTMaskNet):
             raise TypeError(f"{model.variant.name} is not a classifier")
-        return model.classify(self._rank(reading), reading.resized, reading.sizes)
+        ranked = self._rank(reading, heads.score_thresh)
+        regions = ranked[ranked.kept(heads.score_thresh, heads.nms_thresh, heads.detections_per_img)]
+        return model.classify(regions, reading.resized, reading.size)
+
+    @torch.inference_mode()
+    def score_map(self, reading: Reading, *, nms_threshold: float = PAPER.nms_threshold, rois: int = 128) -> Tensor:
+        """Raw mask logits of a segmenter's RoIs, pasted and combined by their maximum (Figure 2, column 2).
+
+        RoIs count whatever their score; each is 0 outside its box, so a pixel that no RoI speaks for is 0.
+
+        Args:
+            nms_threshold: of the RoI NMS, per class.
+            rois: the best so many RoIs only.
+
+        Returns:
+            (H, W) float32.
+        """
+        ranked = self._rank(reading, EVERY_SCORE)
+        best = ranked[ranked.kept(EVERY_SCORE, nms_threshold, rois)]
+        logits = self._mask_logits(reading, best)
+        combined = logits.new_full(reading.size, -torch.inf)
+        speaking = torch.zeros_like(combined)
+        boxes = resize_boxes(best.boxes, list(reading.resized), list(reading.size))
+        for _, place, values in _pasted(logits, boxes, reading.size):
+            combined[place] = torch.maximum(combined[place], values)
+            speaking[place] += 1
+        return torch.where(speaking < len(logits), combined.clamp(min=0), combined) if len(logits) else speaking
+
+    def _read(self, images: list[Tensor], sizes: list[tuple[int, int]]) -> list[Reading]:
+        """Resized images of one shape."""
+        shape = (int(images[0].shape[-2]), int(images[0].shape[-1]))
+        tensors = self._transform.batch_images(images, self._transform.size_divisible)
+        features, objectness, rpn_deltas = self._network(tensors)
+        batch = ImageList(tensors, [shape] * len(images))
+        proposals = choose_proposals(self.model, objectness, rpn_deltas, batch)
+        logits, deltas = self._box_branch(features, proposals)
+        counts = [len(p) for p in proposals]
+        return [
+            Reading([level[index : index + 1] for level in features], *rows, shape, size)
+            for index, (*rows, size) in enumerate(
+                zip(proposals, logits.split(counts), deltas.split(counts), sizes, strict=True)
+            )
+        ]
 
     def _box_branch(self, features: list[Tensor], proposals: list[Tensor]) -> tuple[Tensor, Tensor]:
         heads = self.model.roi_heads
@@ -147,27 +267,40 @@ class FastInference:
             hidden[part] = F.linear(rows.flatten(1), self._fc6, heads.box_head.fc6.bias)
         return heads.box_predictor(F.relu(heads.box_head.fc7(F.relu(hidden))))
 
-    def _rank(self, reading: Reading) -> list[Regions]:
-        return self.model.roi_heads.rank(reading.logits, reading.deltas, reading.proposals, reading.resized)
+    def _rank(self, reading: Reading, score_threshold: float) -> Regions:
+        return self.model.roi_heads.rank(
+            reading.logits, reading.deltas, reading.proposals, reading.resized, score_threshold
+        )
 
-    def _masks(self, features: list[Tensor], regions: list[Regions]) -> list[Tensor]:
-        """(N, 28, 28) scores of each image's regions, probabilities or logits as the model is set."""
-        heads = self.model.roi_heads
-        labels = torch.cat([r.labels for r in regions])
-        if self._mask_head is None or len(labels) == 0:
-            side = 2 * heads.mask_roi_pool.output_size[0]
-            return [features[0].new_zeros(len(r.labels), side, side) for r in regions]
-        aligned = heads.mask_roi_pool
-        side = aligned.output_size[0]
-        chosen = features[0].new_empty(len(labels), 2 * side, 2 * side)
-        boxes = [r.boxes for r in regions]
-        for part, rows in pool(features, boxes, self._scales, side, aligned.sampling_ratio):
+    def _mask_logits(self, reading: Reading, regions: Regions) -> Tensor:
+        """(N, 28, 28) raw mask scores."""
+        if self._mask_head is None:
+            raise TypeError(f"{self.model.variant.name} is a classifier: it has no masks")
+        heads, labels = self.model.roi_heads, regions.labels
+        side = heads.mask_roi_pool.output_size[0]
+        chosen = reading.features[0].new_empty(len(labels), 2 * side, 2 * side)
+        if len(labels) == 0:
+            return chosen
+        samples = heads.mask_roi_pool.sampling_ratio
+        for part, rows in pool(reading.features, [regions.boxes], self._scales, side, samples):
             maps = rows.view(len(rows), side, side, -1).permute(0, 3, 1, 2)
             logits = heads.mask_predictor(self._mask_head(maps))
             chosen[part] = logits[torch.arange(len(part), device=logits.device), labels[part]]
-        if heads.mask_score == "sigmoid":
-            chosen = chosen.sigmoid()
-        return list(chosen.split([len(r.labels) for r in regions]))
+        return chosen
+
+
+def dtype_of(precision: str, device: torch.device) -> torch.dtype:
+    """The torch type of a precision by name.
+
+    Raises:
+        ConfigError: unknown, or ``"float16"`` on a device that has no fast units for it.
+    """
+    if precision not in get_args(Precision):
+        raise ConfigError(f"precision={precision!r}: use {', '.join(map(repr, get_args(Precision)))}")
+    if precision == "float16" and device.type == "cpu":
+        raise ConfigError("precision='float16' needs a GPU: on a CPU use 'float32', or 'bfloat16' where it has units")
+    dtype: torch.dtype = getattr(torch, precision)
+    return dtype
 
 
 def same_detector(one: LesionMaskRCNN | COVIDCTMaskNet, other: LesionMaskRCNN | COVIDCTMaskNet) -> bool:
@@ -240,18 +373,19 @@ def fold_batch_norm(body: nn.Module) -> None:
 
 
 def choose_proposals(
-    rpn: RegionProposalNetwork, objectness: list[Tensor], deltas: list[Tensor], batch: ImageList
+    model: LesionMaskRCNN | COVIDCTMaskNet, objectness: list[Tensor], deltas: list[Tensor], batch: ImageList
 ) -> list[Tensor]:
     """The RPN's proposals, (N, 4) per image, from its head's (B, H * W * A) and (B, H * W * A, 4) rows per level.
 
     As torchvision's `filter_proposals`, but the best anchors of each level are chosen before any is decoded.
     """
+    rpn, config = model.rpn, model.config  # the RPN's own counts depend on its mode
     generator = rpn.anchor_generator
     height, width = batch.tensors.shape[-2:]
     boxes, scores, levels = [], [], []
     for level, (scored, rows, cells) in enumerate(zip(objectness, deltas, generator.cell_anchors, strict=True)):
         cells = cells.to(rows)
-        count = min(rpn.pre_nms_top_n(), scored.shape[1])
+        count = min(config.rpn_pre_nms_top_n_test, scored.shape[1])
         best, index = scored.topk(count, dim=1)
         # The grid of a level: its cells are the image's divided by a whole stride.
         grid_width, stride_y, stride_x = _grid(rows.shape[1] // len(cells), height, width)
@@ -265,7 +399,7 @@ def choose_proposals(
         levels.append(torch.full((count,), level, device=rows.device))
     all_boxes, all_scores, all_levels = torch.cat(boxes, 1), torch.cat(scores, 1), torch.cat(levels)
     return [
-        _suppress(rpn, b, s, all_levels, size)
+        _suppress(rpn, b, s, all_levels, size)[: config.rpn_post_nms_top_n_test]
         for b, s, size in zip(all_boxes, all_scores, batch.image_sizes, strict=True)
     ]
 
@@ -287,27 +421,31 @@ def _suppress(
         kept = kept[scores[kept] >= rpn.score_thresh]
         boxes, scores, levels = boxes[kept], scores[kept], levels[kept]
     kept = batched_nms(boxes, scores, levels, rpn.nms_thresh)
-    return boxes[kept[: rpn.post_nms_top_n()]]
+    return boxes[kept]
 
 
 def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """(N, 28, 28) mask scores -> (N, H, W) bool, above 0.5; torchvision's pasting, inside each box only."""
+    result = torch.zeros(len(masks), *size, dtype=torch.bool, device=masks.device)
+    for row, place, values in _pasted(masks, boxes, size):
+        result[row][place] = values > 0.5
+    return result
+
+
+def _pasted(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Iterator[tuple[int, tuple[slice, slice], Tensor]]:
+    """Of each mask its number, rows and columns of the image, and its values there."""
     height, width = size
-    result = torch.zeros(len(masks), height, width, dtype=torch.bool, device=masks.device)
-    if len(masks) == 0:
-        return result
     side = masks.shape[-1]
     padded = F.pad(masks, (1, 1, 1, 1))
     half = (boxes[:, 2:] - boxes[:, :2]) * 0.5 * ((side + 2) / side)
     centre = (boxes[:, 2:] + boxes[:, :2]) * 0.5
     corners = torch.cat([centre - half, centre + half], dim=1).to(torch.int64).tolist()
-    for canvas, mask, (x1, y1, x2, y2) in zip(result, padded, corners, strict=True):
+    for row, (mask, (x1, y1, x2, y2)) in enumerate(zip(padded, corners, strict=True)):
         w, h = max(x2 - x1 + 1, 1), max(y2 - y1 + 1, 1)
-        resized = F.interpolate(mask[None, None], size=(h, w), mode="bilinear", align_corners=False)[0, 0] > 0.5
+        resized = F.interpolate(mask[None, None], size=(h, w), mode="bilinear", align_corners=False)[0, 0]
         left, top = max(x1, 0), max(y1, 0)
         right, bottom = min(x2 + 1, width), min(y2 + 1, height)
-        canvas[top:bottom, left:right] = resized[top - y1 : bottom - y1, left - x1 : right - x1]
-    return result
+        yield row, (slice(top, bottom), slice(left, right)), resized[top - y1 : bottom - y1, left - x1 : right - x1]
 
 
 def computes_bfloat16(device: torch.device) -> bool:
@@ -319,6 +457,10 @@ def computes_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and any(query is not None and query() for query in queries)
 
 
+# RoIAlign on all threads of a CPU, forward and backward; torchvision's runs on one (read in 0.29). Every bin is a
+# weighted sum of feature rows, the four cells around each of its samples, and `embedding_bag` computes such sums; the
+# transpose, a weighted sum of bins for every cell, is the gradient. Values and gradients are torchvision's up to
+# rounding (`tests/test_roi_align.py`). On other devices torchvision's operator is used.
 _CANONICAL_SIZE, _CANONICAL_LEVEL = 224.0, 4  # of the FPN paper, as in torchvision's MultiScaleRoIAlign
 _AT_ONCE = 512  # boxes, to bound the memory
 
@@ -488,150 +630,3 @@ def _pool_by_torchvision(
         rows = (level == number).nonzero().squeeze(1)
         pooled[rows] = roi_align(feature, rois[rows], side, scale, samples)
     return pooled.flatten(2).transpose(1, 2)
-
-
-EVERY_SCORE = -0.01
-"""Score threshold that lets every RoI through (paper section 3)."""
-
-_PASTED_AT_ONCE = 16  # RoIs: a pasted one is as large as the image, so a map is put together in parts
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """What counts as a detection.
-
-    Attributes:
-        score_threshold: detections scored above it.
-        nms_threshold: of the RoI NMS, per class.
-        mask_score: foreground is above 0.5 in pasted probabilities (``"sigmoid"``) or in pasted raw
-            logits (``"logit"``, as the released code does).
-    """
-
-    score_threshold: float
-    nms_threshold: float
-    mask_score: Literal["sigmoid", "logit"] = "sigmoid"
-
-
-PAPER = Protocol(0.75, 0.75, "logit")
-"""How Table 2 was made (paper section 3; the logits: released code)."""
-
-
-@torch.no_grad()
-def detect_at(
-    model: LesionMaskRCNN, images: Sequence[Tensor], protocols: Sequence[Protocol]
-) -> list[list[dict[str, Tensor]]]:
-    """Detections by several protocols from one pass: what the model gives when set to each.
-
-    Args:
-        model: a segmenter in evaluation mode; its own thresholds play no part, `detections_per_img` does.
-        images: (3, H, W) float in 0..1, sizes may differ.
-        protocols: at least one.
-
-    Returns:
-        Per image and protocol a dict of boxes (N, 4), labels (N,), scores (N,), masks (N, H, W) bool.
-    """
-    heads = model.roi_heads
-    features, regions, shapes = _ranked_regions(model, images, min(p.score_threshold for p in protocols))
-    kept = [[_kept(r, p, heads.detections_per_img) for p in protocols] for r in regions]
-    wanted = [torch.cat(rows).unique() for rows in kept]
-    logits = _mask_logits(heads, features, [_rows(r, w) for r, w in zip(regions, wanted, strict=True)], shapes)
-    results = []
-    for index, image in enumerate(images):
-        found = []
-        for protocol, rows in zip(protocols, kept[index], strict=True):
-            chosen = _rows(regions[index], rows)
-            masks = logits[index][torch.searchsorted(wanted[index], rows)]
-            if protocol.mask_score == "sigmoid":
-                masks = masks.sigmoid()
-            found.append(_pasted(model, chosen, masks, shapes[index], image))
-        results.append(found)
-    return results
-
-
-@torch.no_grad()
-def score_maps(
-    model: LesionMaskRCNN, images: Sequence[Tensor], *, nms_threshold: float = 0.75, rois: int | None = None
-) -> list[Tensor]:
-    """Raw mask logits of every RoI, pasted into the image and combined by their maximum (Figure 2, column 2).
-
-    RoIs count whatever their score; each is 0 outside its box, so a pixel that no RoI speaks for is 0.
-
-    Args:
-        model: a segmenter in evaluation mode.
-        images: (3, H, W) float in 0..1, sizes may differ.
-        nms_threshold: of the RoI NMS, per class (the paper's: 0.75).
-        rois: the best so many RoIs only; None takes the model's `detections_per_img` (the paper's: 128).
-
-    Returns:
-        One (H, W) float32 map per image.
-    """
-    heads = model.roi_heads
-    count = heads.detections_per_img if rois is None else rois
-    features, regions, shapes = _ranked_regions(model, images, EVERY_SCORE)
-    best = [_rows(r, _kept(r, Protocol(EVERY_SCORE, nms_threshold), count)) for r in regions]
-    logits = _mask_logits(heads, features, best, shapes)
-    maps = []
-    for image, r, masks, shape in zip(images, best, logits, shapes, strict=True):
-        size = (int(image.shape[-2]), int(image.shape[-1]))
-        combined: Tensor | None = None
-        for start in range(0, len(r.scores), _PASTED_AT_ONCE):
-            part = slice(start, start + _PASTED_AT_ONCE)
-            result = {"boxes": r.boxes[part], "masks": masks[part]}
-            pasted = model.transform.postprocess([result], [shape], [size])[0]["masks"][:, 0].amax(0)
-            combined = pasted if combined is None else torch.maximum(combined, pasted)
-        maps.append(image.new_zeros(size) if combined is None else combined)
-    return maps
-
-
-def _ranked_regions(
-    model: LesionMaskRCNN, images: Sequence[Tensor], score_threshold: float
-) -> tuple[dict[str, Tensor], list[Regions], list[tuple[int, int]]]:
-    """Features, every region above the threshold before NMS, best first, and the sizes of the resized images."""
-    batch, _ = model.transform(list(images))
-    features = model.backbone(batch.tensors)
-    proposals, _ = model.rpn(batch, features)
-    # NMS at 1 removes nothing: it is done afterwards, once per protocol.
-    with heads_set_to(model.roi_heads, score_thresh=score_threshold, nms_thresh=1.0, detections_per_img=1 << 30):
-        regions = model.roi_heads.regions(features, proposals, batch.image_sizes)
-    return features, regions, batch.image_sizes
-
-
-def _kept(regions: Regions, protocol: Protocol, count: int) -> Tensor:
-    """Rows that the protocol keeps, best first."""
-    rows = (regions.scores > protocol.score_threshold).nonzero().squeeze(1)
-    order = batched_nms(regions.boxes[rows], regions.scores[rows], regions.labels[rows], protocol.nms_threshold)
-    return rows[order[:count]]
-
-
-def _rows(regions: Regions, rows: Tensor) -> Regions:
-    return Regions(*(getattr(regions, field.name)[rows] for field in fields(Regions)))
-
-
-def _mask_logits(
-    heads: LesionRoIHeads, features: dict[str, Tensor], regions: list[Regions], shapes: list[tuple[int, int]]
-) -> tuple[Tensor, ...]:
-    with heads_set_to(heads, mask_score="logit"):
-        return heads._masks(features, regions, shapes)
-
-
-def _pasted(
-    model: LesionMaskRCNN, regions: Regions, masks: Tensor, shape: tuple[int, int], image: Tensor
-) -> dict[str, Tensor]:
-    """A result in pixels of the input, masks binary."""
-    size = (int(image.shape[-2]), int(image.shape[-1]))
-    result = {"boxes": regions.boxes, "labels": regions.labels, "scores": regions.scores, "masks": masks}
-    result = model.transform.postprocess([result], [shape], [size])[0]
-    return result | {"masks": result["masks"][:, 0] > 0.5}
-
-
-@contextmanager
-def heads_set_to(heads: LesionRoIHeads, **values: object) -> Iterator[None]:
-    """RoI heads with other settings for a while; afterwards they are as they were."""
-    before = {name: getattr(heads, name) for name in values}
-    for name, value in values.items():
-        setattr(heads, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(heads, name, value)

@@ -25,6 +25,7 @@ _DETECTOR_HEADS = (
     "roi_heads.mask_predictor.mask_fcn_logits.",
 )
 _IMAGE_HEADS = ("module_s.logits.",)
+_OPERATING_POINT = {"score_threshold": "box_score_thresh", "nms_threshold": "box_nms_thresh"}
 _BEYOND_A_BODY = ("layer2.", "layer3.", "layer4.", "fc.")  # what a cut ResNet may lack
 
 
@@ -39,18 +40,25 @@ def build(variant: Variant, options: Mapping[str, Any]) -> Model:
 
 
 def assemble(variant: Variant, stored: StoredWeights, options: Mapping[str, Any]) -> Model:
-    """A model with stored weights, in evaluation mode; `options` replace those stored.
+    """A model with stored weights, in evaluation mode, set to their operating point; `options` replace what is stored.
 
     Raises:
         ConfigError: unknown option, impossible value.
         WeightsError: the weights do not fit.
     """
+    metadata = dict(stored.metadata)
+    point = dict(metadata.get("operating_point", {})) if variant.task == "segmentation" else {}
+    for key, option in _OPERATING_POINT.items():
+        if option in options:  # the caller's threshold is the model's, and the weights' is no longer
+            point.pop(key, None)
+            metadata["operating_point"] = point
+    thresholds = {_OPERATING_POINT[key]: value for key, value in point.items()}
     try:
-        model = build(variant, stored.config | dict(options))
+        model = build(variant, stored.config | thresholds | dict(options))
     except ConfigError as error:
         raise ConfigError(f"{stored.path.parent / 'config.json'} with the options given: {error}") from None
     new_heads = load(model, stored.tensors, stored.path)
-    model.metadata = dict(stored.metadata)
+    model.metadata = metadata
     if new_heads:
         # Untrained heads: what was measured no longer holds; the terms of the rest still do.
         model.metadata = inherited(stored.metadata, stored.variant)

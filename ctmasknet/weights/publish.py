@@ -31,8 +31,8 @@ from torch import Tensor
 
 from ctmasknet.errors import ConfigError, WeightsError
 from ctmasknet.example import example_slice
-from ctmasknet.models import Model
-from ctmasknet.models.inference import heads_set_to
+from ctmasknet.models import LesionMaskRCNN, Model
+from ctmasknet.models.inference import Inference, Protocol
 from ctmasknet.registry import DISCLAIMER, Variant, get_variant
 from ctmasknet.weights.assemble import assemble, build
 from ctmasknet.weights.files import (
@@ -387,16 +387,15 @@ def check_golden(model: Model, path: Path) -> None:
 
 
 def _outputs(model: Model, image: Tensor, count: int) -> dict[str, Tensor]:
-    inputs = [(image.float() / 255).expand(3, -1, -1)]
-    with torch.inference_mode():
-        if model.variant.task == "classification":
-            result, kept = model(inputs)[0], ("logits", "probabilities", "boxes", "scores", "labels")
-            return {key: result[key][:count].clone() for key in kept}
-        settings = {"score_thresh": 0.0, "nms_thresh": _NMS_THRESHOLD, "detections_per_img": count}
-        with heads_set_to(model.roi_heads, **settings):
-            result = model(inputs)[0]
-    areas = (result["masks"] > 0.5).flatten(1).sum(1).float()
-    return {key: result[key].clone() for key in ("boxes", "scores", "labels")} | {"areas": areas.clone()}
+    inference = Inference(model)
+    (reading,) = inference.read([(image.float() / 255).expand(3, -1, -1)])
+    if isinstance(model, LesionMaskRCNN):
+        protocol = Protocol(0.0, _NMS_THRESHOLD, model.roi_heads.mask_score, count)
+        (found,) = inference.detect(reading, protocol)
+        areas = found.masks.flatten(1).sum(1).float()
+        return {key: getattr(found, key).clone() for key in ("boxes", "scores", "labels")} | {"areas": areas.clone()}
+    result = inference.classify(reading)
+    return {key: result[key][:count].clone() for key in ("logits", "probabilities", "boxes", "scores", "labels")}
 
 
 def _difference(recorded: dict[str, Tensor], found: dict[str, Tensor]) -> str | None:
