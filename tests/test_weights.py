@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ctmasknet import ConfigError, WeightsError, create_model, from_pretrained, zoo
+from ctmasknet import ConfigError, WeightsError, create_model, evaluate, from_pretrained, zoo
 from ctmasknet.output import OutputError
 from ctmasknet.registry import DEFAULT_CLASSIFIER, DEFAULT_SEGMENTER
 from ctmasknet.weights import hub
@@ -20,6 +20,8 @@ from ctmasknet.weights.files import is_finite, read_weights, sha256_of, write_we
 from ctmasknet.weights.manifest import manifest
 from ctmasknet.weights.publish import model_card
 
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
 NAME = "ctmasknet_resnet18_t2"
 
 
@@ -79,6 +81,40 @@ def test_the_bundled_weights_are_what_the_manifest_says(name):
     assert card.startswith("---\n")
     assert "not a medical device" in card
     assert all(str(value) in card for value in entry.metrics.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [DEFAULT_SEGMENTER, DEFAULT_CLASSIFIER])
+def test_the_figures_of_the_bundled_weights_are_what_evaluate_gives(name):
+    data = SHARED / "data" / ("lesions" if name == DEFAULT_SEGMENTER else "classes") / "val"
+    if not data.is_dir():
+        pytest.skip("no real slices here")
+    stated = next(entry.metrics for entry in manifest() if entry.variant == name)
+    found = evaluate(name, data, device="cpu", samples=0, progress=False).metrics
+    if name == DEFAULT_SEGMENTER:
+        figures = found["operating_point"] | {f"coco_{key}": value for key, value in found["coco"].items()}
+    else:
+        parts = {
+            f"{part}_{key}": value for part in ("sensitivity", "auc") for key, value in found["slice"][part].items()
+        }
+        figures = {"accuracy": found["slice"]["accuracy"]} | parts
+    assert {key: figures[key] for key in stated} == pytest.approx(stated, abs=0.002)
+
+
+def test_the_page_of_results_says_what_the_cards_say():
+    rows = (ROOT / "docs" / "results.md").read_text().splitlines()
+    for entry in manifest():
+        if entry.variant not in (DEFAULT_SEGMENTER, DEFAULT_CLASSIFIER):
+            continue
+        (row,) = (row for row in rows if row.startswith(f"| `{entry.variant}` (default)"))
+        names = ("ap50", "ap75", "ap", "dice_pooled", "dice_mean", "false_positives_per_slice")
+        if entry.variant == DEFAULT_CLASSIFIER:
+            names = (*(f"sensitivity_{name}" for name in entry.classes), "accuracy")
+        cells = [cell.strip() for cell in row.strip("|").split("|")][-len(names) :]
+        rounded = [
+            f"{entry.metrics[name]:.{len(cell.split('.')[1])}f}" for name, cell in zip(names, cells, strict=True)
+        ]
+        assert cells == rounded
 
 
 def test_factories_and_create_model_give_the_same_weights():

@@ -300,7 +300,7 @@ def _said_of(before: Mapping[str, Any]) -> str:
     """An entry of `derived_from` as a sentence or two."""
     said = f"Training started from weights of {before['variant'] or 'an unknown variant'}"
     said += f" ({before.get('license', 'licence not stated')})."
-    said += f" Theirs: {before['dataset']}" if "dataset" in before else ""
+    said += f" Their data: {before['dataset']}" if "dataset" in before else ""
     return said + (f" {before['caveat']}" if "caveat" in before else "")
 
 
