@@ -1,19 +1,16 @@
-"""Pictures of predictions: a slice or a montage of a scan, lesions drawn on it, text below. Pillow only."""
+"""Pictures: a slice with lesions drawn on it and text below, and a montage of a scan. Pillow only."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from ctmasknet.errors import ConfigError
-from ctmasknet.registry import DISCLAIMER, class_title
-
-if TYPE_CHECKING:
-    from ctmasknet.results import Prediction
+from ctmasknet.registry import DISCLAIMER
 
 Colour = tuple[int, int, int]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -39,6 +36,15 @@ _FAINT_BAR = (112, 112, 118)
 _BAR_GROUND = (44, 44, 48)
 
 
+class Lesion(NamedTuple):
+    """A lesion to draw: its mask (H, W) bool, its box xyxy in pixels of the slice, what to write beside it."""
+
+    mask: npt.NDArray[np.bool_]
+    box: npt.NDArray[np.float32]
+    text: str
+    colour: Colour
+
+
 class _Rect(NamedTuple):
     """Integer pixels of the picture, half-open."""
 
@@ -49,14 +55,6 @@ class _Rect(NamedTuple):
 
     def overlaps(self, other: _Rect) -> bool:
         return self.x1 < other.x2 and other.x1 < self.x2 and self.y1 < other.y2 and other.y1 < self.y2
-
-
-class _Label(NamedTuple):
-    """A score, and where it goes."""
-
-    rect: _Rect
-    text: str
-    colour: Colour
 
 
 class _Style(NamedTuple):
@@ -71,95 +69,105 @@ class _Style(NamedTuple):
     line: int
 
 
-def overlay(prediction: Prediction, *, scale: int | None = None) -> Image.Image:
-    """Draw lesions on the slice, and below it the summary and the class probabilities.
+def class_colour(class_names: Sequence[str], label: int) -> Colour:
+    """The colour of a lesion class, index = label, background first; labels without a name have one, too."""
+    name = class_names[label] if label < len(class_names) else ""
+    return CLASS_COLOURS.get(name, _OTHER_COLOURS[(label - 1) % len(_OTHER_COLOURS)])
 
-    Masks are translucent with a crisp contour, boxes are outlined, scores stand on a dark backing beside
-    their box. Scores are placed in falling order where they cover neither each other nor, if possible, a
-    lesion; those left without room are counted in the strip. Without a segmenter the slice stays as it is;
-    without a classifier the strip has no probabilities.
+
+def overlay(
+    image: npt.NDArray[np.float32],
+    lesions: Sequence[Lesion],
+    *,
+    headline: str,
+    legend: Mapping[str, Colour] | None = None,
+    probabilities: Mapping[str, float] | None = None,
+    notes: Sequence[str] = (),
+    scale: int | None = None,
+) -> Image.Image:
+    """Draw lesions on a slice, and below it a line of text, bars for probabilities, and notes.
+
+    Masks are translucent with a crisp contour, boxes are outlined, texts stand on a dark backing beside their box,
+    placed in the order of the lesions where they cover neither each other nor, if possible, a lesion; those left
+    without room are counted below.
 
     Args:
-        prediction: what to draw.
+        image: (H, W) in 0..1.
+        lesions: the most important first.
+        headline: what there is to say.
+        legend: name -> colour.
+        probabilities: name -> 0..1, a bar each; the largest is bright.
+        notes: small print, to which the disclaimer is added.
         scale: pixels of the picture per pixel of the slice, >= 1. Default: the smallest that makes the longer
             side at least 768, so that text is legible; larger slices keep their size.
 
     Returns:
-        RGB, H * scale plus the strip high, and W * scale wide (wider only if the text needs it; the slice is
+        RGB, H * scale plus the text high, and W * scale wide (wider only if the text needs it; the slice is
         then centred).
 
     Raises:
         ConfigError: `scale` is not a whole number >= 1.
     """
-    height, width = prediction.image_size
+    height, width = image.shape
     if scale is None:
         scale = -(-_SMALLEST_SIDE // max(height, width))
     if not isinstance(scale, int) or scale < 1:
         raise ConfigError(f"scale={scale!r}: must be a whole number of at least 1, or None")
-    grey = np.rint(np.clip(prediction.image, 0, 1) * 255).astype(np.uint8)
+    grey = np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
     size = (width * scale, height * scale)
     picture = Image.fromarray(grey).resize(size, Image.Resampling.BICUBIC).convert("RGB")
     style = _style(size)
-
-    unlabelled = 0
-    if len(prediction.scores):
-        for label in np.unique(prediction.labels).tolist():
-            masks = prediction.masks[prediction.labels == label]
-            paint(picture, masks, _colour(prediction.class_names, label), scale=scale, line=style.line)
-        _draw_boxes(picture, prediction, scale, style)
-        labels = _place_labels(prediction, scale, style)
-        _draw_labels(picture, labels, style)
-        unlabelled = len(prediction.scores) - len(labels)
-    strip = _draw_strip(prediction, unlabelled, max(size[0], 26 * style.pad * 2), style)
-
+    boxes = [_scaled(lesion.box, size, scale) for lesion in lesions]
+    for colour in dict.fromkeys(lesion.colour for lesion in lesions):
+        masks = (lesion.mask for lesion in lesions if lesion.colour == colour)
+        paint(picture, masks, colour, scale=scale, line=style.line)
+        layer = Image.new("L", size, 0)
+        draw = ImageDraw.Draw(layer)
+        for lesion, (x1, y1, x2, y2) in zip(lesions, boxes, strict=True):
+            if lesion.colour == colour:
+                draw.rectangle((x1, y1, x2 - 1, y2 - 1), outline=round(255 * _BOX_ALPHA), width=(style.line + 1) // 2)
+        picture.paste(colour, mask=layer)
+    placed = _place_labels(lesions, boxes, size, scale, style)
+    _draw_labels(picture, placed, style)
+    if len(placed) < len(lesions):
+        notes = (f"{len(lesions) - len(placed)} of {len(lesions)} scores not shown for lack of room.", *notes)
+    wide = max(size[0], 26 * style.pad * 2)
+    strip = _draw_strip(headline, legend or {}, probabilities or {}, (*notes, DISCLAIMER), wide, style)
     canvas = Image.new("RGB", (strip.width, picture.height + strip.height), _STRIP)
     canvas.paste(picture, ((strip.width - picture.width) // 2, 0))
     canvas.paste(strip, (0, picture.height))
     return canvas
 
 
-def _style(size: tuple[int, int]) -> _Style:
-    # The geometric mean: text fits long narrow pictures too, and grows with large ones.
-    side = (size[0] * size[1]) ** 0.5
-    body = max(17, round(side / 46))
-    label, small = max(13, round(0.75 * body)), max(12, round(0.65 * body))
-    return _Style(
-        body=ImageFont.load_default(size=body),
-        label=ImageFont.load_default(size=label),
-        small=ImageFont.load_default(size=small),
-        row=round(1.3 * body),
-        fine_row=round(1.35 * small),
-        pad=max(8, body // 2),
-        line=max(1, round(side / 640)),
-    )
-
-
 def montage(
     tiles: Sequence[tuple[str, npt.NDArray[np.uint8], npt.NDArray[np.uint8]]],
     class_names: Sequence[str],
-    summary: str,
-    caveats: Sequence[str],
+    headline: str,
+    notes: Sequence[str] = (),
 ) -> Image.Image:
-    """Slices of a scan side by side, each over its caption, with the summary and the caveats below.
+    """Slices of a scan side by side, each over its caption, with a line of text and notes below.
 
     Args:
         tiles: caption, the slice (H, W) in grey, and the label of the lesion at each pixel (H, W), 0 for none.
         class_names: index = label, background first.
+        headline: what there is to say.
+        notes: small print, to which the disclaimer is added.
     """
     font = ImageFont.load_default(size=13)
     row = 20
     columns = min(_COLUMNS, max(len(tiles), 1))
     width, cell = columns * _TILE, _TILE + row
     above = -(-len(tiles) // columns) * cell
-    text = [(line, _TEXT) for line in _wrap(summary, font, width - 8)]
-    text += [(line, _FAINT_TEXT) for note in (*caveats, DISCLAIMER) for line in _wrap(note, font, width - 8)]
+    text = [(line, _TEXT) for line in _wrap(headline, font, width - 8)]
+    text += [(line, _FAINT_TEXT) for note in (*notes, DISCLAIMER) for line in _wrap(note, font, width - 8)]
     picture = Image.new("RGB", (width, above + len(text) * row), _STRIP)
     draw = ImageDraw.Draw(picture)
     for place, (caption, grey, labels) in enumerate(tiles):
         x, y = place % columns * _TILE, place // columns * cell
         shown = Image.fromarray(grey).convert("RGB")
         for label in np.unique(labels[labels > 0]).tolist():
-            paint(shown, [labels == label], _colour(class_names, label))
+            line = max(1, round(max(shown.size) / _TILE))  # it must survive the reduction
+            paint(shown, [labels == label], class_colour(class_names, label), line=line)
         enlarged = _TILE / max(shown.size)
         shown = shown.resize((max(round(shown.width * enlarged), 1), max(round(shown.height * enlarged), 1)))
         picture.paste(shown, (x + (_TILE - shown.width) // 2, y + (_TILE - shown.height) // 2))
@@ -192,9 +200,20 @@ def paint(
     picture.paste(colour, mask=Image.fromarray(contour))
 
 
-def _colour(class_names: Sequence[str], label: int) -> Colour:
-    name = class_names[label] if label < len(class_names) else ""
-    return CLASS_COLOURS.get(name, _OTHER_COLOURS[(label - 1) % len(_OTHER_COLOURS)])
+def _style(size: tuple[int, int]) -> _Style:
+    # The geometric mean: text fits long narrow pictures too, and grows with large ones.
+    side = (size[0] * size[1]) ** 0.5
+    body = max(17, round(side / 46))
+    label, small = max(13, round(0.75 * body)), max(12, round(0.65 * body))
+    return _Style(
+        body=ImageFont.load_default(size=body),
+        label=ImageFont.load_default(size=label),
+        small=ImageFont.load_default(size=small),
+        row=round(1.3 * body),
+        fine_row=round(1.35 * small),
+        pad=max(8, body // 2),
+        line=max(1, round(side / 640)),
+    )
 
 
 def _window(mask: npt.NDArray[np.bool_]) -> tuple[slice, slice] | None:
@@ -223,52 +242,40 @@ def _enlarge(mask: npt.NDArray[np.bool_], scale: int, line: int) -> tuple[npt.ND
     return shape, shape & ~inside
 
 
-def _scaled_box(prediction: Prediction, index: int, scale: int) -> _Rect:
-    height, width = (side * scale for side in prediction.image_size)
-    x1, y1, x2, y2 = (round(float(value) * scale) for value in prediction.boxes[index])
+def _scaled(box: npt.NDArray[np.float32], size: tuple[int, int], scale: int) -> _Rect:
+    width, height = size
+    x1, y1, x2, y2 = (round(float(value) * scale) for value in box)
     x1, y1 = min(max(x1, 0), width - 1), min(max(y1, 0), height - 1)
     return _Rect(x1, y1, max(min(x2, width), x1 + 1), max(min(y2, height), y1 + 1))
 
 
-def _draw_boxes(picture: Image.Image, prediction: Prediction, scale: int, style: _Style) -> None:
-    for label in np.unique(prediction.labels).tolist():
-        layer = Image.new("L", picture.size, 0)
-        draw = ImageDraw.Draw(layer)
-        for index in np.flatnonzero(prediction.labels == label).tolist():
-            x1, y1, x2, y2 = _scaled_box(prediction, index, scale)
-            draw.rectangle((x1, y1, x2 - 1, y2 - 1), outline=round(255 * _BOX_ALPHA), width=(style.line + 1) // 2)
-        picture.paste(_colour(prediction.class_names, label), mask=layer)
-
-
-def _place_labels(prediction: Prediction, scale: int, style: _Style) -> list[_Label]:
-    """Scores that find room, best first; none of them overlaps another or leaves the slice."""
-    height, width = (side * scale for side in prediction.image_size)
-    lesion = prediction.lesion_mask
+def _place_labels(
+    lesions: Sequence[Lesion], boxes: Sequence[_Rect], size: tuple[int, int], scale: int, style: _Style
+) -> list[tuple[_Rect, Lesion]]:
+    """Where texts find room; none of them overlaps another or leaves the slice."""
+    width, height = size
     margin = max(3, style.pad // 3)
     top, bottom = _extent(style.label)
-    labels: list[_Label] = []
-    for index in np.argsort(-prediction.scores, kind="stable").tolist():
-        label = int(prediction.labels[index])
-        text = f"{prediction.scores[index]:.2f}"
-        if len(prediction.class_names) > 2:
-            text = f"{class_title(prediction.class_name(label))} {text}"
-        w = round(style.label.getlength(text)) + 3 * margin
-        h = bottom - top + 2 * margin
+    h = bottom - top + 2 * margin
+    marked = np.any([lesion.mask for lesion in lesions], axis=0) if lesions else np.zeros((1, 1), bool)
+    placed: list[tuple[_Rect, Lesion]] = []
+    for lesion, box in zip(lesions, boxes, strict=True):
+        w = round(style.label.getlength(lesion.text)) + 3 * margin
         if w > width or h > height:
             continue
         best: tuple[float, _Rect] | None = None
-        for rank, (x, y) in enumerate(_positions(_scaled_box(prediction, index, scale), w, h, style.line)):
+        for rank, (x, y) in enumerate(_positions(box, w, h, style.line)):
             x, y = min(max(x, 0), width - w), min(max(y, 0), height - h)
             rect = _Rect(x, y, x + w, y + h)
-            if any(rect.overlaps(other.rect) for other in labels):
+            if any(rect.overlaps(other) for other, _ in placed):
                 continue
-            hidden = lesion[y // scale : -(-rect.y2 // scale), x // scale : -(-rect.x2 // scale)]
+            hidden = marked[y // scale : -(-rect.y2 // scale), x // scale : -(-rect.x2 // scale)]
             cost = np.count_nonzero(hidden) / hidden.size + 0.04 * rank
             if best is None or cost < best[0]:
                 best = (cost, rect)
         if best is not None:
-            labels.append(_Label(best[1], text, _colour(prediction.class_names, label)))
-    return labels
+            placed.append((best[1], lesion))
+    return placed
 
 
 def _positions(box: _Rect, w: int, h: int, gap: int) -> Iterator[tuple[int, int]]:
@@ -282,18 +289,18 @@ def _positions(box: _Rect, w: int, h: int, gap: int) -> Iterator[tuple[int, int]
     yield from ((box.x1 + gap, y) for y in range(box.y1 + gap, box.y2 - h, step))
 
 
-def _draw_labels(picture: Image.Image, labels: list[_Label], style: _Style) -> None:
+def _draw_labels(picture: Image.Image, placed: Sequence[tuple[_Rect, Lesion]], style: _Style) -> None:
     backing = Image.new("L", picture.size, 0)
     draw = ImageDraw.Draw(backing)
-    for rect, _, _ in labels:
+    for rect, _ in placed:
         draw.rectangle((rect.x1, rect.y1, rect.x2 - 1, rect.y2 - 1), fill=round(255 * _BACKING_ALPHA))
     picture.paste((0, 0, 0), mask=backing)
     draw = ImageDraw.Draw(picture)
     margin = max(3, style.pad // 3)
     top, _ = _extent(style.label)
-    for rect, text, colour in labels:
-        draw.rectangle((rect.x1, rect.y1, rect.x1 + margin // 2, rect.y2 - 1), fill=colour)
-        draw.text((rect.x1 + 2 * margin, rect.y1 + margin - top), text, fill=(255, 255, 255), font=style.label)
+    for rect, lesion in placed:
+        draw.rectangle((rect.x1, rect.y1, rect.x1 + margin // 2, rect.y2 - 1), fill=lesion.colour)
+        draw.text((rect.x1 + 2 * margin, rect.y1 + margin - top), lesion.text, fill=(255, 255, 255), font=style.label)
 
 
 def _extent(font: Font) -> tuple[int, int]:
@@ -302,70 +309,54 @@ def _extent(font: Font) -> tuple[int, int]:
     return int(box[1]), int(box[3])
 
 
-def _draw_strip(prediction: Prediction, unlabelled: int, width: int, style: _Style) -> Image.Image:
+def _draw_strip(
+    headline: str,
+    legend: Mapping[str, Colour],
+    probabilities: Mapping[str, float],
+    notes: Sequence[str],
+    width: int,
+    style: _Style,
+) -> Image.Image:
     """The text below the slice; as high as it needs."""
     inner = width - 2 * style.pad
-    headline = _wrap(prediction.summary, style.body, inner)
-    notes = [*prediction.caveats, DISCLAIMER]
-    if unlabelled:
-        notes.insert(0, f"{unlabelled} of {len(prediction.scores)} scores not shown for lack of room.")
+    lines = _wrap(headline, style.body, inner)
     small = [line for note in notes for line in _wrap(note, style.small, inner)]
-    legend = _legend(prediction)
-    rows = len(headline) + len(prediction.class_probabilities or {}) + bool(legend)
+    rows = len(lines) + len(probabilities) + bool(legend)
     height = rows * style.row + len(small) * style.fine_row + 3 * style.pad
     strip = Image.new("RGB", (width, height), _STRIP)
     draw = ImageDraw.Draw(strip)
 
-    y = style.pad
-    for line in headline:
-        draw.text((style.pad, y + style.row // 2), line, fill=_TEXT, font=style.body, anchor="lm")
+    y = style.pad + style.row // 2  # the middle of a row
+    for line in lines:
+        draw.text((style.pad, y), line, fill=_TEXT, font=style.body, anchor="lm")
         y += style.row
     if legend:
-        x, middle, half = style.pad, y + style.row // 2, style.fine_row // 4
-        for name, colour in legend:
-            draw.rectangle((x, middle - half, x + 2 * half, middle + half), fill=colour)
-            draw.text((x + 4 * half, middle), name, fill=_TEXT, font=style.small, anchor="lm")
+        x, half = style.pad, style.fine_row // 4
+        for name, colour in legend.items():
+            draw.rectangle((x, y - half, x + 2 * half, y + half), fill=colour)
+            draw.text((x + 4 * half, y), name, fill=_TEXT, font=style.small, anchor="lm")
             x += 4 * half + round(style.small.getlength(name)) + 2 * style.pad
         y += style.row
-    y = _draw_probabilities(draw, prediction, y, width, style) + style.pad
-    for line in small:
-        draw.text((style.pad, y + style.fine_row // 2), line, fill=_FAINT_TEXT, font=style.small, anchor="lm")
-        y += style.fine_row
-    return strip
-
-
-def _draw_probabilities(draw: ImageDraw.ImageDraw, prediction: Prediction, y: int, width: int, style: _Style) -> int:
-    """One bar per class of the slice, the most probable one bright. Returns where the next line starts."""
-    probabilities = prediction.class_probabilities
-    if not probabilities:
-        return y
-    longest = max(style.small.getlength(class_title(name)) for name in probabilities)
+    largest = max(probabilities.values(), default=0)
+    longest = max((style.small.getlength(name) for name in probabilities), default=0)
     left = min(style.pad * 2 + round(longest), width // 2)
     right = width - style.pad * 2 - round(style.small.getlength("0.00"))
     half = max(3, style.row // 6)
     for name, probability in probabilities.items():
-        middle = y + style.row // 2
-        text, bar = (_TEXT, _BAR) if name == prediction.predicted_class else (_FAINT_TEXT, _FAINT_BAR)
-        title = _wrap(class_title(name), style.small, left - 2 * style.pad)[0]
-        draw.text((style.pad, middle), title, fill=text, font=style.small, anchor="lm")
-        draw.rectangle((left, middle - half, right, middle + half), fill=_BAR_GROUND)
+        text, bar = (_TEXT, _BAR) if probability == largest else (_FAINT_TEXT, _FAINT_BAR)
+        title = _wrap(name, style.small, left - 2 * style.pad)[0]
+        draw.text((style.pad, y), title, fill=text, font=style.small, anchor="lm")
+        draw.rectangle((left, y - half, right, y + half), fill=_BAR_GROUND)
         filled = left + round((right - left) * min(max(probability, 0.0), 1.0))
         if filled > left:
-            draw.rectangle((left, middle - half, filled, middle + half), fill=bar)
-        number = f"{probability:.2f}"
-        draw.text((width - style.pad, middle), number, fill=text, font=style.small, anchor="rm")
+            draw.rectangle((left, y - half, filled, y + half), fill=bar)
+        draw.text((width - style.pad, y), f"{probability:.2f}", fill=text, font=style.small, anchor="rm")
         y += style.row
-    return y
-
-
-def _legend(prediction: Prediction) -> list[tuple[str, Colour]]:
-    """Names and colours of the lesion classes in the picture; none if there is only one to be told."""
-    if len(prediction.class_names) < 3:
-        return []
-    return [
-        (class_title(prediction.class_name(label)), _colour(prediction.class_names, label))
-        for label in np.unique(prediction.labels).tolist()
-    ]
+    y += style.pad - style.row // 2 + style.fine_row // 2
+    for line in small:
+        draw.text((style.pad, y), line, fill=_FAINT_TEXT, font=style.small, anchor="lm")
+        y += style.fine_row
+    return strip
 
 
 def _wrap(text: str, font: Font, width: float) -> list[str]:

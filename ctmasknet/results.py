@@ -15,7 +15,7 @@ from PIL import Image
 
 from ctmasknet.errors import CTMaskNetError, InputError
 from ctmasknet.output import Content, PathLike, csv_text, json_bytes, write_files
-from ctmasknet.overlay import montage, overlay
+from ctmasknet.overlay import Lesion, class_colour, montage, overlay
 from ctmasknet.registry import class_title
 
 if TYPE_CHECKING:
@@ -172,8 +172,30 @@ class Prediction:
         }
 
     def plot(self, *, scale: int | None = None) -> Image.Image:
-        """The slice with its lesions, scores and class probabilities drawn on it: see `overlay`."""
-        return overlay(self, scale=scale)
+        """The slice with its lesions and scores drawn on it, best first, and below it summary and probabilities.
+
+        Without a segmenter the slice stays as it is; without a classifier there are no probabilities.
+
+        Args:
+            scale: pixels of the picture per pixel of the slice, see `overlay`.
+        """
+        several = len(self.class_names) > 2
+        lesions = []
+        for index in np.argsort(-self.scores, kind="stable").tolist():
+            label, text = int(self.labels[index]), f"{self.scores[index]:.2f}"
+            text = f"{class_title(self.class_name(label))} {text}" if several else text
+            colour = class_colour(self.class_names, label)
+            lesions.append(Lesion(self.masks[index], self.boxes[index], text, colour))
+        shown = np.unique(self.labels).tolist() if several else []
+        return overlay(
+            self.image,
+            lesions,
+            headline=self.summary,
+            legend={class_title(self.class_name(label)): class_colour(self.class_names, label) for label in shown},
+            probabilities={class_title(name): value for name, value in (self.class_probabilities or {}).items()},
+            notes=self.caveats,
+            scale=scale,
+        )
 
     def save(self, directory: PathLike, name: str | None = None) -> list[Path]:
         """Write `<name>.overlay.png` and `<name>.json` into `directory`, which is created if missing.

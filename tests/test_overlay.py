@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from ctmasknet.errors import ConfigError
-from ctmasknet.overlay import _enlarge, _place_labels, _style, overlay
+from ctmasknet.overlay import Lesion, _enlarge, _place_labels, _Rect, _scaled, _style, montage
 from ctmasknet.results import Prediction
 
 
@@ -59,7 +59,7 @@ def on_slice(picture: Image.Image, prediction: Prediction, scale: int) -> npt.ND
 
 def test_only_masks_boxes_and_labels_change_the_slice() -> None:
     prediction = discs(400, 400, [(200, 200, 50)])
-    difference = np.abs(on_slice(overlay(prediction, scale=2), prediction, 2) - plain(prediction, 2)).max(axis=2)
+    difference = np.abs(on_slice(prediction.plot(scale=2), prediction, 2) - plain(prediction, 2)).max(axis=2)
     inside = prediction.masks[0].repeat(2, axis=0).repeat(2, axis=1)
     assert (difference[inside] > 0).mean() > 0.99
     # The label is less than 120 x 40 pixels beside the box, which is 202 pixels wide from (300, 300).
@@ -73,7 +73,7 @@ def test_only_masks_boxes_and_labels_change_the_slice() -> None:
 def test_ground_glass_stays_visible_under_the_fill() -> None:
     prediction = discs(400, 400, [(200, 200, 50)])
     window = (slice(370, 430), slice(370, 430))
-    drawn = on_slice(overlay(prediction, scale=2), prediction, 2)[window]
+    drawn = on_slice(prediction.plot(scale=2), prediction, 2)[window]
     original = plain(prediction, 2)[window]
     assert drawn.std(axis=(0, 1)).min() > 0.6 * original.std(axis=(0, 1)).min()
 
@@ -82,7 +82,7 @@ def test_overlapping_masks_do_not_pile_up() -> None:
     once = discs(300, 300, [(150, 150, 60)])
     often = discs(300, 300, [(150, 150, 60)] * 20)
     window = (slice(420, 480), slice(420, 480))  # the middle of the disc at scale 3, away from labels
-    a, b = (on_slice(overlay(p, scale=3), p, 3)[window] for p in (once, often))
+    a, b = (on_slice(p.plot(scale=3), p, 3)[window] for p in (once, often))
     np.testing.assert_array_equal(a, b)
 
 
@@ -97,7 +97,7 @@ def test_overlapping_masks_do_not_pile_up() -> None:
     ],
 )
 def test_small_slices_are_enlarged_and_large_ones_left(size: tuple[int, int], enlarged: tuple[int, int]) -> None:
-    picture = overlay(discs(*size, [(16, 16, 6)]))
+    picture = discs(*size, [(16, 16, 6)]).plot()
     assert picture.mode == "RGB"
     assert picture.width == enlarged[1]
     assert 60 < picture.height - enlarged[0] < 250  # the strip stands below the slice
@@ -107,23 +107,23 @@ def test_small_slices_are_enlarged_and_large_ones_left(size: tuple[int, int], en
 def test_odd_sizes_draw(size: tuple[int, int]) -> None:
     prediction = discs(*size, [(size[0] // 2, size[1] // 2, 4), (0, 0, 3)])
     scale = -(-768 // max(size))
-    drawn = on_slice(overlay(prediction), prediction, scale)
+    drawn = on_slice(prediction.plot(), prediction, scale)
     assert drawn.shape == (size[0] * scale, size[1] * scale, 3)
     assert (drawn != plain(prediction, scale)).any()
 
 
 def test_nothing_found_leaves_the_slice_as_it_is() -> None:
     prediction = discs(256, 300, [])
-    picture = overlay(prediction, scale=3)
+    picture = prediction.plot(scale=3)
     np.testing.assert_array_equal(on_slice(picture, prediction, 3), plain(prediction, 3))
     without_segmenter = dataclasses.replace(prediction, has_segmentation=False)
-    assert np.asarray(overlay(without_segmenter, scale=3)).tobytes() != np.asarray(picture).tobytes()
+    assert np.asarray(without_segmenter.plot(scale=3)).tobytes() != np.asarray(picture).tobytes()
 
 
 def test_without_a_classifier_there_are_no_probabilities() -> None:
     with_classifier = discs(256, 256, [(100, 100, 20)])
     without = dataclasses.replace(with_classifier, class_probabilities=None)
-    assert overlay(without).height < overlay(with_classifier).height
+    assert without.plot().height < with_classifier.plot().height
 
 
 def test_lesion_classes_differ_in_colour() -> None:
@@ -136,7 +136,7 @@ def test_lesion_classes_differ_in_colour() -> None:
         class_names=names,
         image=np.zeros((300, 300)),
     )
-    drawn = on_slice(overlay(prediction, scale=3), prediction, 3)
+    drawn = on_slice(prediction.plot(scale=3), prediction, 3)
     blue, red = drawn[450, 225], drawn[450, 675]
     assert blue[2] > blue[0]
     assert red[0] > red[2]
@@ -176,41 +176,51 @@ def crowd(count: int, size: int = 512) -> Prediction:
     return discs(size, size, lesions)
 
 
+def placed_labels(prediction: Prediction) -> list[tuple[_Rect, Lesion]]:
+    """Of a 512 x 512 slice enlarged twice."""
+    size = (1024, 1024)
+    lesions = [
+        Lesion(mask, box, f"{score:.2f}", (0, 0, 0))
+        for mask, box, score in zip(prediction.masks, prediction.boxes, prediction.scores, strict=True)
+    ]
+    return _place_labels(lesions, [_scaled(one.box, size, 2) for one in lesions], size, 2, _style(size))
+
+
 def test_labels_overlap_nothing_stay_inside_and_go_to_the_best_scores_first() -> None:
     prediction = crowd(128)
-    labels = _place_labels(prediction, 2, _style((1024, 1024)))
+    labels = placed_labels(prediction)
     assert len(labels) > 30
     covered = np.zeros((1024, 1024), int)
-    for rect, _, _ in labels:
+    for rect, _ in labels:
         assert 0 <= rect.x1 < rect.x2 <= 1024
         assert 0 <= rect.y1 < rect.y2 <= 1024
         covered[rect.y1 : rect.y2, rect.x1 : rect.x2] += 1
     assert covered.max() == 1
-    assert labels[0].text == "0.95"
+    assert labels[0][1].text == "0.95"
 
 
 def test_two_lesions_in_the_same_place_are_both_labelled() -> None:
     prediction = discs(512, 512, [(200, 200, 30), (200, 200, 30)])
-    assert len(_place_labels(prediction, 2, _style((1024, 1024)))) == 2
+    assert len(placed_labels(prediction)) == 2
 
 
 def test_labels_avoid_the_lesions_where_there_is_room() -> None:
     prediction = discs(512, 512, [(200, 200, 40)])
-    (label,) = _place_labels(prediction, 2, _style((1024, 1024)))
+    ((rect, _),) = placed_labels(prediction)
     lesion = prediction.masks[0].repeat(2, axis=0).repeat(2, axis=1)
-    assert not lesion[label.rect.y1 : label.rect.y2, label.rect.x1 : label.rect.x2].any()
+    assert not lesion[rect.y1 : rect.y2, rect.x1 : rect.x2].any()
 
 
 def test_128_overlapping_lesions_draw_in_reasonable_time() -> None:
     prediction = crowd(128)
     start = time.process_time()
-    overlay(prediction)
+    prediction.plot()
     assert time.process_time() - start < 5  # a fraction of a second; the margin is for slow, busy machines
 
 
 def test_a_slice_narrower_than_its_text_is_centred() -> None:
     prediction = discs(768, 60, [(300, 30, 10)], class_probabilities=None)
-    picture = np.asarray(overlay(prediction))
+    picture = np.asarray(prediction.plot())
     assert picture.shape[1] > 300
     left = (picture.shape[1] - 60) // 2
     assert (picture[:768, :left] == picture[0, 0]).all()
@@ -220,4 +230,20 @@ def test_a_slice_narrower_than_its_text_is_centred() -> None:
 @pytest.mark.parametrize("scale", [0, -1, 1.5, "2"])
 def test_an_impossible_scale_is_refused(scale: Any) -> None:
     with pytest.raises(ConfigError, match="scale"):
-        overlay(discs(64, 64, []), scale=scale)
+        discs(64, 64, []).plot(scale=scale)
+
+
+def test_a_montage_shows_its_lesions_its_caption_and_every_note() -> None:
+    grey, labels = np.full((100, 80), 60, np.uint8), np.zeros((100, 80), np.uint8)
+    labels[40:60, 30:50] = 1
+    tiles = [(f"slice {k}", grey, labels * (k % 2)) for k in range(5)]
+    bare = np.asarray(montage(tiles, ("background", "lesion"), "5 slices"))
+    assert bare.shape[:2] == (2 * (288 + 20) + 2 * 20, 4 * 288)  # tiles, captions, two lines of text
+    plain, drawn = bare[:288, :288], bare[:288, 288 : 2 * 288]
+    assert (plain[:, 40:240] == 60).all()
+    middle = drawn[144, 144]
+    assert middle[0] > middle[1] > middle[2]  # orange
+    noted = np.asarray(montage(tiles, ("background", "lesion"), "5 slices", ("probabilities are biased",)))
+    assert noted.shape[0] == bare.shape[0] + 20
+    assert (noted[-20:] == bare[-20:]).all()  # the disclaimer stays last
+    assert (noted[-40:-20] != noted[-40, 0]).any()

@@ -26,7 +26,6 @@ from ctmasknet.evaluation.metrics import (
 from ctmasknet.evaluation.rows import found_on, search_rows
 from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN
 from ctmasknet.models.inference import Inference, Protocol
-from ctmasknet.overlay import overlay
 from ctmasknet.results import Prediction
 
 
@@ -99,7 +98,7 @@ def draw_example(
         source=sample.name,
         score_threshold=score,
     )
-    return np.asarray(overlay(prediction).convert("RGB"))
+    return np.asarray(prediction.plot())
 
 
 def validate_classifier(
