@@ -22,12 +22,13 @@ import ctmasknet
 from ctmasknet import ConfigError, DataError, MissingExtraError, Predictor, create_model, evaluate
 from ctmasknet.cli import main
 from ctmasknet.data.datasets import (
-    ClassificationImages,
     ClassificationSample,
+    LabelledSlices,
     SegmentationSample,
     SliceDataset,
     open_dataset,
 )
+from ctmasknet.data.layouts import list_slices
 from ctmasknet.evaluation.metrics import SegmentationMetrics, operating_points, patient_intervals
 from ctmasknet.evaluation.rows import search_rows
 from ctmasknet.models import Model
@@ -611,10 +612,9 @@ def test_thresholds_count_for_models_each_by_itself(lesions: Path) -> None:
 
 
 def test_a_class_without_slices_is_none_not_nan(slices: Path) -> None:
-    data = open_dataset("classification", slices)
-    assert isinstance(data, ClassificationImages)
-    without = ClassificationImages([r for r in data.records if r.label != 1], data.class_names)
-    result = evaluate(classifier(), without, samples=30)
+    found = list_slices("classification", slices)
+    found.records = [record for record in found.records if record.label != 1]
+    result = evaluate(classifier(), LabelledSlices(found), samples=30)
     for group in ("slice", "patient"):
         assert result.metrics[group]["sensitivity"]["pneumonia"] is None
         assert result.intervals[group]["sensitivity"]["pneumonia"] is None

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from phantom import phantom
-from torchvision.ops import masks_to_boxes
 
 from ctmasknet.data.layouts import half_open_boxes, instances, lesion_class_names
 from ctmasknet.errors import ConfigError, DataError, MissingExtraError
@@ -75,12 +74,13 @@ def test_a_lesion_one_pixel_wide_has_a_width():
     assert instances(mask, min_area=0)["boxes"].tolist() == [[2, 1, 3, 4]]
 
 
-def test_boxes_are_torchvisions_with_the_last_pixel_inside():
+def test_boxes_hold_the_first_and_the_last_pixel():
     masks = torch.rand((20, 17, 23), generator=torch.Generator().manual_seed(0)) > 0.98
     masks = masks[masks.flatten(1).any(dim=1)]
-    expected = masks_to_boxes(masks)
-    expected[:, 2:] += 1
-    assert torch.equal(half_open_boxes(masks), expected)
+    places = [np.argwhere(mask) for mask in masks.numpy()]
+    expected = [[*place.min(0)[::-1], *place.max(0)[::-1] + 1] for place in places]
+    for dtype in (torch.bool, torch.uint8):
+        assert half_open_boxes(masks.to(dtype)).tolist() == expected
 
 
 def test_a_phantoms_lesions_are_found_again():

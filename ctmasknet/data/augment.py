@@ -64,18 +64,8 @@ class Augmentation:
     @classmethod
     def none(cls) -> Augmentation:
         """Settings that change nothing."""
-        return cls(
-            flip=0.0,
-            rotate=0.0,
-            translate=0.0,
-            scale=(1.0, 1.0),
-            shear=0.0,
-            brightness=0.0,
-            contrast=0.0,
-            gamma=0.0,
-            noise=0.0,
-            min_visible=0,
-        )
+        amounts = ("flip", "rotate", "translate", "shear", "brightness", "contrast", "gamma", "noise")
+        return cls(**dict.fromkeys(amounts, 0.0), scale=(1.0, 1.0), min_visible=0)
 
 
 def augment(

@@ -11,7 +11,6 @@ sample is asked for. `list_slices` is the first half alone and collects every pr
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import numpy as np
@@ -20,13 +19,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ctmasknet.data.layouts import (
-    CocoRecord,
     ImageRecord,
     LesionClasses,
-    LesionRecord,
+    Listing,
     Names,
     PathLike,
-    Record,
     check_sizes,
     list_slices,
     read_image,
@@ -51,6 +48,7 @@ class ClassificationSample(NamedTuple):
     name: str
 
 
+AnySample = SegmentationSample | ClassificationSample
 Sample = TypeVar("Sample", SegmentationSample, ClassificationSample)
 
 
@@ -84,49 +82,26 @@ class SliceDataset(Dataset[Sample], Generic[Sample]):
         raise NotImplementedError
 
 
-class SegmentationSlices(SliceDataset[SegmentationSample]):
-    """Slices with lesion instances, from the records of a listing; those without lesions are negatives and stay."""
+class LabelledSlices(SliceDataset[Any]):
+    """The slices of a listing, with lesion instances or a class each; those without lesions are negatives and stay."""
 
-    task: Task = "segmentation"
+    def __init__(self, found: Listing) -> None:
+        self.task, self.class_names, self.records = found.task, found.class_names, found.records
+        self.names = [record.name for record in self.records]
+        self.patients = [record.patient for record in self.records]
 
-    def __init__(self, records: Sequence[Record], class_names: tuple[str, ...]) -> None:
-        self.records = cast(list[LesionRecord | CocoRecord], list(records))
-        self.class_names = class_names
-        self.names = [record.name for record in records]
-        self.patients = [record.patient for record in records]
-
-    def __getitem__(self, index: int) -> SegmentationSample:
+    def __getitem__(self, index: int) -> AnySample:
         record = self.records[index]
-        image, target = read_image(record.image), record.target()
+        image = read_image(record.image)
+        if isinstance(record, ImageRecord):
+            return ClassificationSample(image, record.label, record.name)
+        target = record.target()
         check_sizes(record, tuple(image.shape[1:]), tuple(target["masks"].shape[1:]))
         return SegmentationSample(image, target, record.name)
 
     def labels_of(self, index: int) -> list[int]:
-        return self.records[index].target()["labels"].unique().tolist()
-
-
-class ClassificationImages(SliceDataset[ClassificationSample]):
-    """Slices with one class each, from the records of a listing.
-
-    Attributes:
-        labels: one per sample, indices into `class_names`.
-    """
-
-    task: Task = "classification"
-
-    def __init__(self, records: Sequence[Record], class_names: tuple[str, ...]) -> None:
-        self.records = cast(list[ImageRecord], list(records))
-        self.class_names = class_names
-        self.names = [record.name for record in records]
-        self.patients = [record.patient for record in records]
-        self.labels = [record.label for record in self.records]
-
-    def __getitem__(self, index: int) -> ClassificationSample:
         record = self.records[index]
-        return ClassificationSample(read_image(record.image), record.label, record.name)
-
-    def labels_of(self, index: int) -> list[int]:
-        return [self.labels[index]]
+        return [record.label] if isinstance(record, ImageRecord) else record.target()["labels"].unique().tolist()
 
 
 def open_dataset(
@@ -136,7 +111,7 @@ def open_dataset(
     classes: LesionClasses = "merge",
     min_area: int = 100,
     names: Names | None = None,
-) -> SegmentationSlices | ClassificationImages:
+) -> LabelledSlices:
     """Open labelled slices, whatever their layout, several folders or files as one data set.
 
     Args:
@@ -159,9 +134,7 @@ def open_dataset(
     """
     found = list_slices(task, data, classes=classes, min_area=min_area, names=names)
     found.require_complete()
-    if task == "segmentation":
-        return SegmentationSlices(found.records, found.class_names)
-    return ClassificationImages(found.records, found.class_names)
+    return LabelledSlices(found)
 
 
 def require_trainable(
@@ -212,31 +185,27 @@ class CachedDataset(SliceDataset[Sample]):
         self.patients = source.patients
         self.limit = limit
         self.nbytes = 0
-        self._kept: dict[int, _Packed] = {}
+        self._kept: dict[int, tuple[AnySample, Bits]] = {}
 
     def __getitem__(self, index: int) -> Sample:
         kept = self._kept.get(index)
         if kept is not None:
-            return cast(Sample, kept.sample())
+            return cast(Sample, _unpacked(*kept))
         sample = self.source[index]
-        packed = _Packed.of(sample)
-        if self.limit is None or self.nbytes + packed.nbytes <= self.limit:
+        packed = _packed(sample)
+        nbytes = _nbytes(*packed)
+        if self.limit is None or self.nbytes + nbytes <= self.limit:
             self._kept[index] = packed
-            self.nbytes += packed.nbytes
+            self.nbytes += nbytes
         return sample
 
     def labels_of(self, index: int) -> list[int]:
         return self.source.labels_of(index)
 
-    @property
-    def labels(self) -> list[int]:
-        """Labels of a classification data set, one per sample."""
-        return cast(Any, self.source).labels
-
     def estimate(self) -> int:
         """Bytes that the whole data set would take, from at most eight samples spread over it."""
         indices = np.unique(np.linspace(0, len(self) - 1, num=min(8, len(self))).astype(int))
-        return int(np.mean([_Packed.of(self.source[int(i)]).nbytes for i in indices]) * len(self))
+        return int(np.mean([_nbytes(*_packed(self.source[int(i)])) for i in indices]) * len(self))
 
     def fill(self) -> CachedDataset[Sample]:
         """Read all samples that fit, in order, and return itself."""
@@ -249,37 +218,39 @@ class CachedDataset(SliceDataset[Sample]):
         return self
 
 
-@dataclass(frozen=True)
-class _Packed:
-    """A sample in few bytes."""
+Bits = tuple[np.ndarray, ...]
+"""A mask each, bit by bit within its box."""
 
-    image: Tensor
-    name: str
-    label: int | None
-    boxes: Tensor | None
-    labels: Tensor | None
-    masks: tuple[np.ndarray, ...]
-    nbytes: int
 
-    @classmethod
-    def of(cls, sample: SegmentationSample | ClassificationSample) -> _Packed:
-        if isinstance(sample, ClassificationSample):
-            return cls(sample.image.clone(), sample.name, sample.label, None, None, (), sample.image.nbytes)
-        boxes, labels = sample.target["boxes"].clone(), sample.target["labels"].clone()
-        bits = tuple(
-            np.packbits(mask[y1:y2, x1:x2].numpy())
-            for mask, (x1, y1, x2, y2) in zip(sample.target["masks"], boxes.int().tolist(), strict=True)
-        )
-        nbytes = sample.image.nbytes + boxes.nbytes + labels.nbytes + sum(part.nbytes for part in bits)
-        return cls(sample.image.clone(), sample.name, None, boxes, labels, bits, nbytes)
+def _packed(
+    sample: AnySample,
+) -> tuple[AnySample, Bits]:
+    """A copy of the sample without its masks, and these in few bytes."""
+    if isinstance(sample, ClassificationSample):
+        return sample._replace(image=sample.image.clone()), ()
+    kept = {key: value.clone() for key, value in sample.target.items() if key != "masks"}
+    bits = [
+        np.packbits(mask[y1:y2, x1:x2].numpy())
+        for mask, (x1, y1, x2, y2) in zip(sample.target["masks"], kept["boxes"].int().tolist(), strict=True)
+    ]
+    return sample._replace(image=sample.image.clone(), target=kept), tuple(bits)
 
-    def sample(self) -> SegmentationSample | ClassificationSample:
-        image = self.image.clone()  # whoever changes what he was given must not change the cache
-        if self.boxes is None or self.labels is None:
-            return ClassificationSample(image, cast(int, self.label), self.name)
-        masks = torch.zeros((len(self.masks), *image.shape[1:]), dtype=torch.uint8)
-        for mask, bits, (x1, y1, x2, y2) in zip(masks, self.masks, self.boxes.int().tolist(), strict=True):
-            area = (y2 - y1) * (x2 - x1)
-            mask[y1:y2, x1:x2] = torch.from_numpy(np.unpackbits(bits, count=area).reshape(y2 - y1, x2 - x1))
-        target = {"boxes": self.boxes.clone(), "labels": self.labels.clone(), "masks": masks}
-        return SegmentationSample(image, target, self.name)
+
+def _unpacked(sample: AnySample, bits: Bits) -> AnySample:
+    """The sample anew: whoever changes what he was given must not change the cache."""
+    image = sample.image.clone()
+    if isinstance(sample, ClassificationSample):
+        return sample._replace(image=image)
+    target = {key: value.clone() for key, value in sample.target.items()}
+    target["masks"] = torch.zeros((len(bits), *image.shape[1:]), dtype=torch.uint8)
+    for mask, packed, (x1, y1, x2, y2) in zip(target["masks"], bits, target["boxes"].int().tolist(), strict=True):
+        pixels = np.unpackbits(packed, count=(y2 - y1) * (x2 - x1))
+        mask[y1:y2, x1:x2] = torch.from_numpy(pixels.reshape(y2 - y1, x2 - x1))
+    return sample._replace(image=image, target=target)
+
+
+def _nbytes(sample: AnySample, bits: Bits) -> int:
+    held: list[Any] = [sample.image, *bits]
+    if isinstance(sample, SegmentationSample):
+        held += sample.target.values()
+    return sum(array.nbytes for array in held)

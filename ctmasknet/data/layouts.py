@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.ops import masks_to_boxes
 
 from ctmasknet.data.slices import PICTURE_SUFFIXES, read_slice
 from ctmasknet.errors import ConfigError, DataError, import_extra
@@ -96,32 +97,17 @@ def instances(
 
 
 def half_open_boxes(masks: Tensor) -> Tensor:
-    """The tightest half-open boxes round `masks`, (N, H, W) of any dtype, none of them empty: (N, 4) float32.
-
-    `torchvision.ops.masks_to_boxes` gives the last pixel itself, so a lesion one pixel wide has no width.
-    """
-    set_pixels = masks != 0
-    columns, rows = set_pixels.any(dim=1).to(torch.uint8), set_pixels.any(dim=2).to(torch.uint8)
-    if masks.shape[0] == 0:
-        return torch.zeros((0, 4), dtype=torch.float32, device=masks.device)
-    height, width = masks.shape[1:]
-    return torch.stack(
-        (
-            columns.argmax(dim=1),
-            rows.argmax(dim=1),
-            width - columns.flip(1).argmax(dim=1),
-            height - rows.flip(1).argmax(dim=1),
-        ),
-        dim=1,
-    ).to(torch.float32)
+    """The tightest half-open boxes round `masks`, (N, H, W) of any dtype, none of them empty: (N, 4) float32."""
+    boxes = masks_to_boxes(masks)
+    boxes[:, 2:] += 1  # it gives the last pixel itself: a lesion one pixel wide had no width
+    return boxes
 
 
 def lesion_class_names(classes: LesionClasses) -> tuple[str, ...]:
     """Names of the detector's classes, background first, as the registry spells them."""
     check_target_options(classes, 0)
-    if classes == "ggo":
-        return LESION_CLASSES[3][:2]
-    return LESION_CLASSES[2] if classes == "merge" else LESION_CLASSES[3]
+    names = {"merge": LESION_CLASSES[2], "both": LESION_CLASSES[3], "ggo": LESION_CLASSES[3][:2]}
+    return names[classes]
 
 
 def classes_of(class_names: Sequence[str]) -> LesionClasses:
