@@ -38,13 +38,13 @@ def strip(*spans: tuple[int, int], width: int = 100) -> np.ndarray:
 
 
 def ap(gt: np.ndarray, pred: np.ndarray, scores: list[float], iou: float = 0.5, **labels: list[int]) -> float:
-    gt_labels = np.array(labels.get("gt_labels", [1] * len(gt)))
-    pred_labels = np.array(labels.get("pred_labels", [1] * len(pred)))
-    return float(released_average_precision(gt, gt_labels, pred, pred_labels, np.array(scores), [iou])[0])
+    target = {"masks": gt, "labels": np.array(labels.get("gt_labels", [1] * len(gt)))}
+    found = {"masks": pred, "labels": np.array(labels.get("pred_labels", [1] * len(pred))), "scores": np.array(scores)}
+    return float(released_average_precision(target, found, [iou])[0])
 
 
 def random_image(seed: int, instances: int, predictions: int, size: int = 64) -> dict[str, Any]:
-    """Blocky lesions and noisy copies of them, in the keyword arguments of `CocoMetrics.update`, but for `gt_boxes`."""
+    """Blocky lesions and noisy copies of them, in the keyword arguments of `CocoMetrics.update`."""
     rng = np.random.default_rng(seed)
 
     def block(x: int, y: int, w: int, h: int) -> np.ndarray:
@@ -62,13 +62,10 @@ def random_image(seed: int, instances: int, predictions: int, size: int = 64) ->
     pred_labels = np.where(rng.random(predictions) < 0.8, labels[source] if instances else 1, 1)
     pred = np.array([block(*c) for c in moved]).reshape(-1, size, size)
     gt = np.array([block(*c) for c in corners]).reshape(-1, size, size)
+    found = {"boxes": boxes_of(pred), "masks": pred, "labels": pred_labels.astype(np.int64)}
     return {
-        "gt_masks": gt,
-        "gt_labels": labels,
-        "boxes": boxes_of(pred),
-        "pred_masks": pred,
-        "pred_labels": pred_labels.astype(np.int64),
-        "scores": rng.uniform(0.051, 0.99, predictions).astype(np.float32),
+        "target": {"boxes": boxes_of(gt), "masks": gt, "labels": labels},
+        "found": found | {"scores": rng.uniform(0.051, 0.99, predictions).astype(np.float32)},
     }
 
 
@@ -77,17 +74,13 @@ def boxes_of(masks: np.ndarray) -> np.ndarray:
     return boxes + np.array([0, 0, 1, 1], np.float32)
 
 
-def without_boxes(image: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in image.items() if key != "boxes"}
-
-
 # --- mask IoU ---
 
 
 def test_mask_iou_equals_pycocotools() -> None:
     coco = pytest.importorskip("pycocotools.mask")
     image = random_image(0, 7, 19)
-    a, b = image["pred_masks"], image["gt_masks"]
+    a, b = image["found"]["masks"], image["target"]["masks"]
 
     def encoded(masks: np.ndarray) -> list[dict[str, Any]]:
         return [coco.encode(np.asfortranarray(mask.astype(np.uint8))) for mask in masks]
@@ -111,25 +104,27 @@ def test_mask_iou_of_empty_masks_is_zero() -> None:
 # --- released protocol ---
 
 
-def golden_case(index: int) -> tuple[tuple[np.ndarray, ...], np.ndarray, np.ndarray]:
+def golden_case(index: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray, np.ndarray]:
     with np.load(GOLDEN) as data:
         case = {name: data[f"{name}_{index}"] for name in GOLDEN_NAMES}
         for name in ("gt_masks", "pred_masks"):
             case[name] = np.unpackbits(case[name], axis=-1).astype(bool)
-        return tuple(case.values()), data["iou_thresholds"], data["ap"][index]
+        gt_masks, gt_labels, pred_masks, pred_labels, scores = case.values()
+        found = {"masks": pred_masks, "labels": pred_labels, "scores": scores}
+        return {"masks": gt_masks, "labels": gt_labels}, found, data["iou_thresholds"], data["ap"][index]
 
 
 @pytest.mark.parametrize("index", range(40))
 def test_released_ap_equals_the_released_code(index: int) -> None:
-    case, thresholds, expected = golden_case(index)
-    result = released_average_precision(*case, thresholds)
+    target, found, thresholds, expected = golden_case(index)
+    result = released_average_precision(target, found, thresholds)
     assert result.dtype == np.float64
     np.testing.assert_allclose(result, expected, rtol=0, atol=1e-6)
 
 
 def test_released_ap_takes_tensors() -> None:
-    case, thresholds, expected = golden_case(9)
-    result = released_average_precision(*map(torch.from_numpy, case), thresholds)
+    *case, thresholds, expected = golden_case(9)
+    result = released_average_precision(*({k: torch.from_numpy(v) for k, v in d.items()} for d in case), thresholds)
     np.testing.assert_allclose(result, expected, rtol=0, atol=1e-6)
 
 
@@ -178,27 +173,28 @@ def test_released_ap_breaks_ties_as_the_released_code() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("part", "change", "message"),
     [
-        ({"pred_masks": np.zeros((2, 1, 32, 32), bool)}, "shape"),
-        ({"pred_masks": np.zeros((2, 32, 32), np.float32)}, "soft masks"),
-        ({"pred_masks": np.zeros((2, 16, 32), bool)}, "different image sizes"),
-        ({"pred_labels": np.array([1])}, "pred_labels"),
-        ({"gt_labels": np.array([0.5])}, "gt_labels"),
-        ({"scores": np.array([0.1])}, "scores"),
-        ({"scores": np.array([0.1, np.nan])}, "scores"),
+        ("found", {"masks": np.zeros((2, 1, 32, 32), bool)}, "shape"),
+        ("found", {"masks": np.zeros((2, 32, 32), np.float32)}, "soft masks"),
+        ("found", {"masks": np.zeros((2, 16, 32), bool)}, "different image sizes"),
+        ("found", {"labels": np.array([1])}, "labels found"),
+        ("target", {"labels": np.array([0.5])}, "target labels"),
+        ("found", {"scores": np.array([0.1])}, "scores"),
+        ("found", {"scores": np.array([0.1, np.nan])}, "scores"),
     ],
 )
-def test_ill_fitting_input_is_named(change: dict[str, np.ndarray], message: str) -> None:
+def test_ill_fitting_input_is_named(part: str, change: dict[str, np.ndarray], message: str) -> None:
     good = {
-        "gt_masks": np.zeros((1, 32, 32), bool),
-        "gt_labels": np.array([1]),
-        "pred_masks": np.zeros((2, 32, 32), bool),
-        "pred_labels": np.array([1, 1]),
-        "scores": np.array([0.9, 0.8]),
+        "target": {"masks": np.zeros((1, 32, 32), bool), "labels": np.array([1])},
+        "found": {
+            "masks": np.zeros((2, 32, 32), bool),
+            "labels": np.array([1, 1]),
+            "scores": np.array([0.9, 0.8]),
+        },
     }
     with pytest.raises(DataError, match=message):
-        released_average_precision(**{**good, **change})
+        released_average_precision(**{**good, part: good[part] | change})
 
 
 # --- segmentation metrics ---
@@ -208,10 +204,13 @@ def test_segmentation_metrics_equal_numbers_worked_out_by_hand() -> None:
     metrics = SegmentationMetrics()
     # Lesions of 10 and 20 px; the first found with IoU 0.8 and again with 0.6, the second with 0.5 only.
     lesions, found = strip((0, 10), (50, 70)), strip((0, 8), (0, 6), (50, 60))
-    metrics.update(lesions, [1, 1], found, [1, 1, 1], [0.9, 0.8, 0.7])
+    nothing = {"masks": strip(), "labels": np.zeros(0, int), "scores": np.zeros(0)}
+    metrics.update(
+        {"masks": lesions, "labels": [1, 1]}, {"masks": found, "labels": [1, 1, 1], "scores": [0.9, 0.8, 0.7]}
+    )
     # Nothing there, one false alarm of 6 px; and a clean slice.
-    metrics.update(strip(), np.zeros(0, int), strip((0, 6)), [1], [0.9])
-    metrics.update(strip(), np.zeros(0, int), strip(), np.zeros(0, int), np.zeros(0))
+    metrics.update(nothing, {"masks": strip((0, 6)), "labels": [1], "scores": [0.9]})
+    metrics.update(nothing, nothing)
     result = metrics.compute()
     assert result["ap50"] == pytest.approx((0.5 + 0 + 1) / 3)
     assert result["ap75"] == pytest.approx((0.5 + 0 + 1) / 3)
@@ -225,7 +224,7 @@ def test_segmentation_metrics_equal_numbers_worked_out_by_hand() -> None:
 
 
 def test_segmentation_metrics_merge_to_the_same_figures_in_any_order() -> None:
-    images = [without_boxes(random_image(seed, seed % 4, 3 + seed)) for seed in range(9)]
+    images = [random_image(seed, seed % 4, 3 + seed) for seed in range(9)]
     whole, first, second = SegmentationMetrics(), SegmentationMetrics(), SegmentationMetrics()
     for index, image in enumerate(images):
         whole.update(**image, image_id=str(index))
@@ -235,7 +234,7 @@ def test_segmentation_metrics_merge_to_the_same_figures_in_any_order() -> None:
 
 
 def test_an_image_cannot_count_twice() -> None:
-    image = without_boxes(random_image(0, 2, 3))
+    image = random_image(0, 2, 3)
     metrics = SegmentationMetrics()
     metrics.update(**image, image_id="a.png")
     with pytest.raises(DataError, match=r"a\.png"):
@@ -250,7 +249,8 @@ def test_no_images_and_no_lesions() -> None:
     with pytest.raises(DataError, match="empty"):
         SegmentationMetrics().compute()
     metrics = SegmentationMetrics()
-    metrics.update(torch.zeros(0, 8, 8), torch.zeros(0), torch.zeros(0, 8, 8), torch.zeros(0), torch.zeros(0))
+    nothing = {"masks": torch.zeros(0, 8, 8), "labels": torch.zeros(0), "scores": torch.zeros(0)}
+    metrics.update(nothing, nothing)
     result = metrics.compute()
     assert result["lesion_sensitivity"] is None
     assert result["dice_pooled"] == result["iou_pooled"] == result["ap"] == 1
@@ -265,24 +265,18 @@ def coco_by_pycocotools(images: list[dict[str, Any]], iou_type: str) -> list[flo
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    def entries(image_id: int, masks: np.ndarray, labels: np.ndarray, boxes: np.ndarray) -> list[dict[str, Any]]:
-        return [
-            {
-                "image_id": image_id,
-                "category_id": int(label),
-                "bbox": [float(box[0]), float(box[1]), float(box[2] - box[0]), float(box[3] - box[1])],
-                "segmentation": mask_api.encode(np.asfortranarray(mask.astype(np.uint8))),
-                "area": float(mask.sum()),
-                "iscrowd": 0,
-            }
-            for mask, label, box in zip(masks, labels, boxes, strict=True)
-        ]
+    def entries(image_id: int, instances: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+        made = []
+        for index, mask in enumerate(instances["masks"]):
+            x1, y1, x2, y2 = map(float, instances["boxes"][index])
+            rle = mask_api.encode(np.asfortranarray(mask.astype(np.uint8)))
+            entry = {"image_id": image_id, "category_id": int(instances["labels"][index]), "segmentation": rle}
+            entry |= {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": float(mask.sum()), "iscrowd": 0}
+            made.append(entry | ({"score": float(instances["scores"][index])} if "scores" in instances else {}))
+        return made
 
-    truth, detections = [], []
-    for i, image in enumerate(images):
-        truth += entries(i, image["gt_masks"], image["gt_labels"], boxes_of(image["gt_masks"]))
-        found = entries(i, image["pred_masks"], image["pred_labels"], image["boxes"])
-        detections += [{**d, "score": float(s)} for d, s in zip(found, image["scores"], strict=True)]
+    truth = [entry for i, image in enumerate(images) for entry in entries(i, image["target"])]
+    detections = [entry for i, image in enumerate(images) for entry in entries(i, image["found"])]
     coco = COCO()
     coco.dataset = {
         "info": {},
@@ -298,10 +292,6 @@ def coco_by_pycocotools(images: list[dict[str, Any]], iou_type: str) -> list[flo
     return evaluation.stats[:3].tolist()
 
 
-def coco_update(metrics: CocoMetrics, image: dict[str, Any]) -> None:
-    metrics.update(gt_boxes=boxes_of(image["gt_masks"]), **image)
-
-
 def coco_figures(images: list[dict[str, Any]]) -> dict[str, float]:
     """The figures by pycocotools, named as ours."""
     found = {kind: coco_by_pycocotools(images, iou) for kind, iou in (("box", "bbox"), ("mask", "segm"))}
@@ -315,10 +305,10 @@ def test_coco_metrics_equal_pycocotools(ties: bool) -> None:
         images = [random_image(seed + i, i % 5, 2 + i) for i in range(12)]
         if ties:
             for image in images:
-                image["scores"] = image["scores"].round(1).clip(min=np.float32(0.1))
+                image["found"]["scores"] = image["found"]["scores"].round(1).clip(min=np.float32(0.1))
         metrics = CocoMetrics()
         for image in images:
-            coco_update(metrics, image)
+            metrics.update(**image)
         expected = coco_figures(images)
         assert 0.1 < expected["mask_ap50"] < 1
         assert metrics.compute() == pytest.approx(expected, abs=1e-12)
@@ -328,7 +318,7 @@ def test_coco_metrics_count_the_hundred_best_of_a_class_as_pycocotools_does() ->
     images = [random_image(seed, 4, 300, size=48) for seed in range(2)]
     metrics = CocoMetrics()
     for image in images:
-        coco_update(metrics, image)
+        metrics.update(**image)
     assert metrics.compute() == pytest.approx(coco_figures(images), abs=1e-12)
 
 
@@ -338,10 +328,10 @@ def test_weights_count_like_repeated_images() -> None:
     repeated = [image for image, count in zip(images, weights, strict=True) for _ in range(count)]
     coco, lesions, again = CocoMetrics(), SegmentationMetrics(), SegmentationMetrics()
     for image in images:
-        coco_update(coco, image)
-        lesions.update(**without_boxes(image))
+        coco.update(**image)
+        lesions.update(**image)
     for image in repeated:
-        again.update(**without_boxes(image))
+        again.update(**image)
     assert coco.statistic()(weights.astype(float)) == pytest.approx(coco_figures(repeated), abs=1e-12)
     expected = again.compute()
     assert expected.pop("images") == 10
@@ -352,8 +342,8 @@ def test_coco_metrics_merge() -> None:
     images = [random_image(seed, seed % 5, 2 + seed) for seed in range(12)]
     whole, first, second = CocoMetrics(), CocoMetrics(), CocoMetrics()
     for index, image in enumerate(images):
-        coco_update(whole, image)
-        coco_update((first, second)[index % 2], image)
+        whole.update(**image)
+        (first, second)[index % 2].update(**image)
     before = first.compute()
     first.add(json.loads(json.dumps(second.rows)))
     assert first.compute() == pytest.approx(whole.compute(), abs=1e-9)
@@ -363,14 +353,14 @@ def test_coco_metrics_merge() -> None:
 def test_coco_metrics_ignore_scores_up_to_the_threshold() -> None:
     image = random_image(1, 3, 3)
     metrics = CocoMetrics()
-    coco_update(metrics, {**image, "scores": np.full(3, 0.05, np.float32)})
+    metrics.update(image["target"], image["found"] | {"scores": np.full(3, 0.05, np.float32)})
     assert metrics.compute()["mask_ap50"] == 0
 
 
 def test_coco_metrics_without_lesions_are_not_available() -> None:
     metrics = CocoMetrics()
-    coco_update(metrics, random_image(0, 0, 3))
-    coco_update(metrics, random_image(0, 0, 0))
+    metrics.update(**random_image(0, 0, 3))
+    metrics.update(**random_image(0, 0, 0))
     assert set(metrics.compute().values()) == {None}
 
 
@@ -379,13 +369,12 @@ def test_coco_metrics_without_lesions_are_not_available() -> None:
 
 def at_point(image: dict[str, Any], score_threshold: float, nms_threshold: float) -> dict[str, Any]:
     """What a model at this operating point keeps: torchvision's order, score first, then NMS."""
-    keep = np.flatnonzero(image["scores"] > np.float32(score_threshold))
+    found = image["found"]
+    keep = np.flatnonzero(found["scores"] > np.float32(score_threshold))
     survivors = batched_nms(
-        *(torch.from_numpy(image[key][keep]) for key in ("boxes", "scores", "pred_labels")), nms_threshold
+        *(torch.from_numpy(found[key][keep]) for key in ("boxes", "scores", "labels")), nms_threshold
     ).numpy()
-    chosen = keep[survivors]
-    kept = {key: image[key][chosen] for key in ("pred_masks", "pred_labels", "scores")}
-    return {"gt_masks": image["gt_masks"], "gt_labels": image["gt_labels"], **kept}
+    return image | {"found": {key: value[keep[survivors]] for key, value in found.items()}}
 
 
 def search_row(image: dict[str, Any], name: str) -> dict[str, Any]:
@@ -412,14 +401,13 @@ def test_every_operating_point_has_the_figures_of_a_run_at_that_point() -> None:
 
 
 def test_the_best_operating_point_drops_the_false_alarm() -> None:
-    image = {
-        "gt_masks": strip((0, 10)),
-        "gt_labels": np.array([1]),
+    found = {
         "boxes": np.array([[0, 0, 10, 1], [0, 0, 9, 1], [50, 0, 90, 1]], np.float32),
-        "pred_masks": strip((0, 10), (0, 9), (50, 90)),
-        "pred_labels": np.array([1, 1, 1]),
+        "masks": strip((0, 10), (0, 9), (50, 90)),
+        "labels": np.array([1, 1, 1]),
         "scores": np.array([0.72, 0.71, 0.48], np.float32),
     }
+    image = {"target": {"masks": strip((0, 10)), "labels": np.array([1])}, "found": found}
     best = operating_points([search_row(image, "a")])[0]
     assert best["score_threshold"] == 0.7  # the highest of the equally good ones
     assert best["objective"] == 2
@@ -428,5 +416,6 @@ def test_the_best_operating_point_drops_the_false_alarm() -> None:
 def test_an_empty_validation_set_and_boxes_that_do_not_fit() -> None:
     with pytest.raises(DataError, match="empty"):
         operating_points([])
+    image = random_image(0, 1, 3)
     with pytest.raises(DataError, match="boxes"):
-        coco_row(np.zeros((1, 4)), **{**random_image(0, 1, 3), "boxes": np.zeros((2, 4))})
+        coco_row(image["target"], image["found"] | {"boxes": np.zeros((2, 4))})

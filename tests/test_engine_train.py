@@ -119,8 +119,7 @@ def test_best_carries_the_metrics_of_its_operating_point(segmented: TrainResult,
     for image, target, name in open_dataset("segmentation", lesions, min_area=5):
         with torch.no_grad():
             found = model([image.expand(3, -1, -1) / 255])[0]
-        masks = found["masks"][:, 0] > 0.5
-        reference.update(target["masks"] > 0, target["labels"], masks, found["labels"], found["scores"], image_id=name)
+        reference.update(target, found | {"masks": found["masks"][:, 0] > 0.5}, image_id=name)
     for key, value in reference.compute().items():
         if value is not None and key != "images":
             assert stored["metrics"][key] == pytest.approx(value, abs=1e-4), key
@@ -160,8 +159,7 @@ def test_a_run_from_weights_says_how_they_did_and_which_epoch_is_best(
     for image, target, name in open_dataset("segmentation", lesions, min_area=5):
         with torch.no_grad():
             found = model([image.expand(3, -1, -1) / 255])[0]
-        masks = found["masks"][:, 0] > 0.5
-        reference.update(target["masks"] > 0, target["labels"], masks, found["labels"], found["scores"], image_id=name)
+        reference.update(target, found | {"masks": found["masks"][:, 0] > 0.5}, image_id=name)
     expected = reference.compute()
     assert start["ap50"] == pytest.approx(expected["ap50"], abs=1e-4)
     assert start["dice_pooled"] == pytest.approx(expected["dice_pooled"], abs=1e-4)

@@ -85,8 +85,7 @@ def test_one_pass_gives_every_candidate_the_figures_of_a_run_at_it(lesions: Path
         for image, target, _ in data:
             with torch.inference_mode():
                 found = model([input_of(image)])[0]
-            truth = (target["masks"] != 0, target["labels"])
-            metrics.update(*truth, found["masks"][:, 0] > 0.5, found["labels"], found["scores"])
+            metrics.update(target, found | {"masks": found["masks"][:, 0] > 0.5})
         expected = metrics.compute()
         assert {key: point[key] for key in expected} == pytest.approx(expected)
 
@@ -150,8 +149,7 @@ def test_segmenter_figures_are_those_of_the_collectors(lesions: Path) -> None:
     for image, target, name in open_dataset("segmentation", lesions, min_area=5):
         with torch.inference_mode():
             found = model([input_of(image)])[0]
-        given = (target["masks"] != 0, target["labels"], found["masks"][:, 0] > 0.5)
-        metrics.update(*given, found["labels"], found["scores"], image_id=name)
+        metrics.update(target, found | {"masks": found["masks"][:, 0] > 0.5}, image_id=name)
     assert result.metrics["operating_point"] == metrics.compute()
     assert result.metrics["operating_point"]["dice_pooled"] > 0
     assert result.metrics["operating_point"] != result.metrics["paper"]
@@ -607,7 +605,7 @@ def test_thresholds_count_for_models_each_by_itself(lesions: Path) -> None:
         for image, target, _ in open_dataset("segmentation", lesions, min_area=5):
             with torch.inference_mode():
                 f = model([input_of(image)])[0]
-            metrics.update(target["masks"] != 0, target["labels"], f["masks"][:, 0] > 0.5, f["labels"], f["scores"])
+            metrics.update(target, f | {"masks": f["masks"][:, 0] > 0.5})
         assert found(**point)["operating_point"] == pytest.approx(metrics.compute())
 
 

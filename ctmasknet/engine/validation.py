@@ -47,8 +47,7 @@ def validate_segmenter(
     own = SegmentationMetrics()
     for sample in samples:
         ((found,),) = found_on(inference, [sample], protocol)
-        truth = (sample.target["masks"] != 0, sample.target["labels"])
-        own.update(*truth, found["masks"], found["labels"], found["scores"], image_id=sample.name)
+        own.update(sample.target, found, image_id=sample.name)
     results = SegmentationMetrics(_all(own.rows, gather)).compute()
     values = {key: value for key, value in results.items() if value is not None}
     return values | {"score": values["ap50"] + values["dice_pooled"]}

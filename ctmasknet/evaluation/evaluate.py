@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
+from ctmasknet.batch import process_device, process_shard
 from ctmasknet.data.datasets import SliceDataset, open_dataset
 from ctmasknet.data.layouts import LesionClasses, Names, PathLike, classes_of, same_names
 from ctmasknet.errors import ConfigError, DataError, import_extra
@@ -42,7 +43,7 @@ from ctmasknet.evaluation.rows import (
     task_of_predictions,
 )
 from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN, Model
-from ctmasknet.models.inference import Precision, dtype_of
+from ctmasknet.models.inference import Precision
 from ctmasknet.output import Log, csv_text, json_bytes, read_logs, require_writable, write_files
 from ctmasknet.registry import VARIANTS, Task
 from ctmasknet.zoo import choose_device, open_model
@@ -223,11 +224,9 @@ def evaluate(
             raise ConfigError(f"{name}={value}: must lie in 0..1")
     if out is not None:
         require_writable(Path(out) / EVALUATION)
-    where = choose_device(device)
-    dtype_of(precision, where)
-    workforce = processes(cpu=where.type == "cpu")
-    if device is None and workforce.world > 1 and where.type == "cuda":
-        where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    where = choose_device(process_device() if device is None else device)
+    rank, world = process_shard()
+    gather = _gatherer(world, cpu=where.type == "cpu")
     subject: Subject
     if not isinstance(model, LesionMaskRCNN | COVIDCTMaskNet) and str(model).lower().endswith(".json"):
         path = Path(model)
@@ -266,8 +265,9 @@ def evaluate(
         subject,
         source,
         chosen,
-        workforce,
         settings | {"slices": _digest([source.names[index] for index in chosen])},
+        share=(rank, world),
+        gather=gather,
         out=out,
         batch_size=batch_size or (1 if where.type == "cpu" else 8),
         workers=workers,
@@ -300,7 +300,7 @@ def evaluate(
         seconds=time.monotonic() - began,
         rows=rows,
     )
-    if out is not None and workforce.rank == 0:
+    if out is not None and rank == 0:
         evaluation.save(out)
     return evaluation
 
@@ -368,38 +368,38 @@ def _measure(
     subject: Subject,
     source: SliceDataset[Any],
     chosen: list[int],
-    workforce: Processes,
     settings: dict[str, Any],
     *,
+    share: tuple[int, int],
+    gather: Callable[[Any], list[Any]],
     out: PathLike | None,
     batch_size: int,
     workers: int,
     progress: bool,
 ) -> list[Row]:
     """Rows of the chosen slices, in their order; this process computes its share of those that are not on disk."""
+    rank, world = share
     done: dict[str, Row] = {}
     log = None
     if out is not None:
         _settle(Path(out), settings)
         done = {row["image_id"]: row for row in read_logs(sorted(Path(out).glob("rows-*.jsonl")), "image_id")}
-    workforce.wait()
+    gather(None)
     if out is not None:  # after every process has read
-        log = Log(Path(out) / f"rows-{workforce.rank}.jsonl", "image_id")
+        log = Log(Path(out) / f"rows-{rank}.jsonl", "image_id")
     missing = [index for index in chosen if source.names[index] not in done]
-    share = missing[workforce.rank :: workforce.world]
-    loader = DataLoader(
-        Subset(source, share), batch_size=batch_size, num_workers=workers, collate_fn=list, shuffle=False
-    )
+    own = missing[rank::world]
+    loader = DataLoader(Subset(source, own), batch_size=batch_size, num_workers=workers, collate_fn=list, shuffle=False)
     fresh: list[Row] = []
-    hidden = not progress or workforce.rank != 0 or not sys.stderr.isatty()
-    with tqdm(total=len(share), unit="slice", desc=subject.name, disable=hidden) as bar, log or nullcontext():
+    hidden = not progress or rank != 0 or not sys.stderr.isatty()
+    with tqdm(total=len(own), unit="slice", desc=subject.name, disable=hidden) as bar, log or nullcontext():
         for samples in loader:
             rows = subject.rows(samples)
             if log is not None:
                 log.append(*rows)
             fresh += rows
             bar.update(len(rows))
-    for rows in workforce.gather(fresh):
+    for rows in gather(fresh):
         done |= {row["image_id"]: row for row in rows}
     return [done[source.names[index]] for index in chosen]
 
@@ -554,39 +554,15 @@ def _settle(folder: Path, settings: dict[str, Any]) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Processes:
-    """The processes that share an evaluation, by accelerate; alone, one.
-
-    Attributes:
-        rank, world: which of how many this is.
-        gather: value -> list of the values of all processes.
-        wait: returns when all processes have called it.
-    """
-
-    rank: int
-    world: int
-    gather: Callable[[Any], list[Any]]
-    wait: Callable[[], None]
-
-
-def processes(*, cpu: bool) -> Processes:
-    """Join the processes that ``accelerate launch`` or ``torchrun`` started.
-
-    Args:
-        cpu: compute on the CPU even where there is a GPU.
+def _gatherer(world: int, *, cpu: bool) -> Callable[[Any], list[Any]]:
+    """A function that collects a value of each of the `world` processes, and returns when all have called it.
 
     Raises:
         MissingExtraError: several processes, but accelerate is not installed.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        return Processes(0, 1, lambda value: [value], lambda: None)
+    if world == 1:
+        return lambda value: [value]
     accelerate = import_extra("accelerate", "train", "evaluation in several processes")
+    accelerate.PartialState(cpu=cpu)
     operations = import_extra("accelerate.utils", "train", "evaluation in several processes")
-    state = accelerate.PartialState(cpu=cpu)
-    return Processes(
-        state.process_index,
-        state.num_processes,
-        lambda value: operations.gather_object([value]),
-        state.wait_for_everyone,
-    )
+    return lambda value: operations.gather_object([value])

@@ -3,8 +3,9 @@
 A collector keeps a row of plain values per image. `statistic` makes of the rows a function that gives the figures for a
 weight per image; `compute` is that function for weights of one, and the bootstrap draws other weights.
 
-Masks are (N, H, W) bool, labels (N,) integers (0 is background and never occurs), scores (N,) in 0..1, boxes
-(N, 4) xyxy in pixels; all as numpy arrays or torch tensors on any device.
+An image's lesions, `target`, and what was found on it, `found`, are dicts as torchvision's detectors have them:
+``masks`` (N, H, W) bool, ``labels`` (N,) integers (0 is background and never occurs), ``boxes`` (N, 4) xyxy in pixels
+(needed for COCO AP alone) and, found ones, ``scores`` (N,) in 0..1; numpy arrays or torch tensors on any device.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import torch
 from ctmasknet.errors import ConfigError, DataError
 
 Array: TypeAlias = np.ndarray | torch.Tensor
+Instances: TypeAlias = Mapping[str, Array]
+"""Masks, labels, boxes and scores of an image, as above."""
 Row: TypeAlias = dict[str, Any]
 """What is kept of an image: plain values, ready for JSON."""
 Figures: TypeAlias = dict[str, Any]
@@ -43,12 +46,7 @@ _DEFINED = 0.9  # share of the resamples in which a figure must be defined to ge
 
 
 def released_average_precision(
-    gt_masks: Array,
-    gt_labels: Array,
-    pred_masks: Array,
-    pred_labels: Array,
-    scores: Array,
-    iou_thresholds: Sequence[float] | np.ndarray = IOU_THRESHOLDS,
+    target: Instances, found: Instances, iou_thresholds: Sequence[float] | np.ndarray = IOU_THRESHOLDS
 ) -> np.ndarray:
     """Mask AP of one image as the paper's released code computes it (Table 2); this is not COCO AP.
 
@@ -61,11 +59,7 @@ def released_average_precision(
     that ranks last is marked, and IoU is compared with the threshold in float32.
 
     Args:
-        gt_masks: (G, H, W) bool.
-        gt_labels: (G,) integers.
-        pred_masks: (P, H, W) bool, in any order.
-        pred_labels: (P,) integers.
-        scores: (P,).
+        target, found: masks, labels, and scores of what was found, in any order.
         iou_thresholds: T numbers in 0..1.
 
     Returns:
@@ -74,7 +68,7 @@ def released_average_precision(
     Raises:
         DataError: shapes or types that do not fit together.
     """
-    image = _check(gt_masks, gt_labels, pred_masks, pred_labels, scores)
+    image = _check(target, found)
     iou = mask_iou(image.pred_masks, image.gt_masks)
     return _average_precision(iou, image.gt_labels, image.pred_labels, image.scores, iou_thresholds)
 
@@ -161,17 +155,8 @@ class SegmentationMetrics(Collector):
       a second prediction on a found lesion is not one.
     """
 
-    def update(
-        self,
-        gt_masks: Array,
-        gt_labels: Array,
-        pred_masks: Array,
-        pred_labels: Array,
-        scores: Array,
-        *,
-        image_id: str | None = None,
-    ) -> None:
-        """Add one image; arguments as in `released_average_precision`.
+    def update(self, target: Instances, found: Instances, *, image_id: str | None = None) -> None:
+        """Add one image.
 
         Args:
             image_id: unique name of the image; the same name twice raises, so that no image counts twice.
@@ -179,7 +164,7 @@ class SegmentationMetrics(Collector):
         Raises:
             DataError: shapes or types that do not fit together, or an image seen before.
         """
-        (row,) = segmentation_rows(gt_masks, gt_labels, pred_masks, pred_labels, scores)
+        (row,) = segmentation_rows(target, found)
         self.add([{"image_id": image_id} | row])
 
     def compute(self) -> Figures:
@@ -212,14 +197,7 @@ class SegmentationMetrics(Collector):
         return figures
 
 
-def segmentation_rows(
-    gt_masks: Array,
-    gt_labels: Array,
-    pred_masks: Array,
-    pred_labels: Array,
-    scores: Array,
-    score_thresholds: Sequence[float] = (-np.inf,),
-) -> list[Row]:
+def segmentation_rows(target: Instances, found: Instances, score_thresholds: Sequence[float] = (-np.inf,)) -> list[Row]:
     """What `SegmentationMetrics` keeps of one image, for each of several score thresholds.
 
     Args:
@@ -228,7 +206,7 @@ def segmentation_rows(
     Raises:
         DataError: shapes or types that do not fit together.
     """
-    image = _check(gt_masks, gt_labels, pred_masks, pred_labels, scores)
+    image = _check(target, found)
     iou = mask_iou(image.pred_masks, image.gt_masks)
     matched = (iou > 0.5) & (image.pred_labels[:, None] == image.gt_labels[None, :])
     # level: how many of the thresholds a prediction passes, compared in float32 as the models do.
@@ -264,25 +242,9 @@ class CocoMetrics(Collector):
     100 best detections of an image and class count, and classes are averaged.
     """
 
-    def update(
-        self,
-        gt_boxes: Array,
-        gt_masks: Array,
-        gt_labels: Array,
-        boxes: Array,
-        pred_masks: Array,
-        pred_labels: Array,
-        scores: Array,
-        *,
-        image_id: str | None = None,
-    ) -> None:
-        """Add one image; boxes (N, 4) xyxy, the others as in `SegmentationMetrics.update`.
-
-        Raises:
-            DataError: shapes or types that do not fit together, or an image seen before.
-        """
-        row = coco_row(gt_boxes, gt_masks, gt_labels, boxes, pred_masks, pred_labels, scores)
-        self.add([{"image_id": image_id} | row])
+    def update(self, target: Instances, found: Instances, *, image_id: str | None = None) -> None:
+        """As `SegmentationMetrics.update`; boxes are needed, too."""
+        self.add([{"image_id": image_id} | coco_row(target, found)])
 
     def statistic(self) -> Statistic:
         """As `Collector.statistic`."""
@@ -302,15 +264,7 @@ class CocoMetrics(Collector):
         return figures
 
 
-def coco_row(
-    gt_boxes: Array,
-    gt_masks: Array,
-    gt_labels: Array,
-    boxes: Array,
-    pred_masks: Array,
-    pred_labels: Array,
-    scores: Array,
-) -> Row:
+def coco_row(target: Instances, found: Instances) -> Row:
     """What `CocoMetrics` keeps of one image: of each class how many lesions, and its detections.
 
     Of each detection there are the score and a bit per IoU threshold (bit 0 is 0.5) that is 1 if it is right.
@@ -318,11 +272,9 @@ def coco_row(
     Raises:
         DataError: shapes or types that do not fit together.
     """
-    image = _check(gt_masks, gt_labels, pred_masks, pred_labels, scores)
+    image = _check(target, found)
     overlap = {
-        "box": _box_iou(
-            _boxes(boxes, len(image.pred_masks), "boxes"), _boxes(gt_boxes, len(image.gt_masks), "gt_boxes")
-        ),
+        "box": _box_iou(_boxes(found, len(image.pred_masks)), _boxes(target, len(image.gt_masks))),
         "mask": mask_iou(image.pred_masks, image.gt_masks),
     }
     counts = image.scores.astype(np.float32) > np.float32(COCO_SCORE)
@@ -652,20 +604,15 @@ class _Image(NamedTuple):
     scores: np.ndarray
 
 
-def _check(gt_masks: Array, gt_labels: Array, pred_masks: Array, pred_labels: Array, scores: Array) -> _Image:
-    gt, pred = _masks(gt_masks, "gt_masks"), _masks(pred_masks, "pred_masks")
+def _check(target: Instances, found: Instances) -> _Image:
+    gt, pred = _masks(target["masks"], "target masks"), _masks(found["masks"], "masks found")
     if len(gt) and len(pred):
         _same_size(gt, pred)
-    score = _numpy(scores).astype(np.float64)
+    score = _numpy(found["scores"]).astype(np.float64)
     if score.shape != (len(pred),) or not np.isfinite(score).all():
-        raise DataError(f"scores: expected {len(pred)} finite numbers, one per prediction, got shape {score.shape}")
-    return _Image(
-        gt,
-        _labels(gt_labels, len(gt), "gt_labels"),
-        pred,
-        _labels(pred_labels, len(pred), "pred_labels"),
-        score,
-    )
+        raise DataError(f"scores: expected {len(pred)} finite numbers, one per mask, got shape {score.shape}")
+    labels = _labels(target["labels"], len(gt), "target labels"), _labels(found["labels"], len(pred), "labels found")
+    return _Image(gt, labels[0], pred, labels[1], score)
 
 
 def _numpy(value: Array) -> np.ndarray:
@@ -696,8 +643,8 @@ def _labels(value: Array, count: int, name: str) -> np.ndarray:
     return labels.astype(np.int64)
 
 
-def _boxes(value: Array, count: int, name: str) -> np.ndarray:
-    boxes = _numpy(value).astype(np.float64)
+def _boxes(instances: Instances, count: int) -> np.ndarray:
+    boxes = _numpy(instances["boxes"]).astype(np.float64)
     if boxes.shape != (count, 4):
-        raise DataError(f"{name}: expected boxes of shape ({count}, 4), one per mask, got {boxes.shape}")
+        raise DataError(f"boxes: expected shape ({count}, 4), one per mask, got {boxes.shape}")
     return boxes

@@ -161,8 +161,8 @@ def segmentation_row(sample: SegmentationSample, paper: Found, operating_point: 
     """The row of a slice, from its lesions and what was detected by each protocol of `evaluate`."""
     row: Row = {"image_id": sample.name}
     for key, found in (("paper", paper), ("operating_point", operating_point)):
-        (row[key],) = segmentation_rows(*_masks_of(sample, found))
-    return row | {"coco": _coco_row(sample, coco)}
+        (row[key],) = segmentation_rows(sample.target, found)
+    return row | {"coco": coco_row(sample.target, coco)}
 
 
 def search_rows(inference: Inference, samples: Sequence[SegmentationSample]) -> list[Row]:
@@ -175,22 +175,11 @@ def search_rows(inference: Inference, samples: Sequence[SegmentationSample]) -> 
     return [
         {
             "image_id": sample.name,
-            "points": [segmentation_rows(*_masks_of(sample, found), SCORE_THRESHOLDS) for found in result],
-            "coco": [_coco_row(sample, found) for found in result],
+            "points": [segmentation_rows(sample.target, found, SCORE_THRESHOLDS) for found in result],
+            "coco": [coco_row(sample.target, found) for found in result],
         }
         for sample, result in zip(samples, found_on(inference, samples, *protocols), strict=True)
     ]
-
-
-def _masks_of(sample: SegmentationSample, found: Found) -> tuple[Tensor, ...]:
-    """The arguments of `segmentation_rows`."""
-    target = sample.target
-    return target["masks"] != 0, target["labels"], found["masks"], found["labels"], found["scores"]
-
-
-def _coco_row(sample: SegmentationSample, found: Found) -> Row:
-    masks, labels, *predicted = _masks_of(sample, found)
-    return coco_row(sample.target["boxes"], masks, labels, found["boxes"], *predicted)
 
 
 def check_label(sample: ClassificationSample, classes: int) -> None:
