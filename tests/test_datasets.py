@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -181,6 +182,19 @@ def test_patients_come_from_the_names_of_the_released_lists(tmp_path: Path):
     }
     (root / "index.csv").write_text("name,patient\n7_1,seven\n")  # who writes one knows better
     assert open_dataset("segmentation", root, names=["7_1"]).patients == ["seven"]
+
+
+def test_a_name_that_is_no_unicode_is_a_name(tmp_path: Path):
+    root, raw = lesion_root(tmp_path / "data", a=square(), b=square()), b"n\xff\xfe"
+    try:
+        for folder in ("imgs", "masks"):
+            (root / folder / "b.png").rename(root / folder / os.fsdecode(raw + b".png"))
+    except OSError:
+        pytest.skip("the file system takes Unicode only")
+    (tmp_path / "names.txt").write_bytes(b"a.png\n" + raw + b".png\n")
+    dataset = open_dataset("segmentation", root, names=tmp_path / "names.txt")
+    assert sorted(map(os.fsencode, dataset.names)) == [b"a", raw]
+    assert [len(sample.target["labels"]) for sample in dataset] == [1, 1]
 
 
 def test_samples_survive_pickling_and_worker_processes(phantoms: Path):

@@ -648,8 +648,9 @@ def _class_folders(root: Path) -> list[Path]:
 def _list_entries(list_file: Path, found: Listing) -> list[tuple[str, int | None]]:
     """File names of a list and, where it says them, classes. Empty lines and comments (#) are skipped."""
     try:
-        lines = list_file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        # A name that is no Unicode is a name all the same.
+        lines = list_file.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError as error:
         found.problems.append(Problem("layout", str(list_file), f"not a readable list of names ({error})"))
         return []
     entries: list[tuple[str, int | None]] = []

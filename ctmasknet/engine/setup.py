@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ctmasknet.data.datasets import CachedDataset, SliceDataset, open_dataset, require_trainable
+from ctmasknet.data.layouts import shared_patients
 from ctmasknet.engine.batches import Gather, ModuleSOnRoIs, OnDevice, RoIViews, TrainingSlices
 from ctmasknet.engine.config import PAPER_SAMPLING, TrainConfig
 from ctmasknet.engine.validation import (
@@ -129,7 +130,7 @@ def _open(config: TrainConfig) -> tuple[SliceDataset[Any], SliceDataset[Any] | N
     if config.val is None:
         return data, None
     held_out = open_dataset(config.task, config.val, names=config.val_names, **rules)
-    shared = sorted({patient for patient in data.patients if patient is not None} & set(held_out.patients))
+    shared = shared_patients(data.patients, held_out.patients)
     if shared:
         log.warning(
             "%s and %s: %d patients are in both (%s%s), so validation flatters the model; keep each in one",
