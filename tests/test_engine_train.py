@@ -505,7 +505,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_named(
     assert caplog.text.count("_p1_1_") == 4, "two steps of two slices"
     assert result.last is not None
     assert all(value.isfinite().all() for value in read_weights(result.last).tensors.values())
-    assert all(row["loss"] < 2 for row in result.history), "they do not count in the mean"
+    assert all(0 < row["loss"] < float("inf") for row in result.history), "they do not count in the mean"
 
 
 def test_a_skipped_step_leaves_nothing_in_batch_normalisation(

@@ -100,16 +100,23 @@ def draw_example(
     return np.asarray(prediction.plot())
 
 
+@torch.no_grad()
 def validate_classifier(
-    model: COVIDCTMaskNet, samples: Iterator[ClassificationSample], gather: Gather, class_names: tuple[str, ...]
+    model: nn.Module, samples: Iterator[ClassificationSample], gather: Gather, class_names: tuple[str, ...]
 ) -> dict[str, float]:
-    """Accuracy, and per class sensitivity and AUC; `score` is the mean sensitivity."""
+    """Accuracy, and per class sensitivity and AUC; `score` is the mean sensitivity.
+
+    Args:
+        model: a classifier, or its module S alone, whose samples are RoIs.
+    """
     metrics = ClassificationMetrics(class_names)
-    inference = Inference(model)
+    inference = Inference(model) if isinstance(model, COVIDCTMaskNet) else None
+    model.eval()
     device = next(model.parameters()).device
     for image, label, name in samples:
-        (reading,) = inference.read([model_input(image, device)])
-        probabilities = inference.classify(reading)["probabilities"]
+        images = [model_input(image, device)]
+        found = model(images)[0] if inference is None else inference.classify(inference.read(images)[0])
+        probabilities = found["probabilities"]
         metrics.update(probabilities[None].cpu(), torch.tensor([label]), [name])
     results = ClassificationMetrics(class_names, _all(metrics.rows, gather)).compute()
     values = {"accuracy": results["accuracy"], "images": results["n"]}
