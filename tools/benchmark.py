@@ -619,7 +619,7 @@ def plain_loop(model: nn.Module, data: Path, images: int, device: str) -> tuple[
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     synchronize(device)
     return images / (time.perf_counter() - started), losses
 
