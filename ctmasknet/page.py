@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from ctmasknet.data.scans import NIFTI_SUFFIXES, Volume, is_scan, open_volume
@@ -130,10 +129,9 @@ def draw(view: str, one: Slice, prediction: Prediction, predictor: Predictor) ->
         shown = figure.subplots().imshow(logits, cmap="magma", vmin=0)
         figure.colorbar(shown, shrink=0.8, label="mask logits, maximum over all RoIs")
     else:
-        if not isinstance(predictor.classifier, COVIDCTMaskNet):
+        if not isinstance(predictor.classifier, COVIDCTMaskNet) or prediction.roi_batch is None:
             raise InputError("RoI contributions need a classifier: choose one and press Predict")
-        tensor = torch.from_numpy(one.pixels).to(predictor.device).expand(3, -1, -1)
-        found = roi_contributions(predictor.classifier, tensor)
+        found = roi_contributions(predictor.classifier, prediction.roi_batch)
         figure = contribution_figure(one.pixels, found, class_names(predictor.classifier))
     stream = BytesIO()
     figure.savefig(stream, format="png", dpi=160)

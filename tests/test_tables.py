@@ -28,7 +28,7 @@ from ctmasknet.data.datasets import open_dataset
 from ctmasknet.evaluation.contributions import roi_contributions
 from ctmasknet.evaluation.evaluate import Table
 from ctmasknet.models import COVIDCTMaskNet
-from ctmasknet.results import run_length_encode
+from ctmasknet.results import RoIBatch, run_length_encode
 
 QUICK: dict[str, Any] = {"min_size": 128, "rpn_pre_nms_top_n_test": 60, "rpn_post_nms_top_n_test": 30}
 NAMES = ("control", "pneumonia", "covid")
@@ -265,9 +265,11 @@ def test_contributions_are_how_fast_a_logit_changes_with_an_roi(replicate: bool)
     model = create_model("ctmasknet_resnet18_t2", replicate=replicate, **QUICK)
     assert isinstance(model, COVIDCTMaskNet)
     image = torch.from_numpy(phantom(1, size=128).image).float().expand(3, -1, -1) / 255
-    found = roi_contributions(model, image)
+    model.eval()
     with torch.inference_mode():
         result = model([image])[0]
+    batch = RoIBatch(*(result[key].numpy() for key in ("boxes", "scores", "labels", "deltas")))
+    found = roi_contributions(model, batch)
     np.testing.assert_allclose(found.logits, result["logits"], atol=1e-5)
     assert found.copies.sum() == len(result["scores"])
     starts = np.cumsum(found.copies) - found.copies

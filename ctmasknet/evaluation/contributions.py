@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from ctmasknet.errors import ConfigError, import_extra
-from ctmasknet.models.classifier import COVIDCTMaskNet, fill_batch
+from ctmasknet.models.classifier import COVIDCTMaskNet
 from ctmasknet.registry import class_title
+from ctmasknet.results import RoIBatch
 
 FOR, AGAINST, INK = "#E69F00", "#56B4E9", "#222222"
 """Colours of Okabe and Ito, which colour-blind people tell apart."""
@@ -48,46 +48,30 @@ class RoIContributions:
     logits: npt.NDArray[np.float32]
 
 
-def roi_contributions(model: COVIDCTMaskNet, image: Tensor) -> RoIContributions:
-    """Contribution of every RoI of a slice to the class logits.
+def roi_contributions(model: COVIDCTMaskNet, batch: RoIBatch) -> RoIContributions:
+    """Contribution of every RoI to the class logits.
 
     Args:
-        model: a classifier; used in evaluation mode.
-        image: (3, H, W) float in 0..1.
+        model: the classifier, in either mode.
+        batch: what it looked at (`Prediction.roi_batch`).
     """
-    was_training = model.training
-    model.eval()
-    slots = model.variant.roi_batch or 0
-    size = (int(image.shape[-2]), int(image.shape[-1]))
-    with torch.no_grad():
-        batch, _ = model.transform([image])
-        features = model.backbone(batch.tensors)
-        proposals, _ = model.rpn(batch, features)
-        regions = model.roi_heads.regions(features, proposals, batch.image_sizes)[0]
-        matrix, filled = fill_batch(regions, slots, replicate=model.config.replicate, random=False)
-        shown = {"boxes": filled.boxes.clone()}
-        boxes = model.transform.postprocess([shown], batch.image_sizes, [size])[0]["boxes"]
+    weight = next(model.parameters())
+    entries = weight.new_zeros(model.variant.roi_batch or 0, 5)
+    count = len(batch.scores)
+    entries[:count] = torch.from_numpy(np.concatenate([batch.scores[:, None], batch.deltas], axis=1))
+    entries.requires_grad_(True)
     with torch.enable_grad():
-        entries = matrix.detach().clone().requires_grad_(True)
         logits = model.module_s(entries[None])[0]
-        per_slot = torch.stack(
-            [(torch.autograd.grad(logit, entries, retain_graph=True)[0] * entries).sum(1) for logit in logits],
-            dim=1,
-        ).detach()
-    model.train(was_training)
+        slopes = [torch.autograd.grad(logit, entries, retain_graph=True)[0] for logit in logits]
+    per_slot = torch.stack([(slope * entries.detach()).sum(1) for slope in slopes], dim=1).cpu().numpy()
     # Copies stand behind their original, so a new region begins where box or score changes.
-    count = len(filled.scores)
-    fresh = torch.ones(count, dtype=torch.bool)
-    if count > 1:
-        same = (filled.boxes[1:] == filled.boxes[:-1]).all(1) & (filled.scores[1:] == filled.scores[:-1])
-        fresh[1:] = ~same.cpu()
-    region = fresh.cumsum(0) - 1
-    total = torch.zeros(int(fresh.sum()), len(logits)).index_add_(0, region, per_slot[:count].cpu())
+    seen = np.concatenate([batch.boxes, batch.scores[:, None]], axis=1)
+    starts = np.flatnonzero(np.r_[[True] * (count > 0), (seen[1:] != seen[:-1]).any(axis=1)])
     return RoIContributions(
-        boxes=boxes.cpu()[fresh].numpy(),
-        scores=filled.scores.cpu()[fresh].numpy(),
-        copies=torch.bincount(region, minlength=len(total)).numpy(),
-        contributions=total.numpy(),
+        boxes=batch.boxes[starts],
+        scores=batch.scores[starts],
+        copies=np.diff(np.r_[starts, count]).astype(np.int64),
+        contributions=np.add.reduceat(per_slot[:count], starts) if count else per_slot[:0],
         logits=logits.detach().cpu().numpy(),
     )
 

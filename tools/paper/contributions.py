@@ -5,30 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import torch
 from phantom import phantom
 
-from ctmasknet.data.slices import read_slice
 from ctmasknet.evaluation.contributions import contribution_figure, roi_contributions
 from ctmasknet.evaluation.evaluate import Table
 from ctmasknet.registry import class_title
 from ctmasknet.zoo import class_names
-from paper.request import Made, Request, classifier_of, only_one
+from paper.request import Made, Request, classifying, only_one
 
 
 def make(request: Request) -> Made:
     """Of one image, or of a phantom."""
-    classifier, name = classifier_of(request, "contributions")
+    predictor, name = classifying(request, "contributions")
+    image, title = phantom(request.seed).image, f"phantom {request.seed}"
     if request.data:
-        (path,) = only_one(request.data, "contributions")
-        pixels = read_slice(path).pixels
-        title = Path(path).name
-    else:
-        pixels = read_slice(phantom(request.seed).image).pixels
-        title = f"phantom {request.seed}"
-    device = next(classifier.parameters()).device
-    found = roi_contributions(classifier, torch.from_numpy(pixels).to(device).expand(3, -1, -1))
-    names = class_names(classifier)
+        (image,) = only_one(request.data, "contributions")
+        title = Path(image).name
+    prediction = predictor(image)
+    found = roi_contributions(predictor.classifier, prediction.roi_batch)
+    names = class_names(predictor.classifier)
     order = np.argsort(-np.abs(found.contributions).max(axis=1), kind="stable")[:24]
     rows = tuple(
         (
@@ -45,4 +40,4 @@ def make(request: Request) -> Made:
     columns += [(class_title(label), ".4f") for label in names]
     note = "Gradient times input of module S, copies of a region added up."
     table = Table(f"Contribution of each RoI to the class logits, {title}, {name}", tuple(columns), rows, (note,))
-    return Made(table, contribution_figure(pixels, found, names))
+    return Made(table, contribution_figure(prediction.image, found, names))

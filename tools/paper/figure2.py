@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from phantom import phantom
 
 from ctmasknet.data.datasets import open_dataset
 from ctmasknet.data.layouts import LesionRecord, classes_of, instances, read_class_mask, same_names
 from ctmasknet.data.slices import read_slice
 from ctmasknet.errors import ConfigError, DataError
+from ctmasknet.evaluation.contributions import roi_contributions
 from ctmasknet.evaluation.evaluate import Table
 from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN
 from ctmasknet.predictor import Predictor
@@ -28,9 +28,7 @@ from paper.request import Made, Request
 
 def make(request: Request) -> Made:
     segmenter, classifier = _pair(request)
-    predictor = Predictor(segmenter, None, device=request.device, score_map=True)
-    if classifier is not None:
-        classifier.to(predictor.device)
+    predictor = Predictor(segmenter, classifier, device=request.device, score_map=True)
     count = 4 if request.limit is None else request.limit
     drawn = _slices_of(request, segmenter, count) if request.data else _phantoms(request, segmenter, count)
     lines, rows = [], []
@@ -38,9 +36,7 @@ def make(request: Request) -> Made:
         prediction = predictor(pixels)
         logits = None
         if classifier is not None:
-            with torch.inference_mode():
-                tensor = torch.from_numpy(prediction.image).to(predictor.device).expand(3, -1, -1)
-                found = classifier([tensor])[0]["logits"].tolist()
+            found = roi_contributions(classifier, prediction.roi_batch).logits.tolist()
             logits = dict(zip(class_names(classifier), found, strict=True))
         truth = "lesions" if len(lesions) else "no lesion"
         lines.append(SliceFigureRow(prediction, lesions, lungs, logits, truth, title))

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from ctmasknet.data.datasets import open_dataset
 from ctmasknet.errors import ConfigError
@@ -16,12 +15,12 @@ from ctmasknet.evaluation.evaluate import Table
 from ctmasknet.registry import class_title
 from ctmasknet.results import RoIBatch
 from paper.drawing import FONT, INK, matplotlib_of, style_of
-from paper.request import Made, Request, classifier_of, needed
+from paper.request import Made, Request, classifying, needed
 
 
 def make(request: Request) -> Made:
     """One slice per class, drawn by the seed."""
-    classifier, name = classifier_of(request, "Figure 3")
+    predictor, name = classifying(request, "Figure 3")
     data = open_dataset("classification", needed(request, "Figure 3"))
     generator = np.random.default_rng(request.seed)
     labels = np.array([data.labels_of(index)[0] for index in range(len(data))])
@@ -34,10 +33,7 @@ def make(request: Request) -> Made:
             rows.append((title, None, None, None, None))
             continue
         sample = data[int(generator.choice(members))]
-        with torch.inference_mode():
-            device = next(classifier.parameters()).device
-            result = classifier([(sample.image.to(device).float() / 255).expand(3, -1, -1)])[0]
-        batch = RoIBatch(*(result[key].cpu().numpy() for key in ("boxes", "scores", "labels", "deltas")))
+        batch = predictor(sample.image).roi_batch
         batches.append((data.class_names[label], batch))
         sides = batch.boxes[:, 2:] - batch.boxes[:, :2]
         numbers: tuple[Any, ...] = (len(batch.scores), None, None)

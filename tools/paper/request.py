@@ -12,6 +12,7 @@ from ctmasknet.data.datasets import PathLike
 from ctmasknet.data.layouts import LesionClasses
 from ctmasknet.errors import ConfigError
 from ctmasknet.evaluation.evaluate import MISSING, Evaluation, Table, evaluate, title_of
+from ctmasknet.predictor import Predictor
 from ctmasknet.registry import DEFAULT_CLASSIFIER, VARIANTS
 from ctmasknet.zoo import open_model
 
@@ -62,11 +63,11 @@ def evaluations(request: Request, default: str, item: str) -> list[Evaluation]:
     return found
 
 
-def classifier_of(request: Request, item: str) -> tuple[Any, str]:
-    """The classifier asked for, or the default one, and what to call it."""
+def classifying(request: Request, item: str) -> tuple[Predictor, str]:
+    """A `Predictor` of the classifier asked for, or of the default one, and what to call it."""
     (weights,) = only_one(request.weights or (DEFAULT_CLASSIFIER,), item)
-    model = open_model(weights, task="classification", device=request.device)
-    return model, title_of(weights, model)
+    predictor = Predictor(None, open_model(weights, task="classification", device=request.device))
+    return predictor, title_of(weights, predictor.classifier)
 
 
 def needed(request: Request, item: str) -> list[str]:
