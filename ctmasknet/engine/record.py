@@ -206,7 +206,8 @@ def plot_curves(path: Path, history: list[dict[str, Any]]) -> None:
     scores = [key for key in keys if key in shown or key.startswith("sensitivity")]
     groups = [("Loss", losses), ("Validation", scores), ("Learning rate", ["lr"])]
     for axis, (title, names) in zip(figure.subplots(1, 3), groups, strict=True):
-        colours = matplotlib.colormaps["tab20" if title == "Loss" else "tab10"].colors
+        colours = matplotlib.colormaps["tab20"].colors
+        colours = colours if title == "Loss" else colours[::2] + colours[1::2]
         for name, colour in zip(names, colours, strict=False):
             points = [(row["epoch"], row[name]) for row in history if row.get(name) is not None]
             if points:
