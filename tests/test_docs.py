@@ -387,9 +387,12 @@ def test_the_notebook_runs_and_shows_an_overlay(tmp_path, surroundings, monkeypa
     nbclient.NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     printed = "".join(output.get("text", "") for output in outputs)
-    pooled = [float(text) for text in re.findall(r"'dice_pooled': ([\d.]+)", printed)]
-    assert len(pooled) == 2
-    assert pooled[1] > pooled[0], printed
+    before, after = (
+        [float(text) for text in re.search(rf"^{title}\t(.*)$", printed, re.MULTILINE)[1].split("\t")]
+        for title in ("before", "after")
+    )
+    assert all(now > then for now, then in zip(after[:2], before[:2], strict=True)), printed
+    assert re.search(r"^\d+ lesions? covering", printed, re.MULTILINE), printed
     assert "image/png" in outputs[-1]["data"]
 
 

@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import torch
 from engine_data import SMALL, class_folder, classifier_config, lesion_folder, segmenter_config
+from phantom import write_lesions
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ctmasknet import ConfigError, CTMaskNetError, DataError, WeightsError, create_model, from_pretrained
+from ctmasknet import ConfigError, CTMaskNetError, DataError, Predictor, WeightsError, create_model, from_pretrained
 from ctmasknet.data.datasets import open_dataset
 from ctmasknet.engine import TrainConfig, TrainResult, loop, train
 from ctmasknet.engine.batches import Batch, ModuleSOnRoIs, find_rois
@@ -638,3 +639,21 @@ def test_workers_do_not_change_the_result(lesions: Path, tmp_path: Path) -> None
     alone = train(segmenter_config(lesions, tmp_path / "alone", epochs=1))
     helped = train(segmenter_config(lesions, tmp_path / "helped", epochs=1, workers=1))
     assert losses_of(helped) == losses_of(alone)
+
+
+@pytest.mark.slow
+def test_the_first_try_of_the_tutorial_looks_like_success(tmp_path: Path) -> None:
+    write_lesions(tmp_path / "mine", 8, size=256)
+    write_lesions(tmp_path / "mine_val", 4, first=8, size=256)
+    settings: dict[str, Any] = {"epochs": 4, "lr": 1e-4, "batch_size": 2, "model_options": {"min_size": 256}}
+    config = TrainConfig(
+        "maskrcnn_resnet18_t1", tmp_path / "mine", tmp_path / "run", val=tmp_path / "mine_val", weights="default",
+        validation_loss=False, tensorboard=False, **settings,
+    )  # fmt: skip
+    result = train(config)
+    assert result.best_epoch is not None
+    start, best = result.history[0], result.history[result.best_epoch]
+    assert best["ap50"] > start["ap50"]
+    assert best["dice_pooled"] > start["dice_pooled"]
+    predictor = Predictor(segmenter=result.best, classifier=None, device="cpu")
+    assert len(predictor(tmp_path / "mine_val" / "imgs" / "2_patient10_1_1.png").scores) > 0
