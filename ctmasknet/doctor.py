@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
+import re
 import sys
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,9 @@ from ctmasknet.registry import get_variant
 if TYPE_CHECKING:
     from ctmasknet.weights.manifest import ManifestEntry
 
-_EXTRAS = {"io": ("pydicom", "gdcm", "nibabel")}
+_FOR_DEVELOPERS = ("all", "dev", "docs", "notebook")  # sums of extras, and what users have no need of
+_EXTRA_OF = re.compile(r"""([\w.-]+)(?:\[(\w+)\])?.*\bextra\s*==\s*["'](\w+)["']""")
+_MISSING = "is not installed"
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,7 @@ def examine() -> list[Check]:
     checks.append(_torch())
     if checks[-1].ok:
         checks += [_devices(), *_bundled_weights()]
-    checks += [_cache(), *(_extra(name, modules) for name, modules in _EXTRAS.items())]
-    return checks
+    return [*checks, _cache(), *_extras()]
 
 
 def _torch() -> Check:
@@ -117,10 +118,22 @@ def _cache() -> Check:
     return Check("cache", ok, f"{folder}{'' if ok else ' cannot be written: set HF_HOME to a folder that can'}")
 
 
-def _extra(name: str, modules: tuple[str, ...]) -> Check:
-    missing = [module for module in modules if importlib.util.find_spec(module) is None]
-    detail = f"pip install 'ctmasknet[{name}]' adds {', '.join(missing)}" if missing else "installed"
-    return Check(f"extra {name}", True, detail)
+def _extras() -> list[Check]:
+    """What each extra would add, by the package's own metadata."""
+    try:
+        requirements = [_EXTRA_OF.match(line) for line in requires("ctmasknet") or ()]
+    except PackageNotFoundError:  # a checkout that was never installed
+        return []
+    wanted: dict[str, list[str]] = {}
+    for package, other, extra in (match.groups() for match in requirements if match):
+        if extra not in _FOR_DEVELOPERS:
+            wanted.setdefault(extra, []).extend(wanted[other] if package == "ctmasknet" else [package])
+    checks = []
+    for extra, packages in wanted.items():
+        missing = [package for package in packages if _version(package) == _MISSING]
+        detail = f"pip install 'ctmasknet[{extra}]' (in a checkout: '.[{extra}]') adds {', '.join(missing)}"
+        checks.append(Check(f"extra {extra}", True, detail if missing else "installed"))
+    return checks
 
 
 def _version(package: str) -> str:
@@ -129,4 +142,4 @@ def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        return "is not installed"
+        return _MISSING

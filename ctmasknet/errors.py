@@ -93,5 +93,6 @@ def import_extra(module: str, extra: str, purpose: str) -> ModuleType:
         if error.name is not None and not module.startswith(error.name):
             raise
         raise MissingExtraError(
-            f"{purpose} needs {module}, which is not installed: pip install 'ctmasknet[{extra}]'"
+            f"{purpose} needs {module}, which is not installed: pip install 'ctmasknet[{extra}]' "
+            f"(in a checkout: '.[{extra}]')"
         ) from error

@@ -90,7 +90,7 @@ class Exported:
         """Plain values for JSON."""
         return asdict(self) | {"path": str(self.path)}
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         found = ", ".join(f"{name} {value:.0e}" for name, value in self.differences.items())
         size = f"{self.bytes / 1e6:.1f} MB"
         return f"{self.path}: ONNX opset {OPSET}, {size}; differs from PyTorch by at most: {found}"

@@ -6,7 +6,9 @@ import argparse
 import json
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -168,6 +170,22 @@ def test_doctor_finds_this_installation_sound(capsys):
     checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)}
     assert checks["torch and torchvision"]["ok"]
     assert any(name.startswith("weights of") for name in checks)
+
+
+def test_doctor_says_what_each_extra_would_add(monkeypatch):
+    def installed(package):
+        if package in ("pydicom", "gradio", "onnxruntime"):
+            raise PackageNotFoundError
+        return "1.0"
+
+    monkeypatch.setattr(doctor, "version", installed)
+    monkeypatch.setattr(doctor, "sys", SimpleNamespace(modules={}))
+    found = {check.name: check.detail for check in doctor.examine() if check.name.startswith("extra")}
+    assert set(found) == {"extra io", "extra train", "extra plots", "extra export", "extra demo"}
+    assert found["extra io"] == "pip install 'ctmasknet[io]' (in a checkout: '.[io]') adds pydicom"
+    assert found["extra demo"].endswith("adds pydicom, gradio")
+    assert found["extra export"].endswith("adds onnxruntime")
+    assert found["extra train"] == "installed"
 
 
 def test_doctor_explains_a_torchvision_that_does_not_match(monkeypatch, capsys):

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
+from ctmasknet import Evaluation, Exported, TrainResult
 from ctmasknet.errors import InputError
 from ctmasknet.results import Prediction, RoIBatch, run_length_encode
 
@@ -248,3 +249,19 @@ def test_a_prediction_shows_itself_in_a_few_lines_and_as_a_picture() -> None:
     ]
     with Image.open(io.BytesIO(prediction._repr_png_())) as shown:
         np.testing.assert_array_equal(np.asarray(shown), np.asarray(prediction.plot()))
+
+
+def test_every_result_is_shown_in_a_few_lines() -> None:
+    metrics = {"paper": {"ap50": 0.5123, "ap75": 0.4, "confusion": [[1]]}, "coco": {"mask_ap": None}}
+    evaluation = Evaluation(
+        "segmentation", "m", ("d",), 3, None, ("background", "lesion"), metrics, {}, {}, None, 1.0, [{"image_id": "a"}]
+    )
+    assert repr(evaluation).splitlines()[0] == "Evaluation of m on 3 slices"
+    assert "ap50 0.512, ap75 0.400" in repr(evaluation)
+    history = [{"epoch": epoch} for epoch in range(1000)]
+    run = TrainResult("run", "run/best", "run/last", 7, {}, True, 1000, 9000, 0, 1.0, {}, history, "epoch 7 is best")
+    assert "epoch 7 is best" in repr(run)
+    exported = Exported(Path("m.onnx"), 10**7, {"boxes": 1e-3}, {"config": "{" + " " * 5000 + "}"})
+    for result in (evaluation, run, exported):
+        assert len(repr(result)) < 300
+        assert len(repr(result).splitlines()) <= 4

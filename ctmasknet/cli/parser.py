@@ -254,9 +254,6 @@ def build_parser() -> argparse.ArgumentParser:
         "-o", "--out", metavar="DIR", help="keep what was measured per slice here, to go on after a kill"
     )
     _running_flags(evaluate)
-    evaluate.add_argument(
-        "--nms-threshold", type=float, metavar="T", help="of boxes that overlap by more, keep the best"
-    )
     _json_flag(evaluate)
 
     export = _command(
@@ -333,6 +330,9 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
 def _running_flags(parser: argparse.ArgumentParser) -> None:
     own = "(default: the weights' own operating point)"
     parser.add_argument("--score-threshold", type=float, metavar="T", help=f"report lesions scored above T {own}")
+    parser.add_argument(
+        "--nms-threshold", type=float, metavar="T", help=f"of boxes that overlap by more, keep the best {own}"
+    )
     parser.add_argument("--device", help=_DEVICE_HELP)
     parser.add_argument(
         "--precision",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from typing import Any
 
@@ -109,13 +110,16 @@ def _predictor(options: argparse.Namespace, **more: Any) -> Any:
     from ctmasknet.predictor import Predictor
 
     chosen = [None if model == "none" else model for model in (options.segmenter, options.classifier)]
-    return Predictor(
+    predictor = Predictor(
         *chosen,
         device=options.device,
         score_threshold=options.score_threshold,
+        nms_threshold=options.nms_threshold,
         precision=options.precision,
         **more,
     )
+    logging.getLogger("ctmasknet").info("%r", predictor)
+    return predictor
 
 
 def demo_command(options: argparse.Namespace) -> int:

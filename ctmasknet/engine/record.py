@@ -61,6 +61,10 @@ class TrainResult:
         """Plain values for JSON."""
         return asdict(self)
 
+    def __repr__(self) -> str:
+        """What came of it, in a few lines; `history` and `metrics` have the figures."""
+        return f"TrainResult of {self.out}: {self.epochs} epochs\n  {self.summary}\n  best weights: {self.best}"
+
 
 _ON_THE_CARD = (
     "recipe", "weights", "optimizer", "lr", "weight_decay", "schedule", "epochs", "batch_size", "accumulate", "ema",

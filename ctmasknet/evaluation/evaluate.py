@@ -122,6 +122,14 @@ class Evaluation:
             }
         )
 
+    def __repr__(self) -> str:
+        """The first figures of each group; `table` has them all."""
+        lines = [f"Evaluation of {self.model} on {self.images} slices"]
+        for group, figures in self.metrics.items():
+            numbers = [f"{name} {value:.3f}" for name, value in figures.items() if isinstance(value, float)]
+            lines.append(f"{_GROUPS[group]}: {', '.join(numbers[:4]) or 'see table()'}")
+        return "\n  ".join(lines)
+
     def table(self) -> Table:
         """All figures, one per line, with their intervals."""
         rows: list[tuple[Any, ...]] = []
