@@ -35,6 +35,7 @@ from ctmasknet.example import example_slice
 from ctmasknet.models import Model
 from ctmasknet.models.classifier import COVIDCTMaskNet
 from ctmasknet.models.detector import LesionMaskRCNN, Regions
+from ctmasknet.models.inference import Inference, Protocol, feature_scales, fpn_levels
 from ctmasknet.output import require_writable, write_files
 from ctmasknet.registry import DISCLAIMER, LESION_CLASSES
 from ctmasknet.weights.files import state_digest
@@ -62,7 +63,6 @@ _FEW_PIXELS, _VERGE = 4, 0.02
 _ROWS = ("boxes", "labels", "scores", "masks", "deltas")  # one row per region
 _PAD = 32  # pixels: a resized image is padded to a multiple, as in GeneralizedRCNNTransform
 _TOGETHER = 1000  # boxes: torchvision does the NMS of more than so many class by class (4000 numbers, on a CPU)
-_CANONICAL_SIZE, _CANONICAL_LEVEL = 224.0, 4  # of the FPN paper, as in torchvision's MultiScaleRoIAlign
 
 
 class ExportError(CTMaskNetError):
@@ -231,16 +231,21 @@ def check_onnx(content: bytes, model: Model) -> dict[str, float]:
     """
     _, onnxruntime = import_onnx()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    worst = dict.fromkeys(OUTPUTS[model.variant.task], 0.0)
+    inference, worst = Inference(model), dict.fromkeys(OUTPUTS[model.variant.task], 0.0)
     for image in check_images():
-        with torch.no_grad():
-            expected: dict[str, Tensor] = model([image])[0]
         values = (torch.from_numpy(value) for value in session.run(None, {"image": image.numpy()}))
-        given = dict(zip(worst, values, strict=True))
-        found = compare({name: expected[name] for name in worst}, given)
+        found = compare(_expected(inference, image), dict(zip(worst, values, strict=True)))
         worst = {name: max(worst[name], found[name]) for name in worst}
     require_close(worst, TOLERANCES, f"{model.variant.name} in onnxruntime {onnxruntime.__version__}")
     return worst
+
+
+def _expected(inference: Inference, image: Tensor) -> dict[str, Tensor]:
+    (reading,) = inference.read([image])
+    if isinstance(inference.model, COVIDCTMaskNet):
+        return inference.classify(reading)
+    (found,) = inference.detect(reading, Protocol.of(inference.model))
+    return {"boxes": found.boxes, "labels": found.labels, "scores": found.scores, "masks": found.masks[:, None]}
 
 
 def check_images() -> list[Tensor]:
@@ -294,9 +299,9 @@ def _difference(name: str, expected: Tensor, given: Tensor) -> float:
         return 0.0
     if name != "masks":
         return float((expected.double() - given.double()).abs().max())
-    one, other = expected.flatten(1) > 0.5, given.flatten(1) > 0.5
+    one, other = expected.flatten(1), given.flatten(1) > 0.5
     # Pixels on the verge count neither way; and of a mask of a dozen pixels, a rounded edge is a large share.
-    clear = (expected.flatten(1) - 0.5).abs() > _VERGE
+    clear = (given.flatten(1) - 0.5).abs() > _VERGE
     different, either = ((one != other) & clear).sum(1) - _FEW_PIXELS, (one | other).sum(1)
     return float((different.clamp(min=0) / either.clamp(min=1)).max())
 
@@ -367,7 +372,7 @@ class Detector(nn.Module):
         rois = torch.cat([torch.zeros_like(boxes[:, :1]), boxes], dim=1)
         if len(features) == 1:
             return roi_align(features[0], rois, pooler.output_size, 1 / self.strides[0], pooler.sampling_ratio)
-        levels = fpn_levels(boxes, self.strides)
+        levels = fpn_levels(boxes, feature_scales(self.model.variant))
         rows = [(levels == level).nonzero().squeeze(1) for level in range(len(features))]
         pooled = [
             roi_align(feature, rois[chosen], pooler.output_size, 1 / stride, pooler.sampling_ratio)
@@ -481,14 +486,6 @@ def nms_per_class(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: flo
         kept.append(rows[nms(boxes[rows], scores[rows], threshold)])
     rows = torch.cat(kept).sort()[0]
     return rows[scores[rows].sort(descending=True)[1]]
-
-
-def fpn_levels(boxes: Tensor, strides: Sequence[int]) -> Tensor:
-    """(N,) the FPN level of each box by its size, 0 the finest (FPN paper, equation 1)."""
-    sides = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
-    level = torch.floor(_CANONICAL_LEVEL + torch.log2(sides / _CANONICAL_SIZE) + 1e-6)
-    finest = strides[0].bit_length() - 1
-    return level.clamp(finest, finest + len(strides) - 1).long() - finest
 
 
 def batch_rows(valid: Tensor, slots: int, *, replicate: bool) -> Tensor:

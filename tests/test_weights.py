@@ -80,7 +80,9 @@ def test_the_bundled_weights_are_what_the_manifest_says(name):
     card = (entry.path.parent / "README.md").read_text()
     assert card.startswith("---\n")
     assert "not a medical device" in card
-    assert all(str(value) in card for value in entry.metrics.values())
+    assert all(f"| {name} | {value} |" in card for name, value in entry.metrics.items())
+    stored = read_weights(entry.path)
+    assert card == model_card(model.variant, stored.config, stored.metadata)
 
 
 @pytest.mark.slow

@@ -563,7 +563,7 @@ class _Plan:
     def of(
         cls, features: list[Tensor], boxes: Tensor, image: Tensor, scales: list[float], side: int, samples: int
     ) -> _Plan:
-        level = _levels(boxes, scales)
+        level = fpn_levels(boxes, scales)
         heights = torch.tensor([f.shape[2] for f in features])[level]
         widths = torch.tensor([f.shape[3] for f in features])[level]
         sizes = [f.shape[0] * f.shape[2] * f.shape[3] for f in features]
@@ -587,8 +587,8 @@ def _table(features: list[Tensor]) -> Tensor:
     return torch.cat([f.permute(0, 2, 3, 1).reshape(-1, f.shape[1]) for f in features])
 
 
-def _levels(boxes: Tensor, scales: list[float]) -> Tensor:
-    """The FPN level of each box, by its size (FPN paper, equation 1)."""
+def fpn_levels(boxes: Tensor, scales: list[float]) -> Tensor:
+    """(N,) int64: the FPN level of each (N, 4) box by its size, 0 the finest (FPN paper, equation 1)."""
     if len(scales) == 1:
         return torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
     finest = -torch.tensor(scales[0]).log2().item()
@@ -624,7 +624,7 @@ def _pool_by_torchvision(
     rois = torch.cat([image[:, None].to(boxes), boxes], dim=1)
     if len(scales) == 1:
         return roi_align(features[0], rois, side, scales[0], samples).flatten(2).transpose(1, 2)
-    level = _levels(boxes, scales)
+    level = fpn_levels(boxes, scales)
     pooled = boxes.new_zeros(len(boxes), features[0].shape[1], side, side)
     for number, (feature, scale) in enumerate(zip(features, scales, strict=True)):
         rows = (level == number).nonzero().squeeze(1)
