@@ -18,7 +18,6 @@ from ctmasknet.data.layouts import (
     LesionRecord,
     Listing,
     Names,
-    PathLike,
     check_sizes,
     guess_task,
     instances,
@@ -28,6 +27,7 @@ from ctmasknet.data.layouts import (
     shared_patients,
 )
 from ctmasknet.errors import CTMaskNetError, DataError, MissingExtraError
+from ctmasknet.output import PathLike
 from ctmasknet.registry import Task
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)

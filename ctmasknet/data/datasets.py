@@ -23,12 +23,12 @@ from ctmasknet.data.layouts import (
     LesionClasses,
     Listing,
     Names,
-    PathLike,
     check_sizes,
     list_slices,
     read_image,
 )
 from ctmasknet.errors import DataError
+from ctmasknet.output import PathLike
 from ctmasknet.registry import Task
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import warnings
 from collections import Counter, defaultdict
@@ -29,6 +30,7 @@ from torchvision.ops import masks_to_boxes
 
 from ctmasknet.data.slices import PICTURE_SUFFIXES, read_slice
 from ctmasknet.errors import ConfigError, DataError, import_extra
+from ctmasknet.output import PathLike
 from ctmasknet.registry import IMAGE_CLASSES, LESION_CLASSES, Task
 
 BACKGROUND, LUNG, GGO, CONSOLIDATION = 0, 1, 2, 3
@@ -147,7 +149,6 @@ def check_target_options(classes: str, min_area: int) -> None:
         raise ConfigError(f"min_area is {min_area}: it is an area in pixels, use 0 to keep every component")
 
 
-PathLike = str | Path
 Names = PathLike | Sequence[PathLike]
 """Which slices to use: a text file that lists names, one per line, or the names themselves."""
 
@@ -346,29 +347,28 @@ def list_slices(
     if task not in ("segmentation", "classification"):
         raise ConfigError(f"unknown task {task!r}: use 'segmentation' or 'classification'")
     check_target_options(classes, min_area)
-    paths = as_paths(data)
+    paths = _as_paths(data)
     if task == "segmentation":
-        return finish(_list_segmentation(paths, classes, min_area), names)
-    if isinstance(names, str | Path) and _tells_classes(Path(names)):
-        return finish(list_covidx(Path(names), paths))
-    return finish(_list_classification(paths), names)
+        return _finish(_list_segmentation(paths, classes, min_area), names)
+    if isinstance(names, str | os.PathLike) and _tells_classes(Path(names)):
+        return _finish(_list_covidx(Path(names), paths))
+    return _finish(_list_classification(paths), names)
 
 
 def guess_task(data: PathLike | Sequence[PathLike]) -> Task:
     """``"segmentation"`` for a COCO file or a folder with masks, else ``"classification"``."""
-    first = as_paths(data)[0]
+    first = _as_paths(data)[0]
     masks = (first / "masks").is_dir() or (first / "imgs").is_dir()
     return "segmentation" if masks or _coco_file(first) else "classification"
 
 
-def list_lesion_folders(roots: Sequence[Path], classes: LesionClasses = "merge", min_area: int = 100) -> Listing:
+def _list_lesion_folders(roots: Sequence[Path], classes: LesionClasses, min_area: int) -> Listing:
     """Pair images `root/imgs/NAME.*` with masks of class codes `root/masks/NAME.png` (CNCB folders).
 
     Patients come from CNCB file names, else from an `index.csv` in the root or next to it (columns `name`, `patient`,
     optionally `split`, equal to the name of the root), else from names `PATIENT_SLICE` of two numbers, as the
     released lists have them.
     """
-    check_target_options(classes, min_area)
     found = Listing("segmentation", "CNCB folders", list(roots), lesion_class_names(classes))
     for root in roots:
         if not ((root / "imgs").is_dir() and (root / "masks").is_dir()):
@@ -393,14 +393,13 @@ def list_lesion_folders(roots: Sequence[Path], classes: LesionClasses = "merge",
     return found
 
 
-def list_coco(json_path: Path, min_area: int = 100) -> Listing:
+def _list_coco(json_path: Path, min_area: int) -> Listing:
     """Match the images and annotations of a COCO file: instances as polygons or RLE.
 
     Categories are numbered from 1 in the order of their ids. Boxes are taken from the masks, half-open, whatever
     `bbox` says. Crowd regions (`iscrowd`) are left out, and so are annotations whose `bbox` has no width or height.
     Images lie in the folder of the JSON file, its `images` or `imgs`, or the same one folder up.
     """
-    check_target_options("merge", min_area)
     found = Listing("segmentation", "COCO instances", [json_path], ("background",))
     try:
         content = json.loads(json_path.read_text(encoding="utf-8"))
@@ -445,7 +444,7 @@ def list_coco(json_path: Path, min_area: int = 100) -> Listing:
     return found
 
 
-def list_file_names(roots: Sequence[Path]) -> Listing:
+def _list_file_names(roots: Sequence[Path]) -> Listing:
     """Take classes from CNCB names `[Class]_[PatientID]_[ScanNum]_[SliceNum]`, Class a number or a word."""
     found = Listing("classification", "CNCB file names", list(roots), IMAGE_CLASSES)
     for root in roots:
@@ -466,7 +465,7 @@ def list_file_names(roots: Sequence[Path]) -> Listing:
     return found
 
 
-def list_covidx(list_file: Path, roots: Sequence[Path]) -> Listing:
+def _list_covidx(list_file: Path, roots: Sequence[Path]) -> Listing:
     """Take names and classes from a COVIDx-CT list: `FILENAME CLASS XMIN YMIN XMAX YMAX`; the box is not used."""
     found = Listing("classification", "COVIDx-CT list", list(roots), IMAGE_CLASSES)
     by_stem: dict[str, list[Path]] = defaultdict(list)
@@ -499,7 +498,7 @@ def list_covidx(list_file: Path, roots: Sequence[Path]) -> Listing:
     return found
 
 
-def list_class_folders(roots: Sequence[Path]) -> Listing:
+def _list_class_folders(roots: Sequence[Path]) -> Listing:
     """Take classes from folder names (`class_folder_names` numbers them); images lie at any depth below."""
     folders = {root: _class_folders(root) for root in roots}
     names = {folder.name for found_here in folders.values() for folder in found_here}
@@ -538,9 +537,9 @@ def class_folder_names(folders: Iterable[str]) -> tuple[dict[str, int], tuple[st
 def _list_segmentation(paths: list[Path], classes: LesionClasses, min_area: int) -> Listing:
     coco = {path: json_path for path in paths if (json_path := _coco_file(path)) is not None}
     folders = [path for path in paths if path not in coco]
-    parts = [list_coco(json_path, min_area=min_area) for json_path in coco.values()]
+    parts = [_list_coco(json_path, min_area) for json_path in coco.values()]
     if folders:
-        parts.append(list_lesion_folders(folders, classes, min_area))
+        parts.append(_list_lesion_folders(folders, classes, min_area))
     return _join(parts)
 
 
@@ -548,11 +547,11 @@ def _list_classification(paths: list[Path]) -> Listing:
     lists = [path for path in paths if path.suffix == ".txt" and path.is_file()]
     by_folder = [path for path in paths if path not in lists and not _image_files(path) and _class_folders(path)]
     by_name = [path for path in paths if path not in lists and path not in by_folder]
-    parts = [list_covidx(path, _list_image_folders(path)) for path in lists]
+    parts = [_list_covidx(path, _list_image_folders(path)) for path in lists]
     if by_name:
-        parts.append(list_file_names(by_name))
+        parts.append(_list_file_names(by_name))
     if by_folder:
-        parts.append(list_class_folders(by_folder))
+        parts.append(_list_class_folders(by_folder))
     return _join(parts)
 
 
@@ -573,10 +572,10 @@ def _join(parts: Sequence[Listing]) -> Listing:
     return found
 
 
-def finish(found: Listing, names: Names | None = None) -> Listing:
+def _finish(found: Listing, names: Names | None = None) -> Listing:
     """Keep what `names` tells, make names unique, and see that something is left."""
     if names is not None:
-        if isinstance(names, str | Path):
+        if isinstance(names, str | os.PathLike):
             source, given = str(names), [name for name, _ in _list_entries(Path(names), found)]
         else:
             source, given = "names", [str(name) for name in names]
@@ -605,8 +604,8 @@ def finish(found: Listing, names: Names | None = None) -> Listing:
     return found
 
 
-def as_paths(data: PathLike | Sequence[PathLike]) -> list[Path]:
-    paths = [Path(data)] if isinstance(data, str | Path) else [Path(path) for path in data]
+def _as_paths(data: PathLike | Sequence[PathLike]) -> list[Path]:
+    paths = [Path(data)] if isinstance(data, str | os.PathLike) else [Path(path) for path in data]
     if not paths:
         raise ConfigError("no data: pass a folder or a file")
     return paths

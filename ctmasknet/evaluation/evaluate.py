@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ctmasknet.batch import process_device, process_shard
 from ctmasknet.data.datasets import SliceDataset, open_dataset
-from ctmasknet.data.layouts import LesionClasses, Names, PathLike, classes_of, same_names
+from ctmasknet.data.layouts import LesionClasses, Names, classes_of, same_names
 from ctmasknet.errors import ConfigError, DataError, import_extra
 from ctmasknet.evaluation.metrics import (
     MIN_PATIENTS,
@@ -44,7 +44,7 @@ from ctmasknet.evaluation.rows import (
 )
 from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN, Model
 from ctmasknet.models.inference import Precision
-from ctmasknet.output import Log, csv_text, json_bytes, read_logs, require_writable, write_files
+from ctmasknet.output import Log, PathLike, csv_text, json_bytes, read_logs, require_writable, write_files
 from ctmasknet.registry import VARIANTS, Task
 from ctmasknet.zoo import choose_device, open_model
 
@@ -336,7 +336,7 @@ def _open(
             raise DataError(f"{twice}: two slices of this name; every slice needs its own")
     else:
         source = open_dataset(task, data, classes=classes, min_area=min_area, names=names)
-        shown = [str(path) for path in ([data] if isinstance(data, str | Path) else data)]
+        shown = [str(path) for path in ([data] if isinstance(data, str | os.PathLike) else data)]
     if not len(source):
         raise DataError(f"{', '.join(shown)}: no slices to evaluate on")
     return source, shown
