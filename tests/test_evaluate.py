@@ -159,6 +159,22 @@ def test_segmenter_figures_are_those_of_the_collectors(lesions: Path) -> None:
     assert "lesion_sensitivity" in result.table().markdown()
 
 
+def test_what_is_measured_is_what_predict_gives_whatever_the_batch(lesions: Path, tmp_path: Path) -> None:
+    for folder in ("imgs", "masks"):
+        (tmp_path / folder).mkdir()
+        for index, path in enumerate(sorted((lesions / folder).iterdir())):
+            with Image.open(path) as image:  # half of the slices have another shape
+                image.crop((0, 0, 128 - 32 * (index % 2), 128)).save(tmp_path / folder / path.name)
+    predictor, metrics = Predictor(seeing_segmenter(), None), SegmentationMetrics()
+    for _, target, name in open_dataset("segmentation", tmp_path, min_area=5):
+        found = predictor(tmp_path / "imgs" / f"{name}.png")
+        metrics.update(target, {"masks": found.masks, "labels": found.labels, "scores": found.scores}, image_id=name)
+    for batch_size in (1, 6):
+        result = evaluate(seeing_segmenter(), tmp_path, min_area=5, samples=0, batch_size=batch_size)
+        assert result.metrics["operating_point"] == pytest.approx(metrics.compute(), abs=1e-9)
+    assert result.metrics["operating_point"]["dice_pooled"] > 0
+
+
 def test_classifier_figures_by_slice_and_patient(slices: Path) -> None:
     model = classifier()
     result = evaluate(model, slices, samples=50)
