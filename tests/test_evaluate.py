@@ -500,7 +500,10 @@ def test_predictions_keep_the_nms_they_were_made_with(coco_files: tuple[Path, Pa
         evaluate(coco_files[1], coco_files[0], nms_threshold=0.5)
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"annotations": 3}'])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{}", "[1]", '{"annotations": 3}', '[{"category_id": 1}]', '[{"image_id": "a", "category_id": [1]}]'],
+)
 def test_what_is_no_results_file_is_refused(lesions: Path, tmp_path: Path, content: str) -> None:
     (tmp_path / "theirs.json").write_text(content)
     with pytest.raises(DataError, match=r"theirs.json: not"):
@@ -595,6 +598,11 @@ def test_a_model_of_ggo_alone_is_measured_on_ggo_alone(tmp_path: Path) -> None:
         assert sum(row["paper"]["gt_pixels"] for row in result.rows) == count
 
 
+def test_thresholds_are_not_for_classifiers(slices: Path) -> None:
+    with pytest.raises(ConfigError, match="are for segmentation"):
+        evaluate(classifier(), slices, score_threshold=0.5)
+
+
 def test_both_classes_by_name(lesions: Path) -> None:
     model = named(create_model("maskrcnn_resnet18_t2", num_classes=3, **QUICK), "background", "GGO", "consolidation")
     assert evaluate(model, lesions, limit=1, samples=0).class_names == ("background", "GGO", "consolidation")
@@ -660,6 +668,7 @@ def test_asking_for_more_slices_than_there_are_warns_and_takes_all(lesions: Path
         ({"device": "nowhere"}, "nowhere"),
         ({"score_threshold": 1.5}, "score_threshold=1.5"),
         ({"nms_threshold": -1}, "nms_threshold=-1"),
+        ({"nms_threshold": float("nan")}, "nms_threshold=nan"),
     ],
 )
 def test_impossible_settings_are_refused(lesions: Path, options: dict[str, Any], message: str) -> None:

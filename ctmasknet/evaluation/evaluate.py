@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -85,22 +85,7 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the rows as plain values, ready for ``json.dumps(..., allow_nan=False)``."""
-        return {
-            "task": self.task,
-            "model": self.model,
-            "data": list(self.data),
-            "images": self.images,
-            "patients": self.patients,
-            "class_names": list(self.class_names),
-            "metrics": self.metrics,
-            "intervals": {
-                group: {name: _plain(value) for name, value in figures.items()}
-                for group, figures in self.intervals.items()
-            },
-            "settings": self.settings,
-            "training_minutes": self.training_minutes,
-            "seconds": self.seconds,
-        }
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.name != "rows"}
 
     def save(self, out: PathLike) -> list[Path]:
         """Write ``evaluation.json``, ``evaluation.md`` (the table) and ``slices.csv`` (figures per slice) into `out`.
@@ -235,28 +220,11 @@ def evaluate(
     where = choose_device(process_device() if device is None else device)
     rank, world = process_shard()
     gather = _gatherer(world, cpu=where.type == "cpu")
-    subject: Subject
-    if not isinstance(model, LesionMaskRCNN | COVIDCTMaskNet) and str(model).lower().endswith(".json"):
-        path = Path(model)
-        task = task_of_predictions(path)
-        source, data_names = _open(data, task, classes or "merge", min_area, names)
-        if task == "classification":
-            subject = ImportedProbabilities(path, source)
-        else:
-            if nms_threshold is not None:
-                raise ConfigError("nms_threshold is for models: predictions keep the NMS they were made with")
-            subject = ImportedDetections(path, source, 0.5 if score_threshold is None else score_threshold)
-    else:
-        opened = open_model(model, device=where)
-        name = title_of(model, opened)
-        if isinstance(opened, LesionMaskRCNN):
-            subject = SegmenterSubject(opened, name, score_threshold, nms_threshold, precision)
-        else:
-            subject = ClassifierSubject(opened, name, precision)
-        source, data_names = _open(data, subject.task, classes or classes_of(subject.class_names), min_area, names)
-        if "classes" not in opened.metadata and len(subject.class_names) == len(source.class_names):
-            subject.class_names = source.class_names  # of weights that do not name their classes
-        _check_classes(subject, source, data_names)
+    subject, source, data_names = _opened(
+        model, data, classes, min_area, names, (score_threshold, nms_threshold), precision, where
+    )
+    if subject.task == "classification" and (score_threshold, nms_threshold) != (None, None):
+        raise ConfigError("score_threshold and nms_threshold are for segmentation, not for classification")
     chosen = _draw(source, limit, per_class, seed)
     settings = {
         **subject.facts,
@@ -320,6 +288,48 @@ def title_of(given: str | os.PathLike[str] | Model, opened: Model) -> str:
     return f"{opened.variant.name} ({Path(given).name})"
 
 
+def _opened(
+    model: str | os.PathLike[str] | Model,
+    data: PathLike | Sequence[PathLike] | SliceDataset[Any],
+    classes: LesionClasses | None,
+    min_area: int,
+    names: Names | None,
+    thresholds: tuple[float | None, float | None],
+    precision: Precision,
+    device: torch.device,
+) -> tuple[Subject, SliceDataset[Any], list[str]]:
+    """What is to be measured, the slices, and where they are from; arguments as of `evaluate`."""
+    score, nms = thresholds
+    if not isinstance(model, LesionMaskRCNN | COVIDCTMaskNet) and str(model).lower().endswith(".json"):
+        path = Path(model)
+        task = task_of_predictions(path)
+        source, shown = _open(data, task, classes or "merge", min_area, names)
+        if task == "classification":
+            return ImportedProbabilities(path, source), source, shown
+        if nms is not None:
+            raise ConfigError("nms_threshold is for models: predictions keep the NMS they were made with")
+        return ImportedDetections(path, source, 0.5 if score is None else score), source, shown
+    opened = open_model(model, device=device)
+    name = title_of(model, opened)
+    subject: Subject
+    if isinstance(opened, LesionMaskRCNN):
+        subject = SegmenterSubject(opened, name, score, nms, precision)
+    else:
+        subject = ClassifierSubject(opened, name, precision)
+    source, shown = _open(data, subject.task, classes or classes_of(subject.class_names), min_area, names)
+    # Weights that do not name their classes are what the caller says they are.
+    said = classes is not None or subject.class_names[0] == "class 0"
+    if "classes" not in opened.metadata and said and len(subject.class_names) == len(source.class_names):
+        subject.class_names = source.class_names
+    if not same_names(source.class_names, subject.class_names):
+        fix = "give classes='merge', 'both' or 'ggo', or data" if subject.task == "segmentation" else "give data"
+        raise DataError(
+            f"{', '.join(shown)}: classes {', '.join(source.class_names)}, but {subject.name} tells "
+            f"{', '.join(subject.class_names)} apart; {fix} of the model's classes, by name and in their order"
+        )
+    return subject, source, shown
+
+
 def _open(
     data: PathLike | Sequence[PathLike] | SliceDataset[Any],
     task: Any,
@@ -340,16 +350,6 @@ def _open(
     if not len(source):
         raise DataError(f"{', '.join(shown)}: no slices to evaluate on")
     return source, shown
-
-
-def _check_classes(subject: Subject, source: SliceDataset[Any], names: list[str]) -> None:
-    if same_names(source.class_names, subject.class_names):
-        return
-    fix = "give classes='merge', 'both' or 'ggo', or data" if subject.task == "segmentation" else "give data"
-    raise DataError(
-        f"{', '.join(names)}: classes {', '.join(source.class_names)}, but {subject.name} tells "
-        f"{', '.join(subject.class_names)} apart; {fix} of the model's classes, by name and in their order"
-    )
 
 
 def _draw(source: SliceDataset[Any], limit: int | None, per_class: int | None, seed: int) -> list[int]:
@@ -437,12 +437,6 @@ def _by_patient(rows: list[Row]) -> tuple[list[Row], int]:
             mean = np.mean([row["probabilities"] for row in own], axis=0).tolist()
             patients.append({"image_id": patient, "patient": patient, "label": own[0]["label"], "probabilities": mean})
     return patients, len(slices) - len(patients)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(inner) for name, inner in value.items()}
-    return None if value is None else list(value)
 
 
 def _span(value: Any, label: str | None) -> str | None:

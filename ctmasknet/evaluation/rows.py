@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -328,23 +328,17 @@ class _ImageNames:
             for key in known:
                 self._names[key].add(name)
         self._numbers: dict[Any, str] = {}
-        sources = {record.source for record in records if isinstance(record, CocoRecord)}
-        if "images" in content:
-            self._number(content["images"], path)
-        elif len(sources) == 1:  # several files may use a number twice
-            source = sources.pop()
-            self._number(json.loads(source.read_text(encoding="utf-8"))["images"], source)
-
-    def _number(self, images: Any, source: Path) -> None:
-        if not isinstance(images, list) or not all(isinstance(i, dict) and "id" in i for i in images):
+        images, source = _listed("images", path, content, data)
+        if images is None:
+            return
+        if not isinstance(images, list) or not all(isinstance(i, dict) and _plain_id(i.get("id")) for i in images):
             raise DataError(f"{source}: images must be a list of objects with id and file_name")
-        named: dict[str, Any] = {}
-        for image in images:
-            name = str(image.get("file_name"))
-            if image["id"] in self._numbers or name in named:
-                what = f"id {image['id']}" if image["id"] in self._numbers else f"file_name {name}"
-                raise DataError(f"{source}: {what} stands twice in images; every image needs its own")
-            self._numbers[image["id"]] = named[name] = name
+        named = [(image["id"], str(image.get("file_name"))) for image in images]
+        for what, values in zip(("id", "file_name"), zip(*named, strict=True), strict=False):
+            (value, count), *_ = Counter(values).most_common(1)
+            if count > 1:
+                raise DataError(f"{source}: {what} {value} stands twice in images; every image needs its own")
+        self._numbers = dict(named)
 
     def __call__(self, image_id: Any, where: str) -> str:
         """The name of a slice of the data.
@@ -379,17 +373,30 @@ def _read(path: Path) -> tuple[list[Row], dict[str, Any]]:
     beside = path.with_name(COCO_IMAGES)
     if not outer and path.name == COCO_RESULTS and beside.exists():  # what `ctmasknet predict --format coco` writes
         outer = json.loads(beside.read_text(encoding="utf-8"))
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, dict) and _plain_id(entry.get("image_id")) and _plain_id(entry.get("category_id", 0))
+        for entry in entries
+    ):
         raise DataError(f"{path}: not COCO results: a list of objects with image_id, category_id, score, segmentation")
     return entries, outer
 
 
+def _listed(key: str, path: Path, content: dict[str, Any], data: SliceDataset[Any]) -> tuple[Any, Path]:
+    """`images` or `categories` of the file of predictions, else of the data's COCO file if there is one; and which."""
+    sources = {record.source for record in getattr(data, "records", ()) if isinstance(record, CocoRecord)}
+    if key in content or len(sources) != 1:  # several files may use a number twice
+        return content.get(key), path
+    (source,) = sources
+    return json.loads(source.read_text(encoding="utf-8"))[key], source
+
+
+def _plain_id(value: Any) -> bool:
+    return isinstance(value, int | str)
+
+
 def _labels(path: Path, content: dict[str, Any], data: SliceDataset[Any]) -> dict[Any, int]:
     """category_id -> label: by the names of the file's categories, else of the data's COCO file, else unchanged."""
-    sources = {r.source for r in getattr(data, "records", ()) if isinstance(r, CocoRecord)}
-    categories = content.get("categories")
-    if categories is None and len(sources) == 1:
-        categories = json.loads(sources.pop().read_text(encoding="utf-8"))["categories"]
+    categories, _ = _listed("categories", path, content, data)
     if categories is None:
         return {label: label for label in range(1, len(data.class_names))}
     known = {name.casefold(): label for label, name in enumerate(data.class_names) if label}
