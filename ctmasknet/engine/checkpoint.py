@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from ctmasknet.errors import CTMaskNetError, WeightsError
 from ctmasknet.output import OutputError, write_files
+from ctmasknet.weights.files import state_digest
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def write_checkpoint(
         CTMaskNetError: it cannot be written; the checkpoints before it are intact.
     """
     stored = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    header = {"format": _FORMAT, "facts": json.dumps(facts), "crc32": str(_crc32(stored))}
+    header = {"format": _FORMAT, "facts": json.dumps(facts), "sha256": state_digest(stored)}
     path = run / FOLDER / f"step-{step:09d}.safetensors"
     try:
         write_files({path: lambda stream: save_file(stored, stream.name, metadata=header)}, sync=True)
@@ -97,11 +97,11 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        if not {"facts", "crc32"} <= set(header):
+        if "facts" not in header:
             raise WeightsError(f"{path}: not a training checkpoint (weights? give them as weights, not resume)")
         if header.get("format") != _FORMAT:
             raise WeightsError(f"{path}: a checkpoint of another version of ctmasknet; start from its weights instead")
-        if header["crc32"] != str(_crc32(tensors)):
+        if header["sha256"] != state_digest(tensors):
             raise WeightsError(f"{path}: damaged: its checksum does not match")
         return tensors, json.loads(header["facts"])
     except (OSError, SafetensorError, ValueError) as error:
@@ -169,11 +169,3 @@ def unpack_optimizer(
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def _crc32(tensors: Mapping[str, Tensor]) -> int:
-    value = 0
-    for key in sorted(tensors):
-        value = zlib.crc32(key.encode(), value)
-        value = zlib.crc32(tensors[key].reshape(-1).view(torch.uint8).numpy().data, value)
-    return value

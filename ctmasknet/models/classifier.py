@@ -16,13 +16,13 @@ from ctmasknet.models.detector import (
     LesionRoIHeads,
     Regions,
     ResNetFPN,
+    Shareable,
     build_rpn,
     build_transform,
     checked_images,
     freeze,
     require_float32,
 )
-from ctmasknet.models.sharing import Shareable
 from ctmasknet.registry import Variant
 
 
