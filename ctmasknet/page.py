@@ -14,7 +14,7 @@ from functools import cache, wraps
 from html import escape
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from PIL import Image
@@ -24,10 +24,11 @@ from ctmasknet.data.slices import Slice, read_slice
 from ctmasknet.errors import ConfigError, CTMaskNetError, InputError, import_extra
 from ctmasknet.evaluation.contributions import contribution_figure, roi_contributions
 from ctmasknet.example import SLICE
+from ctmasknet.models import Model
 from ctmasknet.models.classifier import COVIDCTMaskNet
 from ctmasknet.models.inference import Precision
 from ctmasknet.predictor import Predictor
-from ctmasknet.registry import DEFAULT_CLASSIFIER, DEFAULT_SEGMENTER, DISCLAIMER, class_title, get_variant
+from ctmasknet.registry import DEFAULT_CLASSIFIER, DEFAULT_SEGMENTER, DISCLAIMER, Task, class_title, get_variant
 from ctmasknet.results import Prediction, VolumePrediction
 from ctmasknet.weights.manifest import variants_with_weights
 from ctmasknet.zoo import DEFAULT, class_names
@@ -35,6 +36,7 @@ from ctmasknet.zoo import DEFAULT, class_names
 log = logging.getLogger(__name__)
 
 NONE = "none"
+DEFAULTS = (DEFAULT_SEGMENTER, DEFAULT_CLASSIFIER)
 OVERLAY, SCORE_MAP, CONTRIBUTIONS, MONTAGE = "Overlay", "Score map", "RoI contributions", "Montage"
 UNITS = {"as the file says": None, "Hounsfield units": "hu", "stretch its own range": "range"}
 MAX_FILES = 2000  # of one upload: a series
@@ -45,9 +47,9 @@ footer {display: none !important}
 #status:has(strong) {border: 2px solid #D55E00}
 #picture img {max-height: 75vh; object-fit: contain}
 """
-HELP = """Choose a picture, a DICOM file, all files of a series, or a NIfTI scan: at most {} MB.
-Thresholds take effect at once on a slice, and at the next Predict on a scan."""
+HELP = "A picture, DICOM file, series or NIfTI scan of at most {} MB. A scan takes thresholds at the next Predict."
 Shown = dict[Any, Any]  # by component of the page
+Point = tuple[float, float]  # score and NMS threshold
 
 
 @dataclass(eq=False)
@@ -113,26 +115,19 @@ def _own(folder: Path, text: str) -> str:
     return text.replace(f"{folder}{os.sep}", "").replace(str(folder), "the upload")
 
 
-def draw(view: str, one: Slice, prediction: Prediction, predictor: Predictor) -> Image.Image:
-    """A view of a slice.
-
-    Raises:
-        InputError: the view needs a model that was not chosen.
-    """
+def _draw(view: str, prediction: Prediction, classifier: Model | None) -> Image.Image:
+    """A view of a slice."""
     if view == OVERLAY:
         return prediction.plot()
-    if view == SCORE_MAP:
-        if predictor.segmenter is None:
-            raise InputError("the score map needs a segmenter: choose one and press Predict")
-        logits = Predictor(predictor.segmenter, None, device=predictor.device, score_map=True)(one).score_map
+    if view == SCORE_MAP and prediction.score_map is not None:
         figure = import_extra("matplotlib.figure", "demo", "the page").Figure(figsize=(6, 5), layout="constrained")
-        shown = figure.subplots().imshow(logits, cmap="magma", vmin=0)
+        shown = figure.subplots().imshow(prediction.score_map, cmap="magma", vmin=0)
         figure.colorbar(shown, shrink=0.8, label="mask logits, maximum over all RoIs")
+    elif view == CONTRIBUTIONS and isinstance(classifier, COVIDCTMaskNet) and prediction.roi_batch is not None:
+        found = roi_contributions(classifier, prediction.roi_batch)
+        figure = contribution_figure(prediction.image, found, class_names(classifier))
     else:
-        if not isinstance(predictor.classifier, COVIDCTMaskNet) or prediction.roi_batch is None:
-            raise InputError("RoI contributions need a classifier: choose one and press Predict")
-        found = roi_contributions(predictor.classifier, prediction.roi_batch)
-        figure = contribution_figure(one.pixels, found, class_names(predictor.classifier))
+        raise InputError(f"{view}: the model it shows was not chosen. Choose one and press Predict.")
     stream = BytesIO()
     figure.savefig(stream, format="png", dpi=160)
     return Image.open(stream)
@@ -146,21 +141,16 @@ def _grey(one: Slice) -> Image.Image:
     return Image.fromarray(np.rint(one.pixels * 255).astype(np.uint8))
 
 
-def build(
-    predictor_of: Callable[[str, str], Predictor],
+def _build(
+    predictor_of: Callable[[str, str], tuple[Predictor, Point]],
     offered: Sequence[list[str]],
-    points: Sequence[float | None],
+    given: Sequence[float | None],
     work: Path,
     max_mb: int,
 ) -> Any:
-    """The page as `gradio.Blocks`.
-
-    `predictor_of` gives the predictor of a segmenter and a classifier out of those `offered`, of which the first are
-    chosen at first; `points` are score and NMS threshold, None for the weights' own; `work` is where uploads and
-    results lie while they are looked at; an upload holds at most `max_mb`, all files together.
-    """
+    """The page as `gradio.Blocks`; the first of the models `offered` are chosen, thresholds as `given` or their own."""
     gr = import_extra("gradio", "demo", "the page")
-    progress = gr.Progress()
+    progress, max_bytes = gr.Progress(), max_mb * 1_000_000
 
     def guarded(handle: Callable[..., Iterator[Shown]]) -> Callable[..., Iterator[Shown]]:
         """Never a traceback on the page: one line of ours, or one that points to the log."""
@@ -179,12 +169,11 @@ def build(
 
     @guarded
     def on_open(paths: list[str] | None, unit: str, before: Case | None) -> Iterator[Shown]:
-        case = open_case(paths or [], work, UNITS[unit], max_mb * 1_000_000)
+        case = open_case(paths or [], work, UNITS[unit], max_bytes)
         if before is not None:
             before.drop()
-        scan = isinstance(case.content, Volume)
         indices = sorted(case.content.names) if isinstance(case.content, Volume) else [0]
-        middle = indices[len(indices) // 2]
+        scan, middle = isinstance(case.content, Volume), indices[len(indices) // 2]
         what = f"a scan of {len(indices)} slices" if scan else "one slice"
         yield {
             state: case,
@@ -197,21 +186,20 @@ def build(
             files: gr.update(visible=False),
         }
 
-    def shown(case: Case, predictor: Predictor, what: str, index: int, score: float, nms: float) -> Shown:
+    def shown(case: Case, predictor: Predictor, what: str, index: int, *point: float) -> Shown:
         """Picture and facts; of a single slice also files."""
+        predictor.score_threshold, predictor.nms_threshold = point
         if case.scan is not None and what == MONTAGE:
-            notes = (*case.notes, *case.scan.caveats)
-            words = _words(case.name, case.scan.summary, notes)
+            words = _words(case.name, case.scan.summary, (*case.notes, *case.scan.caveats))
             return {picture: case.scan.plot(), facts: words, lesions: gr.update(visible=False)}
-        predictor.score_threshold, predictor.nms_threshold = score, nms
-        one = case.slice(index)
-        prediction = predictor(one)
+        predictor.score_map = what == SCORE_MAP
+        prediction = predictor(case.slice(index))
         found = prediction.to_dict()["lesions"]
         rows = [[f["class"], f"{f['score']:.3f}", f["area_px"], " ".join(f"{v:.0f}" for v in f["box"])] for f in found]
         classes = ", ".join(f"{class_title(n)} {p:.3f}" for n, p in (prediction.class_probabilities or {}).items())
         drawn = {
-            picture: draw(what, one, prediction, predictor),
-            facts: _words(one.source, prediction.summary, [classes, *prediction.caveats]),
+            picture: _draw(what, prediction, predictor.classifier),
+            facts: _words(prediction.source, prediction.summary, [classes, *prediction.caveats]),
             lesions: gr.update(value=rows, visible=bool(rows)),
         }
         if case.scan is None:
@@ -221,12 +209,12 @@ def build(
 
     @guarded
     def on_predict(case: Case | None, seg: str, cls: str, *settings: Any, progress: Any = progress) -> Iterator[Shown]:
-        what, index, score, nms = settings
-        case = case or open_case([str(SLICE)], work, None, max_mb * 1_000_000)
+        what, index, *point = settings
+        case = case or open_case([str(SLICE)], work, None, max_bytes)
         case.predictor, case.scan = None, None
         case.stopped.clear()
         yield {state: case, status: f"Predicting {escape(case.name)} ..."}
-        predictor = predictor_of(seg, cls)
+        predictor, _ = predictor_of(seg, cls)
 
         def count(done: int, total: int) -> None:
             progress((done, total), unit="slices")
@@ -235,11 +223,11 @@ def build(
 
         result: Shown = {status: f"{escape(case.name)}: predicted."}
         if isinstance(case.content, Volume):
-            predictor.score_threshold, predictor.nms_threshold = score, nms
+            predictor.score_threshold, predictor.nms_threshold = point
             case.scan, what = predictor.volume(case.content, progress=count), MONTAGE
-            written = case.scan.save(case.folder / "results", case.name).values()
+            written = case.scan.save(case.folder / "results", case.name)
             result |= {view: MONTAGE, files: gr.update(value=[str(path) for path in written], visible=True)}
-        result |= shown(case, predictor, what, index, score, nms)
+        result |= shown(case, predictor, what, index, *point)
         case.predictor = predictor
         yield result
 
@@ -252,23 +240,20 @@ def build(
 
     @guarded
     def on_models(case: Case | None, seg: str, cls: str) -> Iterator[Shown]:
-        chosen = predictor_of(seg, cls)
+        _, (score, overlap) = predictor_of(seg, cls)
         if case is not None:
             case.predictor = None  # what is shown stays what was predicted
-        stored = {} if chosen.segmenter is None else {cut: chosen.score_threshold, nms: chosen.nms_threshold}
-        yield {status: f"{escape(seg)} and {escape(cls)}: press Predict."} | stored
+        yield {status: f"{escape(seg)} and {escape(cls)}: press Predict.", cut: score, nms: overlap}
 
-    first = predictor_of(offered[0][0], offered[1][0])
-    stored = (0.5, 0.5) if first.segmenter is None else (first.score_threshold, first.nms_threshold)
-    score, overlap = (own if given is None else given for given, own in zip(points, stored, strict=True))
+    _, own = predictor_of(offered[0][0], offered[1][0])
+    score, overlap = (mine if value is None else value for value, mine in zip(given, own, strict=True))
     with gr.Blocks(title="ctmasknet", analytics_enabled=False, delete_cache=(60, KEPT_SECONDS)) as page:
         state = gr.State(None, time_to_live=KEPT_SECONDS, delete_callback=lambda case: case and case.drop())
         gr.Markdown(f"## ctmasknet: lesions in chest CT slices\n**{DISCLAIMER}**")
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
-                upload = gr.File(
-                    [str(SLICE)], label="Slice or scan", file_count="multiple", height=150, elem_id="upload"
-                )
+                many: dict[str, Any] = {"file_count": "multiple", "height": 150, "elem_id": "upload"}
+                upload = gr.File([str(SLICE)], label="Slice or scan", **many)
                 with gr.Row():
                     go = gr.Button("Predict", variant="primary", elem_id="predict", min_width=100)
                     stop = gr.Button("Stop", elem_id="stop", min_width=60)
@@ -280,9 +265,7 @@ def build(
                     units = gr.Dropdown([*UNITS], value=next(iter(UNITS)), label="Values of the files")
                 gr.Markdown(HELP.format(max_mb))
             with gr.Column(scale=3, min_width=320):
-                status = gr.HTML(
-                    f"{SLICE.name}: an example, a phantom and no patient. Press Predict.", elem_id="status"
-                )
+                status = gr.HTML("The example is a phantom, not a patient. Press Predict.", elem_id="status")
                 view = gr.Radio([OVERLAY, SCORE_MAP, CONTRIBUTIONS], value=OVERLAY, show_label=False, elem_id="view")
                 at = gr.Slider(0, 1, 0, step=1, label="Slice", visible=False, elem_id="slice")
                 buttons = ["download", "fullscreen"]
@@ -339,23 +322,21 @@ def serve(
     import_extra("matplotlib", "demo", "the page")
     gr = import_extra("gradio", "demo", "the page")
 
-    def choices(task: str, given: str, default: str) -> list[str]:
+    offered = []
+    for task, given, default in zip(get_args(Task), (segmenter, classifier), DEFAULTS, strict=True):
         known = [name for name in variants_with_weights() if get_variant(name).task == task]
-        return list(dict.fromkeys([default if given == DEFAULT else given, *known, NONE]))
+        offered.append(list(dict.fromkeys([default if given == DEFAULT else given, *known, NONE])))
 
     @cache
-    def predictor_of(seg: str, cls: str) -> Predictor:
-        return Predictor(*(None if n == NONE else n for n in (seg, cls)), device=device, precision=precision)
+    def predictor_of(seg: str, cls: str) -> tuple[Predictor, Point]:
+        made = Predictor(*(None if n == NONE else n for n in (seg, cls)), device=device, precision=precision)
+        return made, (made.score_threshold or 0.5, made.nms_threshold or 0.5)
 
-    names = (
-        choices("segmentation", segmenter, DEFAULT_SEGMENTER),
-        choices("classification", classifier, DEFAULT_CLASSIFIER),
-    )
     theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # nothing from other hosts
     options: dict[str, Any] = {"share": False, "ssr_mode": False, "run_history": False, "theme": theme, "css": CSS}
     with tempfile.TemporaryDirectory(prefix="ctmasknet-page-", ignore_cleanup_errors=True) as made:
         os.environ["GRADIO_TEMP_DIR"] = made  # where gradio puts uploads; it has no argument for it
-        page = build(predictor_of, names, (score_threshold, nms_threshold), Path(made), max_upload_mb)
+        page = _build(predictor_of, offered, (score_threshold, nms_threshold), Path(made), max_upload_mb)
         options |= {"quiet": True, "prevent_thread_lock": True, "max_file_size": max_upload_mb * 1_000_000}
         try:
             _, address, _ = page.launch(server_name="127.0.0.1", server_port=port, **options)
