@@ -121,7 +121,7 @@ def create_model(
     name: str,
     *,
     weights: WeightsLike = None,
-    weights_backbone: bool | str = False,
+    weights_backbone: bool | str | os.PathLike[str] = False,
     num_classes: int | None = None,
     image_classes: int | None = None,
     **config: Any,
@@ -134,7 +134,8 @@ def create_model(
             `model.safetensors` and `config.json`, or a Hub repository: ``"owner/name"``, better pinned to a commit:
             ``"owner/name@revision"``. An existing path goes first; then the local cache, then the Hub.
         weights_backbone: True starts the body from timm's ImageNet weights (downloaded once, pinned by the manifest); a
-            string names another commit of timm's repository. Not together with `weights`.
+            file: from the state dict in it (torchvision's names, safetensors or `torch.save`); any other string names
+            another commit of timm's repository. Not together with `weights`.
         num_classes: detector classes, background included (default 2: lesion).
         image_classes: outputs of module S (default 3: control, pneumonia, COVID-19).
         config: any option of `ModelConfig`; what is not given comes from the weights' config.json, else from the
@@ -161,7 +162,7 @@ def create_model(
     if weights is None:
         model = build(variant, given).eval()
         if weights_backbone:
-            load_backbone(model, weights_backbone if isinstance(weights_backbone, str) else None)
+            load_backbone(model, None if weights_backbone is True else weights_backbone)
         return model
     model_config(variant, **given)  # the caller's mistakes first, before a file is read
     return assemble(variant, load_stored(weights, variant), given)

@@ -7,6 +7,8 @@ import re
 import golden
 import pytest
 import torch
+import torchvision
+from safetensors.torch import save_file
 
 from ctmasknet import ConfigError, WeightsError, create_model
 from ctmasknet.registry import DEFAULT_CLASSIFIER, DEFAULT_SEGMENTER
@@ -85,3 +87,24 @@ def test_a_model_of_the_other_task_and_an_impossible_device_are_refused(saved):
 def test_create_model_says_what_to_write_for_pretrained():
     with pytest.raises(ConfigError, match=re.escape(f"create_model('{SMALL}', weights='default')")):
         create_model(SMALL, pretrained=True)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_backbone_takes_a_file_with_torchvisions_names(tmp_path, suffix):
+    torch.manual_seed(3)
+    body = torchvision.models.resnet18().state_dict()
+    # As far as layer3, and without the counters, as some files come.
+    kept = {k: v for k, v in body.items() if not k.startswith(("layer4.", "fc.")) and "num_batches" not in k}
+    path = tmp_path / f"body{suffix}"
+    torch.save(kept, path) if suffix == ".pth" else save_file(kept, path)
+    for source in (path, str(path)):
+        model = create_model("maskrcnn_resnet18_t1", weights_backbone=source)
+        found = model.backbone.body.state_dict()
+        assert all(torch.equal(found[key], value) for key, value in kept.items())
+    with pytest.raises(WeightsError, match=r"body.*: not a resnet34: lacks layer1.2"):
+        create_model("maskrcnn_resnet34_t2", weights_backbone=path)
+    with pytest.raises(WeightsError, match=r"gone\.pth: no such file"):
+        create_model("maskrcnn_resnet18_t1", weights_backbone="gone.pth")
+    torch.save({"weights": kept}, tmp_path / "nested.pth")
+    with pytest.raises(WeightsError, match="not a state dict"):
+        create_model("maskrcnn_resnet18_t1", weights_backbone=tmp_path / "nested.pth")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ctmasknet.registry import VARIANTS, Variant
 from ctmasknet.weights.files import WEIGHTS_NAME, StoredWeights, inherited, is_finite, read_tensors, state_digest
 from ctmasknet.weights.hub import HubSource, discard, fetch, hub_source, is_commit
 from ctmasknet.weights.manifest import backbone_entry
+from ctmasknet.weights.released import read_state_dict
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +28,7 @@ _DETECTOR_HEADS = (
 )
 _IMAGE_HEADS = ("module_s.logits.",)
 _OPERATING_POINT = {"score_threshold": "box_score_thresh", "nms_threshold": "box_nms_thresh"}
+_BODY_FILES = (".safetensors", ".pth", ".pt")
 _BEYOND_A_BODY = ("layer2.", "layer3.", "layer4.", "fc.")  # what a cut ResNet may lack
 
 
@@ -125,32 +128,25 @@ def _variant_of(tensors: Mapping[str, Tensor]) -> str | None:
     return next((variant.name for variant in VARIANTS.values() if variant.num_values == values), None)
 
 
-def load_backbone(model: Model, revision: str | None = None) -> str:
-    """Start a model's body from timm's ImageNet weights; FPN, RPN and heads keep their values.
+def load_backbone(model: Model, source: str | os.PathLike[str] | None = None) -> str:
+    """Start a model's body from ImageNet weights; FPN, RPN and heads keep their values.
 
     Args:
-        revision: another commit of timm's repository than the manifest's, whose SHA-256 then is not checked.
+        source: None: timm's, downloaded; a file: a state dict of torchvision's names, as safetensors or as `torch.save`
+            wrote it; any other string: another commit of timm's repository than the manifest's, whose SHA-256 then is
+            not checked.
 
     Returns:
-        Repository and commit the weights came from.
+        The file, or repository and commit, the weights came from.
 
     Raises:
         WeightsError: no network and not in the cache, damaged, or not a ResNet of this depth.
     """
-    entry = backbone_entry(model.variant.backbone)
-    source: HubSource | None = HubSource(entry.repository, entry.revision)
-    sha256: dict[str, str] = {WEIGHTS_NAME: entry.sha256}
-    if revision is not None:
-        source, sha256 = hub_source(entry.repository, revision), {}
-    if source is None:
-        raise WeightsError(f"{entry.repository}: not a repository id: reinstall ctmasknet")
-    folder = fetch(source, (WEIGHTS_NAME,), sha256=sha256)
-    place = f"{source.repository}@{folder.name if is_commit(folder.name) else source.revision}"
-    try:
-        tensors = read_tensors(folder / WEIGHTS_NAME)
-    except WeightsError as error:
-        discard(folder, (WEIGHTS_NAME,))
-        raise WeightsError(f"{place}: {error} It was not kept in the cache.") from None
+    path = Path(source or "")
+    if source is not None and (not isinstance(source, str) or path.suffix in _BODY_FILES or path.is_file()):
+        place, tensors = str(path), read_tensors(path) if path.suffix == ".safetensors" else read_state_dict(path)
+    else:
+        place, tensors = _timms_body(model.variant.backbone, source)
     body: Any = model.backbone.body
     expected = body.state_dict()
     missing = [k for k in expected if k not in tensors and not k.endswith("num_batches_tracked")]
@@ -166,3 +162,21 @@ def load_backbone(model: Model, revision: str | None = None) -> str:
     body.load_state_dict(fitting, strict=False)
     log.info("%s: the body starts from %s (ImageNet)", model.variant.name, place)
     return place
+
+
+def _timms_body(backbone: str, revision: str | None) -> tuple[str, dict[str, Tensor]]:
+    """Repository and commit, and the weights there."""
+    entry = backbone_entry(backbone)
+    source: HubSource | None = HubSource(entry.repository, entry.revision)
+    sha256: dict[str, str] = {WEIGHTS_NAME: entry.sha256}
+    if revision is not None:
+        source, sha256 = hub_source(entry.repository, revision), {}
+    if source is None:
+        raise WeightsError(f"{entry.repository}: not a repository id: reinstall ctmasknet")
+    folder = fetch(source, (WEIGHTS_NAME,), sha256=sha256)
+    place = f"{source.repository}@{folder.name if is_commit(folder.name) else source.revision}"
+    try:
+        return place, read_tensors(folder / WEIGHTS_NAME)
+    except WeightsError as error:
+        discard(folder, (WEIGHTS_NAME,))
+        raise WeightsError(f"{place}: {error} It was not kept in the cache.") from None

@@ -106,6 +106,18 @@ def read_released(path: str | os.PathLike[str], variant: Variant | None = None) 
     )
 
 
+def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read a bare state dict that `torch.save` wrote, such as torchvision's ImageNet weights.
+
+    Raises:
+        WeightsError: not such a file, damaged, or holding anything but tensors.
+    """
+    content = _unpickle(Path(path))
+    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+        raise WeightsError(f"{path}: not a state dict: it must hold tensors by name and nothing else")
+    return dict(content)
+
+
 # torchvision 0.3 names (left) and the author's name for module S, to today's.
 _RENAMES = [
     (re.compile(r"^(backbone\.fpn\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)$"), r"\1.0.\2"),
