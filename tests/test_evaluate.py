@@ -211,7 +211,10 @@ def test_a_finished_evaluation_is_saved_beside_its_rows(slices: Path, lesions: P
     assert saved == json.loads(json.dumps(result.to_dict()))
     written = evaluate(segmenter(), lesions, limit=2, samples=0).save(tmp_path / "lesions")
     assert sorted(written) == sorted((tmp_path / "lesions").iterdir())
-    assert "binary Dice at 0.5" in (tmp_path / "lesions" / "evaluation.md").read_text()
+    text = (tmp_path / "lesions" / "evaluation.md").read_text()
+    assert "binary Dice at 0.5" in text
+    point = segmenter().metadata["operating_point"]
+    assert f"score above {point['score_threshold']:g}, NMS at {point['nms_threshold']:g}" in text
 
 
 def test_limit_draws_the_same_slices_for_the_same_seed(lesions: Path) -> None:

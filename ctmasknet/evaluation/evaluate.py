@@ -131,6 +131,9 @@ class Evaluation:
         who = "unknown patients" if self.patients is None else f"{self.patients} patients"
         notes = [f"{self.images} slices, {who}; {', '.join(self.data)}."]
         if self.task == "segmentation":
+            point = self.settings["protocols"]["operating_point"]
+            nms = f", NMS at {point['nms_threshold']:g}" if "nms_threshold" in point else ""
+            notes.append(f"Operating point: score above {point['score_threshold']:g}{nms}.")
             notes.append(f"Dice: {DICE} (mask > 0.5), of the union of the masks; not averaged over grey levels.")
         if self.patients is None or self.patients < MIN_PATIENTS:
             notes.append(f"Intervals are N/A: they need {MIN_PATIENTS} known patients or more.")
@@ -207,9 +210,9 @@ def evaluate(
         MissingExtraError: an extra is missing; the text names it.
     """
     began = time.monotonic()
-    for name, value in (("limit", limit), ("per_class", per_class)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name}={value}: must be at least 1")
+    for name, count in (("limit", limit), ("per_class", per_class)):
+        if count is not None and count < 1:
+            raise ConfigError(f"{name}={count}: must be at least 1")
     if limit is not None and per_class is not None:
         raise ConfigError("give limit or per_class, not both")
     for name, value in (("score_threshold", score_threshold), ("nms_threshold", nms_threshold)):

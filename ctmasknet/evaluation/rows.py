@@ -19,7 +19,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -170,7 +170,7 @@ def search_rows(inference: Inference, samples: Sequence[SegmentationSample]) -> 
 
     Every candidate has the figures of a run at it.
     """
-    own = Detection.of(inference.model)
+    own = Detection.of(cast(LesionMaskRCNN, inference.model))
     protocols = [replace(own, score_threshold=SCORE_THRESHOLDS[0], nms_threshold=nms) for nms in NMS_THRESHOLDS]
     return [
         {
@@ -235,7 +235,10 @@ class ImportedDetections:
             if "segmentation" not in entry:
                 raise DataError(f"{where}: no segmentation; masks are needed (COCO's segm results)")
             self._of_image[image_name(entry.get("image_id"), where)].append((number, entry, labels[category]))
-        self.facts = {"predictions": _digest(path), "score_threshold": score_threshold}
+        self.facts = {
+            "predictions": _digest(path),
+            "protocols": {"operating_point": {"score_threshold": score_threshold}},
+        }
 
     def rows(self, samples: Sequence[SegmentationSample]) -> list[Row]:
         thresholds = (PAPER.score_threshold, self._threshold, COCO_SCORE)
