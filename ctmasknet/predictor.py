@@ -7,7 +7,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_args
 
 import numpy as np
@@ -16,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ctmasknet.data.scans import NIFTI_SUFFIXES, Volume, open_volume
+from ctmasknet.data.scans import Volume, open_volume
 from ctmasknet.data.slices import Slice, read_slice, require_finite
 from ctmasknet.errors import ConfigError, CTMaskNetError, InputError
 from ctmasknet.models import Model
@@ -127,7 +126,7 @@ class Predictor:
         Raises:
             InputError: at the first image that cannot be used.
         """
-        slices = (_checked(image if isinstance(image, Slice) else _read(image, units)) for image in images)
+        slices = (_checked(image if isinstance(image, Slice) else read_slice(image, units=units)) for image in images)
         while chunk := list(itertools.islice(slices, self.batch_size)):
             yield from self._predict_in_memory(chunk, self.score_map)
 
@@ -314,14 +313,6 @@ class Predictor:
 class _Prepared(NamedTuple):
     inferences: dict[Task, Inference]
     one_detector: bool  # a reading of the segmenter's serves the classifier
-
-
-def _read(image: ImageLike, units: str | None) -> Slice:
-    if isinstance(image, str | os.PathLike):
-        name = os.fsdecode(image)
-        if name.lower().endswith(NIFTI_SUFFIXES) or Path(name).is_dir():
-            raise InputError(f"{name}: a scan, not a slice: use Predictor.volume({name!r}), or name one image in it")
-    return read_slice(image, units=units)
 
 
 def _checked(one: Slice) -> Slice:

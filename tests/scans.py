@@ -30,7 +30,7 @@ class BlockPredictor(Predictor):
         super().__init__(create_model("maskrcnn_resnet18_t2"), None, device="cpu", batch_size=batch_size)
         self.batches: list[int] = []
 
-    def _predict(self, slices: list[Slice]) -> list[Prediction]:
+    def _predict(self, slices: list[Slice], score_map: bool) -> list[Prediction]:
         self.batches.append(len(slices))
         return [self._block(one) for one in slices]
 

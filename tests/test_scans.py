@@ -481,10 +481,10 @@ def test_out_of_device_memory_halves_the_batch_and_says_so(tmp_path, monkeypatch
     small = BlockPredictor(batch_size=4)
     plain = small._predict
 
-    def limited(slices):
+    def limited(slices, score_map):
         if len(slices) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-        return plain(slices)
+        return plain(slices, score_map)
 
     monkeypatch.setattr(small, "_predict", limited)
     with pytest.warns(UserWarning, match="out of memory on cpu with 4 slices: going on with batches of 2"):
@@ -492,7 +492,7 @@ def test_out_of_device_memory_halves_the_batch_and_says_so(tmp_path, monkeypatch
     assert small.batch_size == 1
     assert np.count_nonzero(result.mask) == 24
 
-    def always(slices):
+    def always(slices, score_map):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(small, "_predict", always)
@@ -625,7 +625,7 @@ def test_simpleitk_lays_the_mask_on_the_scan(tmp_path, predictor):
         affine = turn @ np.diag([0.7421875, 0.6, 2.5, 1])
         affine[:3, 3] = -162.19824, 293.1982421875, -303.7
         nibabel.save(nifti("LPS", affine), tmp_path / f"{number}.nii.gz")
-        mask = sitk.ReadImage(str(predictor.volume(tmp_path / f"{number}.nii.gz").save(tmp_path / "out")["mask"]))
+        mask = sitk.ReadImage(str(predictor.volume(tmp_path / f"{number}.nii.gz").save(tmp_path / "out")[0]))
         scan = sitk.ReadImage(str(tmp_path / f"{number}.nii.gz"))
         for get in ("GetSize", "GetSpacing", "GetOrigin", "GetDirection"):
             assert getattr(mask, get)() == getattr(scan, get)()
@@ -635,7 +635,7 @@ def test_simpleitk_lays_the_mask_on_the_scan(tmp_path, predictor):
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(tmp_path / "series")))
     scan = reader.Execute()
-    mask = sitk.ReadImage(str(predictor.volume(tmp_path / "series").save(tmp_path / "out")["mask"]))
+    mask = sitk.ReadImage(str(predictor.volume(tmp_path / "series").save(tmp_path / "out")[0]))
     with pytest.raises(RuntimeError, match="same physical space"):  # NIfTI keeps 7 digits, DICOM all of them
         lay(scan, mask)
     mask.CopyInformation(scan)  # what docs/scans.md says

@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from ctmasknet.data.slices import (
-    of_the_middle,
-    open_file,
-    pixels_of_frame,
-    reading,
-    require_dicom_slice,
-    starts_as_dicom,
-    taken_for,
-)
+from ctmasknet.data.slices import numbers_of, reading, require_dicom_slice, starts_as_dicom
 from ctmasknet.errors import InputError, import_extra
 
 Floats = npt.NDArray[np.float64]
@@ -44,19 +35,7 @@ def is_dicom_head(head: bytes, name: str) -> bool:
     return (head[128:132] == b"DICM" or name.lower().endswith(".dcm")) and starts_as_dicom(head)
 
 
-class DicomStack(NamedTuple):
-    """Axial frames on an even grid: what a `ctmasknet.data.scans.Volume` of DICOM files is made from."""
-
-    kind: str
-    shape: tuple[int, int, int]  # columns, rows, slices by rising position along their normal
-    affine: Floats  # (4, 4), indices -> mm, RAS+
-    names: dict[int, str]
-    problems: list[str]
-    units: str | None  # see `Slice.units`
-    plane: Callable[[int], npt.NDArray[np.float32]]  # place on the grid -> (columns, rows) in 0..1
-
-
-class _Plane(NamedTuple):
+class Plane(NamedTuple):
     """Where one frame of a DICOM file lies, in DICOM's own coordinates (LPS, mm)."""
 
     path: str
@@ -71,14 +50,14 @@ class _Plane(NamedTuple):
         return np.cross(self.directions[0], self.directions[1])
 
 
-class _Group(NamedTuple):
+class Group(NamedTuple):
     """Frames of one series that share size, pixel spacing and directions."""
 
     series: str
     size: tuple[int, int]
     pixel_spacing: tuple[float, float] | None  # mm between rows, between columns
     slice_distance: float | None  # mm, as the first header says
-    planes: list[_Plane]
+    planes: list[Plane]
     refusal: str | None  # why the first of them is no CT slice in HU, if it is not
     caveat: str | None
 
@@ -86,9 +65,8 @@ class _Group(NamedTuple):
         return f"series {self.series or 'without a UID'} ({len(self.planes)} slices)"
 
 
-def open_series(
-    name: str, units: str | None, series: str | None, spacing: tuple[float, float, float] | None
-) -> DicomStack:
+def find_series(name: str, units: str | None, series: str | None) -> tuple[Group, list[str]]:
+    """The axial frames to take from the DICOM files of a folder, and every problem with the others."""
     pydicom = import_extra("pydicom", "io", "reading DICOM files")
     try:
         files = sorted(entry.path for entry in os.scandir(name))
@@ -108,23 +86,21 @@ def open_series(
             found.problems.append(str(error))
     if others:
         found.problems.append(f"{name}: {others} files that are not DICOM were left out")
-    group = _choose(found, name, series)
-    return _stack(group, found.problems, name, "dicom series", units, spacing, None)
+    return _choose(found, name, series), found.problems
 
 
-def open_dicom_file(name: str, units: str | None, spacing: tuple[float, float, float] | None) -> DicomStack:
-    pydicom = import_extra("pydicom", "io", "reading DICOM files")
+def find_frames(dataset: Any, name: str, units: str | None) -> tuple[Group, list[str]]:
+    """As `find_series`, of one file of one or many frames."""
     found = _Found([], [])
     with reading(name, "DICOM"):
-        dataset = pydicom.dcmread(name, force=True)
         found.add(dataset, name, units)
-    return _stack(_choose(found, name, None), found.problems, name, "dicom", units, spacing, dataset)
+    return _choose(found, name, None), found.problems
 
 
 class _Found(NamedTuple):
     """What the headers of a folder, or the frames of a file, amount to."""
 
-    groups: list[_Group]
+    groups: list[Group]
     problems: list[str]
 
     def add(self, header: Any, file: str, units: str | None) -> None:
@@ -141,11 +117,8 @@ class _Found(NamedTuple):
                 require_dicom_slice(header, name, units, frame)
             except InputError as error:
                 refusal = str(error)
-            geometry = _Geometry(header, frame)
-            position, directions = (
-                geometry.numbers("ImagePositionPatient", 3),
-                geometry.numbers("ImageOrientationPatient", 6),
-            )
+            position = numbers_of(header, frame, "ImagePositionPatient", 3)
+            directions = numbers_of(header, frame, "ImageOrientationPatient", 6)
             if position is None or directions is None or not _is_frame_of_reference(directions):
                 if refusal is not None:  # the more telling of two reasons
                     raise InputError(refusal)
@@ -153,13 +126,11 @@ class _Found(NamedTuple):
                     f"{name}: no ImagePositionPatient and ImageOrientationPatient, so its place in a scan is unknown. "
                     "Predict it as a single slice, or export the series again."
                 )
-            plane = _Plane(
-                file, frame, name, position, directions.reshape(2, 3), int(header.get("InstanceNumber") or 0)
-            )
-            self._group(header, geometry, plane, refusal, units).planes.append(plane)
+            plane = Plane(file, frame, name, position, directions.reshape(2, 3), int(header.get("InstanceNumber") or 0))
+            self._group(header, plane, refusal, units).planes.append(plane)
 
-    def _group(self, header: Any, geometry: _Geometry, plane: _Plane, refusal: str | None, units: str | None) -> _Group:
-        between = geometry.numbers("PixelSpacing", 2)
+    def _group(self, header: Any, plane: Plane, refusal: str | None, units: str | None) -> Group:
+        between = numbers_of(header, plane.frame, "PixelSpacing", 2)
         pixel_spacing = None if between is None or (between <= 0).any() else (float(between[0]), float(between[1]))
         series = str(header.get("SeriesInstanceUID") or "")
         size = (int(header.Rows), int(header.Columns))
@@ -176,41 +147,15 @@ class _Found(NamedTuple):
             (
                 float(value[0])
                 for keyword in ("SpacingBetweenSlices", "SliceThickness")
-                if (value := geometry.numbers(keyword, 1)) is not None and value[0] > 0
+                if (value := numbers_of(header, plane.frame, keyword, 1)) is not None and value[0] > 0
             ),
             None,
         )
         modality = str(header.get("Modality") or "missing")
         caveat = None if modality == "CT" else f'DICOM modality is {modality}, not CT; read with units="{units}"'
-        group = _Group(series, size, pixel_spacing, distance, [], refusal, caveat)
+        group = Group(series, size, pixel_spacing, distance, [], refusal, caveat)
         self.groups.append(group)
         return group
-
-
-class _Geometry:
-    """Numbers of a DICOM header; Enhanced CT keeps them in its functional groups."""
-
-    def __init__(self, header: Any, frame: int) -> None:
-        shared = list(header.get("SharedFunctionalGroupsSequence") or [])
-        own = list(header.get("PerFrameFunctionalGroupsSequence") or [])[frame : frame + 1]
-        self._holders = [header]
-        for group in own + shared:
-            for sequence in ("PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence"):
-                self._holders.extend(group.get(sequence) or [])
-
-    def numbers(self, keyword: str, count: int) -> Floats | None:
-        """`count` finite numbers, or None."""
-        for holder in self._holders:
-            value = holder.get(keyword)
-            if value is None or value == "":
-                continue
-            try:
-                numbers = np.atleast_1d(np.asarray(value, np.float64))
-            except (TypeError, ValueError):
-                continue
-            if numbers.shape == (count,) and np.isfinite(numbers).all():
-                return numbers
-        return None
 
 
 def _is_frame_of_reference(directions: Floats) -> bool:
@@ -225,7 +170,7 @@ def _words(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else [str(word) for word in value]
 
 
-def _choose(found: _Found, name: str, series: str | None) -> _Group:
+def _choose(found: _Found, name: str, series: str | None) -> Group:
     """The axial group to take: the wanted one, or the one of most slices."""
     groups = [group for group in found.groups if series is None or group.series == series]
     if series is not None and not groups:
@@ -258,16 +203,10 @@ def _choose(found: _Found, name: str, series: str | None) -> _Group:
     return chosen
 
 
-def _stack(
-    group: _Group,
-    problems: list[str],
-    name: str,
-    kind: str,
-    units: str | None,
-    spacing: tuple[float, float, float] | None,
-    dataset: Any,
-) -> DicomStack:
-    """Put the planes of a group on an even grid."""
+def place(
+    group: Group, problems: list[str], name: str, spacing: tuple[float, float, float] | None
+) -> tuple[dict[int, Plane], Floats]:
+    """The frames of a group by their places on an even grid, and its affine (indices -> mm, RAS+)."""
     between_rows_columns = group.pixel_spacing
     if between_rows_columns is None:
         if spacing is None:
@@ -298,36 +237,13 @@ def _stack(
     affine[:3, 3] = planes[0].position
     # DICOM's x and y point the other way; 0 minus, because it leaves no negative zeros.
     affine[:2] = 0 - affine[:2]
-    at = dict(zip(places, planes, strict=True))
-
-    def read(index: int, offset: float | None) -> tuple[npt.NDArray[np.float32], float]:
-        plane = at[index]
-        with reading(plane.name, "DICOM"):
-            if dataset is not None:
-                return pixels_of_frame(dataset, plane.name, units, plane.frame, offset)
-            with open_file(plane.path) as stream:
-                frame = import_extra("pydicom", "io", "reading DICOM files").dcmread(stream, force=True)
-            return pixels_of_frame(frame, plane.name, units, plane.frame, offset)
-
-    offset = of_the_middle(len(places), lambda number: read(places[number], None)[1]) if units == "hu" else None
-
-    rows, columns = group.size
-    names = {index: plane.name for index, plane in at.items()}
-    return DicomStack(
-        kind=kind,
-        shape=(columns, rows, places[-1] + 1),
-        affine=affine,
-        names=names,
-        problems=problems,
-        units=taken_for(units, offset or 0),
-        plane=lambda index: read(index, offset)[0].T,
-    )
+    return dict(zip(places, planes, strict=True)), affine
 
 
 def _even_grid(
-    planes: list[_Plane],
+    planes: list[Plane],
     normal: Floats,
-    group: _Group,
+    group: Group,
     spacing: tuple[float, float, float] | None,
     problems: list[str],
     name: str,

@@ -20,15 +20,17 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from ctmasknet.data.dicom import DicomStack, Floats, is_dicom, is_dicom_head, open_dicom_file, open_series
+from ctmasknet.data.dicom import Floats, Group, find_frames, find_series, is_dicom, is_dicom_head, place
 from ctmasknet.data.slices import (
     NIFTI_MAGIC,
     NIFTI_SUFFIXES,
     Slice,
+    check_units,
     hu_offset,
     not_hu,
     of_the_middle,
     open_file,
+    pixels_of_frame,
     reading,
     require_chest_hu,
     require_finite,
@@ -219,38 +221,24 @@ def open_volume(
         ConfigError: unknown `units`, or a spacing that is not three positive numbers.
         MissingExtraError: the extra ``io`` is not installed.
     """
-    if units not in (None, "hu", "range"):
-        raise ConfigError(f'units={units!r} is unknown. Use None, "hu" or "range".')
+    check_units(units)
     if spacing is not None and (len(spacing) != 3 or not all(math.isfinite(mm) and mm > 0 for mm in spacing)):
         raise ConfigError(f"spacing={spacing}: three positive numbers, mm between columns, rows and slices")
     import_extra("nibabel", "io", "reading whole scans")
     name = os.fsdecode(path)
     if Path(name).is_dir():
-        return _over_grid(name, open_series(name, units, series, spacing))
+        group, problems = find_series(name, units, series)
+        return _open_dicom(name, group, problems, units, spacing, None)
     with open_file(name) as stream:
         head = stream.read(348)
     if is_dicom_head(head, name):
-        return _over_grid(name, open_dicom_file(name, units, spacing))
+        with reading(name, "DICOM"):
+            dataset = import_extra("pydicom", "io", "reading DICOM files").dcmread(name, force=True)
+        group, problems = find_frames(dataset, name, units)
+        return _open_dicom(name, group, problems, units, spacing, dataset)
     if name.lower().endswith(NIFTI_SUFFIXES) or head.startswith(NIFTI_MAGIC):
         return open_nifti(name, units, spacing)
     raise InputError(f"{name}: not a scan. Give a folder with a DICOM series, a DICOM file, or a NIfTI file.")
-
-
-def _over_grid(name: str, stack: DicomStack) -> Volume:
-    report_shape(stack.affine, 2, stack.problems, name)
-    report_units(stack.units, stack.problems, name)
-    return Volume(
-        source=name,
-        kind=stack.kind,
-        shape=stack.shape,
-        affine=stack.affine,
-        names=stack.names,
-        problems=tuple(stack.problems),
-        header=None,
-        threads=2,
-        units=stack.units,
-        plane=stack.plane,
-    )
 
 
 def is_scan(path: Path) -> bool:
@@ -263,6 +251,45 @@ def is_scan(path: Path) -> bool:
     with reading(str(path), "DICOM"):
         header = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=["NumberOfFrames"])
         return int(header.get("NumberOfFrames") or 1) > 1
+
+
+def _open_dicom(
+    name: str,
+    group: Group,
+    problems: list[str],
+    units: str | None,
+    spacing: tuple[float, float, float] | None,
+    dataset: Any,
+) -> Volume:
+    """Frames of the files they lie in, or of one `dataset`."""
+    planes, affine = place(group, problems, name, spacing)
+
+    def read(index: int, offset: float | None) -> tuple[npt.NDArray[np.float32], float]:
+        plane = planes[index]
+        with reading(plane.name, "DICOM"):
+            if dataset is not None:
+                return pixels_of_frame(dataset, plane.name, units, plane.frame, offset)
+            with open_file(plane.path) as stream:
+                file = import_extra("pydicom", "io", "reading DICOM files").dcmread(stream, force=True)
+            return pixels_of_frame(file, plane.name, units, plane.frame, offset)
+
+    indices = sorted(planes)
+    offset = of_the_middle(len(indices), lambda number: read(indices[number], None)[1]) if units == "hu" else None
+    report_shape(affine, 2, problems, name)
+    report_units(taken_for(units, offset or 0), problems, name)
+    rows, columns = group.size
+    return Volume(
+        source=name,
+        kind="dicom series" if dataset is None else "dicom",
+        shape=(columns, rows, indices[-1] + 1),
+        affine=affine,
+        names={index: plane.name for index, plane in planes.items()},
+        problems=tuple(problems),
+        header=None,
+        threads=2,
+        units=taken_for(units, offset or 0),
+        plane=lambda index: read(index, offset)[0].T,
+    )
 
 
 _TO_MM = {"meter": 1000.0, "micron": 0.001}

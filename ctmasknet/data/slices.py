@@ -7,7 +7,6 @@ DICOM file stores for display.
 
 from __future__ import annotations
 
-import math
 import os
 import stat
 import struct
@@ -31,7 +30,6 @@ from ctmasknet.errors import ConfigError, CTMaskNetError, InputError, import_ext
 LUNG_WINDOW = (-1350.0, 150.0)  # HU
 MIN_SIDE = 32  # pixels; two cells of the models' stride 16, less cannot be a chest
 MAX_SIDE = 4096  # pixels; eight times a CT slice, more is a mistake or an attack
-UNITS = (None, "hu", "range")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 
 # What a chest CT in HU must look like; see require_chest_hu and hu_offset.
@@ -60,6 +58,13 @@ JPEG_SYNTAXES = (  # baseline, extended, lossless, lossless with first-order pre
     "1.2.840.10008.1.2.4.51",
     "1.2.840.10008.1.2.4.57",
     "1.2.840.10008.1.2.4.70",
+)
+
+FUNCTIONAL_GROUPS = (
+    "PlanePositionSequence",
+    "PlaneOrientationSequence",
+    "PixelMeasuresSequence",
+    "PixelValueTransformationSequence",
 )
 
 REFUSED_MAGIC = {
@@ -129,8 +134,7 @@ def read_slice(source: Source, *, units: str | None = None) -> Slice:
         InputError: anything that is not one readable slice; the text names the file and the fix.
         MissingExtraError: a DICOM file, and pydicom or the decoder for its compression is not installed.
     """
-    if units not in UNITS:
-        raise ConfigError(f'units={units!r} is unknown. Use None, "hu" or "range".')
+    check_units(units)
     if isinstance(source, Image.Image):
         return _read_image(source, "PIL image", "pil", units)
     if isinstance(source, torch.Tensor):
@@ -142,6 +146,12 @@ def read_slice(source: Source, *, units: str | None = None) -> Slice:
     raise InputError(
         f"{type(source).__name__}: not a slice. Give a path, a PIL image, a numpy array or a torch tensor."
     )
+
+
+def check_units(units: str | None) -> None:
+    """Raise a ConfigError for units that are none."""
+    if units not in (None, "hu", "range"):
+        raise ConfigError(f'units={units!r} is unknown. Use None, "hu" or "range".')
 
 
 def window(hu: np.ndarray) -> np.ndarray:
@@ -431,18 +441,26 @@ def is_monochrome1(header: Any, name: str) -> bool:
 
 
 def rescale_of(header: Any, frame: int = 0) -> tuple[float, float] | None:
-    """Rescale slope and intercept, or None; Enhanced CT keeps them in its functional groups."""
-    shared = list(header.get("SharedFunctionalGroupsSequence") or [])
-    own = list(header.get("PerFrameFunctionalGroupsSequence") or [])[frame : frame + 1]
-    holders = [header]
-    for group in shared + own:
-        holders.extend(group.get("PixelValueTransformationSequence") or [])
-    for holder in holders:
-        slope, intercept = holder.get("RescaleSlope"), holder.get("RescaleIntercept")
-        if slope is not None and intercept is not None:
-            slope, intercept = float(slope), float(intercept)
-            if math.isfinite(slope) and math.isfinite(intercept) and slope != 0:
-                return slope, intercept
+    """Rescale slope and intercept, or None."""
+    slope, intercept = (numbers_of(header, frame, f"Rescale{name}", 1) for name in ("Slope", "Intercept"))
+    return None if slope is None or intercept is None or slope[0] == 0 else (float(slope[0]), float(intercept[0]))
+
+
+def numbers_of(header: Any, frame: int, keyword: str, count: int) -> np.ndarray | None:
+    """`count` finite numbers of a frame, (count,) float64, or None; Enhanced CT keeps them in functional groups."""
+    own = (header.get("PerFrameFunctionalGroupsSequence") or [])[frame : frame + 1]
+    shared = header.get("SharedFunctionalGroupsSequence") or []
+    items = [item for group in (*own, *shared) for name in FUNCTIONAL_GROUPS for item in group.get(name) or []]
+    for holder in (header, *items):
+        value = holder.get(keyword)
+        if value is None or value == "":
+            continue
+        try:
+            numbers = np.atleast_1d(np.asarray(value, np.float64))
+        except (TypeError, ValueError):
+            continue
+        if numbers.shape == (count,) and np.isfinite(numbers).all():
+            return numbers
     return None
 
 
