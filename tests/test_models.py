@@ -200,12 +200,8 @@ def test_drop_empty_removes_boxes_of_area_zero_and_only_those():
     deltas[:, 4:] = torch.arange(4.0)[:, None] / 1000
     for drop_empty, rows in ((True, [0, 2]), (False, [0, 1, 2, 3])):
         model.roi_heads.drop_empty = drop_empty
-        regions = model.roi_heads._rank(
-            boxes.repeat(1, 2).view(4, 2, 4),
-            torch.tensor([[0.1, 0.9], [0.2, 0.8], [0.3, 0.7], [0.4, 0.6]]),
-            deltas.view(4, 2, 4),
-            (512, 512),
-        )
+        logits = torch.tensor([[0.0, 4.0], [0.0, 3.0], [0.0, 2.0], [0.0, 1.0]])
+        regions = model.roi_heads.rank(logits, deltas, boxes, (512, 512), 0.0)
         assert regions.deltas[:, 0].mul(1000).round().int().tolist() == rows
 
 
@@ -295,3 +291,51 @@ def test_training_without_or_with_wrong_targets_raises():
         model(images((96, 96)))
     with pytest.raises(InputError, match=r"0\.\.2"):
         model(images((96, 96)), [{"image_label": 3}])
+
+
+@pytest.mark.parametrize("name", ["ctmasknet_resnet18_t1", "maskrcnn_resnet18_t1", "maskrcnn_resnet50"])
+def test_module_s_and_the_mask_branch_start_as_in_the_released_code(name):
+    model = create_model(name)
+    parts = (
+        (model.module_s,)
+        if name.startswith("ctmasknet")
+        else (model.roi_heads.mask_head, model.roi_heads.mask_predictor)
+    )
+    weights = {key: p for part in parts for key, p in part.named_parameters() if key.endswith("weight")}
+    for key, weight in weights.items():
+        # Fan-out as torch counts it: of a transposed convolution the roles of the first two sides are exchanged.
+        fan_out = weight.shape[0] * weight[0, 0].numel() if weight.dim() == 4 else weight.shape[0]
+        expected = (2 / fan_out) ** 0.5
+        assert weight.std().item() == pytest.approx(expected, rel=0.1), key
+    if name.startswith("ctmasknet"):
+        assert weights["logits.weight"].std().item() == pytest.approx(0.816, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["maskrcnn_resnet18_t2", "ctmasknet_resnet18_t2"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda image: image * 255, r"images\[0\] has values from .*: give a list of .* in 0\.\.1"),
+        (lambda image: image.half(), r"images\[0\] is torch\.float16"),
+        (lambda image: (image * 255).byte(), r"image\.float\(\) / 255"),
+        (lambda image: image.numpy(), r"images\[0\] is of type ndarray"),
+        (lambda image: image[0], r"images\[0\] has shape \(96, 96\)"),
+        (lambda image: image / 0, r"images\[0\] holds NaN"),
+    ],
+)
+def test_images_of_another_kind_are_refused(name, change, message):
+    model = create_model(name, **SMALL)
+    with pytest.raises(InputError, match=message):
+        model([change(images((96, 96))[0])])
+
+
+def test_a_single_image_no_image_and_half_a_model_are_refused():
+    model = create_model("maskrcnn_resnet18_t2", **SMALL)
+    image = images((96, 96))[0]
+    with pytest.raises(InputError, match="images is a single Tensor"):
+        model(image)
+    with pytest.raises(InputError, match="no images"):
+        model([])
+    assert len(model(image[None])) == 1
+    with pytest.raises(ConfigError, match=r"torch\.float16.*autocast_dtype"):
+        model.half()([image])

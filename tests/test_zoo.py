@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 import re
 
 import golden
@@ -101,10 +102,50 @@ def test_weights_backbone_takes_a_file_with_torchvisions_names(tmp_path, suffix)
         model = create_model("maskrcnn_resnet18_t1", weights_backbone=source)
         found = model.backbone.body.state_dict()
         assert all(torch.equal(found[key], value) for key, value in kept.items())
-    with pytest.raises(WeightsError, match=r"body.*: not a resnet34: lacks layer1.2"):
-        create_model("maskrcnn_resnet34_t2", weights_backbone=path)
     with pytest.raises(WeightsError, match=r"gone\.pth: no such file"):
         create_model("maskrcnn_resnet18_t1", weights_backbone="gone.pth")
     torch.save({"weights": kept}, tmp_path / "nested.pth")
     with pytest.raises(WeightsError, match="not a state dict"):
         create_model("maskrcnn_resnet18_t1", weights_backbone=tmp_path / "nested.pth")
+
+
+def resnet18_file(path):
+    """A ResNet18 with statistics of its own, as torchvision names its values, cut after the third stage."""
+    torch.manual_seed(0)
+    body = torchvision.models.resnet18()
+    for module in body.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.6, 1.4)
+    kept = {key: value for key, value in body.state_dict().items() if not key.startswith(("layer4.", "fc."))}
+    if path.suffix == ".safetensors":
+        save_file(kept, path)
+    else:
+        torch.save(kept, path)
+    return body.eval()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_resnet18_body_starts_from_a_file_and_a_resnet34_computes_the_same(tmp_path, suffix):
+    path = tmp_path / f"body{suffix}"
+    theirs = resnet18_file(path)
+    image = torch.rand(1, 3, 64, 96)
+    with torch.inference_mode():
+        x = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(image))))
+        expected = theirs.layer2(theirs.layer1(x))
+        for name in ("maskrcnn_resnet18_t2", "maskrcnn_resnet34_t2"):
+            body = create_model(name, weights_backbone=path).backbone.body
+            torch.testing.assert_close(body(image)[-1], expected, atol=1e-5, rtol=1e-4)
+        third = create_model("maskrcnn_resnet34_t1", weights_backbone=str(path)).backbone.body(image)[-1]
+        torch.testing.assert_close(third, theirs.layer3(expected), atol=1e-5, rtol=1e-4)
+    with pytest.raises(WeightsError, match="not a resnet50"):
+        create_model("maskrcnn_resnet50", weights_backbone=path)
+    with pytest.raises(WeightsError, match=r"not a resnet18: lacks layer4"):
+        create_model("maskrcnn_resnet18", weights_backbone=path)
+
+
+def test_a_body_that_is_a_pickle_of_something_else_is_refused_and_not_run(tmp_path):
+    path = tmp_path / "body.pth"
+    torch.save({"conv1.weight": torch.zeros(1), "x": pathlib.PurePosixPath("x")}, path)
+    with pytest.raises(WeightsError, match=r"body\.pth"):
+        create_model(SMALL, weights_backbone=path)

@@ -448,15 +448,6 @@ def _pasted(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Iterator[tup
         yield row, (slice(top, bottom), slice(left, right)), resized[top - y1 : bottom - y1, left - x1 : right - x1]
 
 
-def computes_bfloat16(device: torch.device) -> bool:
-    """Whether the device has units for bfloat16, so that it is faster than float32, not merely possible."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    # Private in torch 2.6 to 2.15; there is no public query.
-    queries = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return device.type == "cpu" and any(query is not None and query() for query in queries)
-
-
 # RoIAlign on all threads of a CPU, forward and backward; torchvision's runs on one (read in 0.29). Every bin is a
 # weighted sum of feature rows, the four cells around each of its samples, and `embedding_bag` computes such sums; the
 # transpose, a weighted sum of bins for every cell, is the gradient. Values and gradients are torchvision's up to

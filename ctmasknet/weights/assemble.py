@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ctmasknet.errors import ConfigError, WeightsError
@@ -29,6 +30,7 @@ _DETECTOR_HEADS = (
 _IMAGE_HEADS = ("module_s.logits.",)
 _OPERATING_POINT = {"score_threshold": "box_score_thresh", "nms_threshold": "box_nms_thresh"}
 _BODY_FILES = (".safetensors", ".pth", ".pt")
+_RESNET18_BLOCKS = 2  # in each stage; a ResNet34 has 3, 4, 6 and 3
 _BEYOND_A_BODY = ("layer2.", "layer3.", "layer4.", "fc.")  # what a cut ResNet may lack
 
 
@@ -133,8 +135,8 @@ def load_backbone(model: Model, source: str | os.PathLike[str] | None = None) ->
 
     Args:
         source: None: timm's, downloaded; a file: a state dict of torchvision's names, as safetensors or as `torch.save`
-            wrote it; any other string: another commit of timm's repository than the manifest's, whose SHA-256 then is
-            not checked.
+            wrote it, a ResNet34's body also from a ResNet18's; any other string: another commit of timm's repository
+            than the manifest's, whose SHA-256 then is not checked.
 
     Returns:
         The file, or repository and commit, the weights came from.
@@ -149,6 +151,8 @@ def load_backbone(model: Model, source: str | os.PathLike[str] | None = None) ->
         place, tensors = _timms_body(model.variant.backbone, source)
     body: Any = model.backbone.body
     expected = body.state_dict()
+    if model.variant.backbone == "resnet34" and "layer1.2.conv1.weight" not in tensors:
+        tensors = _deepened(tensors, expected)
     missing = [k for k in expected if k not in tensors and not k.endswith("num_batches_tracked")]
     extra = [k for k in tensors if k not in expected and not k.startswith(_BEYOND_A_BODY)]
     wrong = [k for k, t in tensors.items() if k in expected and t.shape != expected[k].shape]
@@ -162,6 +166,17 @@ def load_backbone(model: Model, source: str | os.PathLike[str] | None = None) ->
     body.load_state_dict(fitting, strict=False)
     log.info("%s: the body starts from %s (ImageNet)", model.variant.name, place)
     return place
+
+
+def _deepened(resnet18: Mapping[str, Tensor], resnet34: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A ResNet34's body that computes what a ResNet18's does: the blocks that are more begin as the identity."""
+    tensors = dict(resnet18)
+    for key, value in resnet34.items():
+        stage, _, rest = key.partition(".")
+        if stage.startswith("layer") and int(rest.split(".")[0]) >= _RESNET18_BLOCKS:
+            closed = rest.endswith(("bn2.weight", "bn2.bias"))
+            tensors[key] = torch.zeros_like(value) if closed else value
+    return tensors
 
 
 def _timms_body(backbone: str, revision: str | None) -> tuple[str, dict[str, Tensor]]:
