@@ -8,7 +8,7 @@ import torchvision
 from test_registry import RELEASED
 from torch import Tensor
 
-from ctmasknet import ConfigError, InputError, create_model, list_models
+from ctmasknet import ConfigError, InputError, create_model, from_pretrained, list_models
 from ctmasknet.models.detector import ResNetFPN
 from ctmasknet.registry import VARIANTS
 
@@ -112,6 +112,19 @@ def test_a_classifier_in_training_keeps_its_detector_in_evaluation():
     model = create_model("ctmasknet_resnet18_t2").train()
     assert model.module_s.training
     assert not any(m.training for part in (model.backbone, model.rpn, model.roi_heads) for m in part.modules())
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_saves_and_loads_the_same_values_config_and_outputs(name, tmp_path):
+    model = create_model(name, num_classes=3, **SMALL, **FEW)
+    loaded = from_pretrained(model.save_pretrained(tmp_path / "weights"), verify=True)
+    assert loaded.config == model.config
+    assert loaded.variant == model.variant
+    values = loaded.state_dict()
+    assert all(torch.equal(value, values[key]) for key, value in model.state_dict().items())
+    with torch.inference_mode():
+        (before,), (after,) = model(images((96, 96))), loaded(images((96, 96)))
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
 
 
 @pytest.mark.parametrize("counts", [[0, 0], [0, 2], [0]])
