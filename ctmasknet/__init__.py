@@ -7,8 +7,9 @@ Research software, not a medical device.
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
+
+from ctmasknet.registry import __version__
 
 if TYPE_CHECKING:
     from ctmasknet.batch import FileResult, RunSummary, predict_files
@@ -28,11 +29,6 @@ if TYPE_CHECKING:
     from ctmasknet.registry import Variant, get_variant, list_models
     from ctmasknet.results import Prediction, VolumePrediction
     from ctmasknet.zoo import create_model, from_pretrained, load_released, open_model
-
-try:
-    __version__ = version("ctmasknet")
-except PackageNotFoundError:  # imported from a checkout that was never installed
-    __version__ = "0+unknown"
 
 _HOMES = {
     "ctmasknet.errors": (

@@ -29,13 +29,13 @@ import torch
 import torchvision
 from tqdm import tqdm
 
-from ctmasknet import __version__
 from ctmasknet.data.layouts import slice_name
 from ctmasknet.data.scans import NIFTI_SUFFIXES, is_dicom, is_scan, read_ahead
 from ctmasknet.data.slices import PICTURE_SUFFIXES, Slice, read_slice
 from ctmasknet.errors import ConfigError, CTMaskNetError, DataError, InputError
 from ctmasknet.output import Log, OutputError, PathLike, join_logs, json_bytes, read_logs, write_files
 from ctmasknet.predictor import Predictor
+from ctmasknet.registry import __version__
 from ctmasknet.results import Prediction, VolumePrediction, counted
 from ctmasknet.weights.files import state_digest
 

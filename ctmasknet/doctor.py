@@ -11,9 +11,8 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ctmasknet import __version__
 from ctmasknet.errors import CTMaskNetError
-from ctmasknet.registry import get_variant
+from ctmasknet.registry import __version__, get_variant
 
 if TYPE_CHECKING:
     from ctmasknet.weights.manifest import ManifestEntry

@@ -28,7 +28,6 @@ from torch.nn import functional as F
 from torch.onnx.operators import shape_as_tensor
 from torchvision.ops import MultiScaleRoIAlign, nms, roi_align
 
-from ctmasknet import __version__
 from ctmasknet.data.slices import LUNG_WINDOW
 from ctmasknet.errors import ConfigError, CTMaskNetError, import_extra
 from ctmasknet.example import example_slice
@@ -37,7 +36,7 @@ from ctmasknet.models.classifier import COVIDCTMaskNet
 from ctmasknet.models.detector import LesionMaskRCNN, Regions
 from ctmasknet.models.inference import Inference, Protocol, feature_scales, fpn_levels
 from ctmasknet.output import require_writable, write_files
-from ctmasknet.registry import DISCLAIMER, LESION_CLASSES
+from ctmasknet.registry import DISCLAIMER, LESION_CLASSES, __version__
 from ctmasknet.weights.files import state_digest
 from ctmasknet.weights.publish import still_true
 from ctmasknet.zoo import class_names

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 from ctmasknet.errors import ConfigError
@@ -26,6 +27,11 @@ IMAGE_CLASSES = ("control", "pneumonia", "covid")
 
 CLASS_TITLES = {"covid": "COVID-19", "pneumonia": "common pneumonia"}
 """How class names read in a sentence or a picture, where that differs from the name in the code."""
+
+try:
+    __version__ = version("ctmasknet")
+except PackageNotFoundError:  # imported from a checkout that was never installed
+    __version__ = "0+unknown"
 
 DISCLAIMER = "Research software, not a medical device: no output of it may guide the care of a patient."
 

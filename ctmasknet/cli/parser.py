@@ -7,9 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ctmasknet import __version__
 from ctmasknet.cli import evaluating, predicting, training, variants
-from ctmasknet.registry import DISCLAIMER
+from ctmasknet.registry import DISCLAIMER, __version__
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 

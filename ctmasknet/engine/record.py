@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import ctmasknet
 from ctmasknet.engine.batches import EpochBatches
 from ctmasknet.engine.checkpoint import State
 from ctmasknet.engine.config import TrainConfig
 from ctmasknet.engine.setup import Setup
 from ctmasknet.errors import import_extra
 from ctmasknet.output import csv_text, json_bytes, write_files
+from ctmasknet.registry import __version__
 from ctmasknet.weights.files import GOLDEN_NAME, write_weights
 from ctmasknet.weights.publish import model_card, write_pretrained
 
@@ -80,7 +80,7 @@ class Record:
         self.out = Path(config.out)
         self.device = next(setup.trained.parameters()).device
         self.versions = {
-            "ctmasknet": ctmasknet.__version__,
+            "ctmasknet": __version__,
             "python": platform.python_version(),
             "platform": platform.platform(),
             **{package: version(package) for package in ("torch", "torchvision", "timm", "accelerate", "numpy")},

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import timm
 import torch
@@ -27,9 +27,6 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, batched_n
 from ctmasknet.errors import ConfigError, InputError
 from ctmasknet.models.config import ModelConfig
 from ctmasknet.registry import Variant
-
-if TYPE_CHECKING:
-    from ctmasknet.weights.publish import Published
 
 BOX_HIDDEN = 128
 _BOX_POOL, _BOX_SAMPLING = 7, 2
@@ -184,8 +181,8 @@ class LesionRoIHeads(RoIHeads):
 class Shareable:
     """Base of the models: each can write itself to a folder or to the Hugging Face Hub.
 
-    How weights are stored is not the models' affair: the work is done in `ctmasknet.weights.publish`, imported when a
-    method is called, so that importing the models needs no file format and no Hub client.
+    How weights are stored is not the models' affair: `ctmasknet.weights.publish` does the work, and sets `publisher` to
+    itself, so that the models know no file format and no Hub client.
 
     huggingface_hub's `PyTorchModelHubMixin` is not used: it loads with strict=False, falls back to a pickled
     `pytorch_model.bin`, rejects ``owner/name@revision`` and cannot put metrics on the card it pushes.
@@ -200,6 +197,7 @@ class Shareable:
     config: ModelConfig
     metadata: dict[str, Any]
     loaded: tuple[str, dict[str, Any]] | None = None
+    publisher: ClassVar[Any] = None
 
     def save_pretrained(
         self,
@@ -227,11 +225,8 @@ class Shareable:
             OutputError: the folder cannot be written.
             ConfigError: metrics that are not numbers, unknown dtype.
         """
-        from ctmasknet.weights.publish import save_pretrained
-
-        return save_pretrained(
-            cast("Any", self), folder, metrics=metrics, dataset=dataset, license=license, dtype=dtype
-        )
+        options: dict[str, Any] = {"metrics": metrics, "dataset": dataset, "license": license, "dtype": dtype}
+        return cast("Path", self.publisher.save_pretrained(self, folder, **options))
 
     def push_to_hub(
         self,
@@ -242,7 +237,7 @@ class Shareable:
         license: str | None = None,
         dtype: Literal["float32", "float16"] = "float32",
         private: bool = False,
-    ) -> Published:
+    ) -> Any:
         """Write the model to a Hub repository, made if missing, in one commit.
 
         Args:
@@ -251,15 +246,14 @@ class Shareable:
             private: make a new repository private.
 
         Returns:
-            Repository, commit, SHA-256 and size: what a manifest entry or a pinned ``"owner/name@commit"`` needs.
+            A `Published`, repository, commit, SHA-256 and size: what a manifest entry or a pinned
+            ``"owner/name@commit"`` needs.
 
         Raises:
             WeightsError: not a repository id, no permission (HF_TOKEN), no network.
         """
-        from ctmasknet.weights.publish import push_to_hub
-
         options: dict[str, Any] = {"metrics": metrics, "dataset": dataset, "license": license, "dtype": dtype}
-        return push_to_hub(cast("Any", self), repository, private=private, **options)
+        return self.publisher.push_to_hub(self, repository, private=private, **options)
 
 
 class LesionMaskRCNN(Shareable, GeneralizedRCNN):

@@ -16,6 +16,7 @@ import math
 import numbers
 import os
 import re
+import sys
 import tempfile
 import textwrap
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ from torch import Tensor
 from ctmasknet.errors import ConfigError, WeightsError
 from ctmasknet.example import example_slice
 from ctmasknet.models import LesionMaskRCNN, Model
+from ctmasknet.models.detector import Shareable
 from ctmasknet.models.inference import Inference, Protocol
 from ctmasknet.registry import DISCLAIMER, Variant, get_variant
 from ctmasknet.weights.assemble import assemble, build
@@ -418,3 +420,6 @@ def _difference(recorded: dict[str, Tensor], found: dict[str, Tensor]) -> str | 
             corners = ", ".join(f"{value:.1f}" for value in box.tolist())
             return f"the region [{corners}] with score {score.item():.3f} is not found again"
     return None
+
+
+Shareable.publisher = sys.modules[__name__]
