@@ -108,7 +108,7 @@ class Record:
         if state.finished:
             return write_pretrained(folder, tensors, variant=model.variant, config=options, metadata=metadata)
         (folder / GOLDEN_NAME).unlink(missing_ok=True)  # it is of other weights
-        card = model_card(model.variant, options, metadata)
+        card = model_card(model.variant, metadata)
         return write_weights(folder, tensors, variant=config.model, config=options, metadata=metadata, card=card)
 
     def _training(self, state: State) -> dict[str, Any]:

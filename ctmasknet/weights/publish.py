@@ -121,7 +121,7 @@ def write_pretrained(
     with torch.random.fork_rng(devices=[]):  # what random values the model starts from is nobody's affair
         model = build(variant, config).eval()
     model.load_state_dict(stored)  # the golden outputs belong to the values as stored
-    card = model_card(variant, config, metadata)
+    card = model_card(variant, metadata)
     return write_weights(
         folder,
         stored,
@@ -160,7 +160,7 @@ def push_folder(folder: str | os.PathLike[str], repository: str, *, private: boo
     variant = get_variant(stored.variant or "")
     card_file, golden = source / CARD_NAME, source / GOLDEN_NAME
     own = card_file.read_text(encoding="utf-8") if card_file.is_file() else None
-    card = own or model_card(variant, stored.config, stored.metadata)
+    card = own or model_card(variant, stored.metadata)
     operations = [
         CommitOperationAdd(CARD_NAME, card.replace(FOLDER, repository).encode()),
         CommitOperationAdd(CONFIG_NAME, str(source / CONFIG_NAME)),
@@ -243,7 +243,7 @@ _USE = {
 }
 
 
-def model_card(variant: Variant, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
+def model_card(variant: Variant, metadata: Mapping[str, Any]) -> str:
     """Markdown with the YAML header the Hugging Face Hub reads; only what `metadata` states is claimed.
 
     A `dataset` that is a Hub id also goes into the header's list; a sentence only names the data of the figures.
@@ -282,7 +282,7 @@ def model_card(variant: Variant, config: Mapping[str, Any], metadata: Mapping[st
     if metadata.get("operating_point"):
         words = {"score_threshold": "score above", "nms_threshold": "NMS at"}
         point = ", ".join(f"{words[key]} {value}" for key, value in metadata["operating_point"].items())
-        lines += ["", f"Operating point, used by `Predictor`: {point}."]
+        lines += ["", f"Operating point, to which a model with these weights is set: {point}."]
     if metadata.get("dataset") or metadata.get("derived_from"):
         lines += ["", "## Data", ""]
         lines += [str(metadata["dataset"])] if metadata.get("dataset") else ["Not stated."]
