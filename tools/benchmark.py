@@ -301,9 +301,8 @@ def agree(plain: Plain, ours: Predictor, slices: Iterable[Any], *, same_box: flo
 def _ap50(target: dict[str, Tensor], found: dict[str, np.ndarray], threshold: float) -> float:
     """AP@0.5 of one slice by the released protocol, of what scores above `threshold`."""
     kept = found["scores"] > threshold
-    truth = target["masks"].numpy() != 0, target["labels"].numpy()
-    said = (found[key][kept] for key in ("masks", "labels", "scores"))
-    return float(released_average_precision(*truth, *said, [0.5])[0])
+    said = {key: found[key][kept] for key in ("masks", "labels", "scores")}
+    return float(released_average_precision(target | {"masks": target["masks"] != 0}, said, [0.5])[0])
 
 
 def _same_classes(plain: Plain, ours: Predictor, slices: Iterable[Any]) -> dict[str, Any]:
