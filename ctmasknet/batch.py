@@ -537,7 +537,7 @@ def _my_work(
 
 def _settings(predictor: Predictor, format: Format, **reading: Any) -> dict[str, Any]:
     models = {"segmenter": predictor.segmenter, "classifier": predictor.classifier}
-    facts = {
+    facts: dict[str, Any] = {
         slot: None
         if model is None
         else {

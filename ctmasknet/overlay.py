@@ -166,8 +166,8 @@ def montage(
         x, y = place % columns * _TILE, place // columns * cell
         shown = Image.fromarray(grey).convert("RGB")
         for label in np.unique(labels[labels > 0]).tolist():
-            line = max(1, round(max(shown.size) / _TILE))  # it must survive the reduction
-            paint(shown, [labels == label], class_colour(class_names, label), line=line)
+            contour = max(1, round(max(shown.size) / _TILE))  # it must survive the reduction
+            paint(shown, [labels == label], class_colour(class_names, label), line=contour)
         enlarged = _TILE / max(shown.size)
         shown = shown.resize((max(round(shown.width * enlarged), 1), max(round(shown.height * enlarged), 1)))
         picture.paste(shown, (x + (_TILE - shown.width) // 2, y + (_TILE - shown.height) // 2))

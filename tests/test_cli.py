@@ -122,10 +122,21 @@ def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
     return group.choices
 
 
+@pytest.mark.parametrize("wrong", [["predct", "x"], ["predict", "x.png"], ["predict", "x", "-o", "y", "--units", "xx"]])
+def test_a_mistyped_command_is_one_line(wrong, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(wrong)
+    error = capsys.readouterr().err
+    assert error.startswith("ctmasknet")
+    assert error.count("\n") == 1
+    assert "--help" in error
+
+
 def test_errors_speak_of_flags(tmp_path, capsys):
     assert main(["predict", "x.png", "-o", str(tmp_path), "--score-threshold", "7"]) == 2
     assert "--score-threshold 7.0: must lie in 0..1" in capsys.readouterr().err
-    options = argparse.Namespace(units=None, restart=False, score_map=True)
+    options = argparse.Namespace(units=None, restart=False, score_map=True, spacing=None)
+    assert as_flags("spacing=(1.0, 1, 0.5): three", options) == "--spacing 1.0 1 0.5: three"
     text = "a_1/units=2/x.tif: pass units=\"hu\" or units='range', or begin anew: restart=True; lr=3 stays"
     expected = "a_1/units=2/x.tif: pass --units hu or --units range, or begin anew: --restart; lr=3 stays"
     assert as_flags(text, options) == expected

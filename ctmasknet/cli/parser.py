@@ -5,17 +5,25 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ctmasknet.cli import evaluating, predicting, training, variants
+from ctmasknet.cli.printing import printable
 from ctmasknet.registry import DISCLAIMER, __version__
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as those of the commands are."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {printable(message)}. See: {self.prog} --help\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser; `run` of what it returns is the function of the command."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="ctmasknet",
         description="Lesions and COVID-19 in chest CT slices: 14 models, one command line. " + DISCLAIMER,
         epilog="Start with: ctmasknet demo. Then: ctmasknet predict slice.png -o out",

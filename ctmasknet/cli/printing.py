@@ -22,10 +22,10 @@ def as_flags(text: str, options: argparse.Namespace) -> str:
     """A text of the library with its arguments as this command spells them: ``units="hu"`` reads ``--units hu``."""
 
     def flag(match: re.Match[str]) -> str:
-        name, value = match[1], match[2].strip("\"'")
+        name, value = match[1], re.sub("[\"'(),]", "", match[2])
         if name not in vars(options):
             return match[0]
         spelled = f"--{name.replace('_', '-')}"
         return spelled if value == "True" else f"{spelled} {value}"
 
-    return re.sub(r"""(?<![\w/.=-])([a-z_]+)=("[^"]*"|'[^']*'|[-+\w.]+)""", flag, text)
+    return re.sub(r"""(?<![\w/.=-])([a-z_]+)=("[^"]*"|'[^']*'|\([^()]*\)|[-+\w.]+)""", flag, text)
