@@ -114,4 +114,4 @@ def test_the_wheel_runs_the_demo_in_an_environment_of_its_own_without_a_network(
     assert Path(where).is_relative_to(inside)
     assert call(home / "bin" / "ctmasknet", "--version").split() == ["ctmasknet", ctmasknet.__version__]
     assert "lesions found. Picture:" in call(home / "bin" / "ctmasknet", "demo")
-    assert (tmp_path / "ctmasknet-demo" / "slice.overlay.png").is_file()
+    assert (tmp_path / "ctmasknet-demo" / "slice.png.overlay.png").is_file()
