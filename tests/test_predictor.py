@@ -290,8 +290,10 @@ def test_a_slice_with_nan_is_named_and_the_others_of_a_stream_go_on():
 
 
 def test_a_scan_is_no_slice(segmenter, tmp_path):
+    for name in ("scan.nii.gz", "scan.nii"):
+        (tmp_path / name).write_bytes(bytes(400))
     for path in (tmp_path, tmp_path / "scan.nii.gz", str(tmp_path / "scan.nii")):
-        with pytest.raises(InputError, match=r"use Predictor\.volume"):
+        with pytest.raises(InputError, match=r"Predictor\.volume"):
             segmenter(path)
 
 
