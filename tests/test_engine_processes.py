@@ -85,7 +85,7 @@ def test_a_run_killed_in_mid_epoch_again_and_again_gives_the_same_losses(tmp_pat
     for kind in ("best", "last"):
         one, other = (read_weights(tmp_path / run / kind).tensors for run in ("killed", "whole"))
         assert all(torch.equal(one[key], other[key]) for key in other)
-    assert not list(folder.glob(".unfinished*"))
+    assert not list(folder.glob(".ctmasknet-*"))
 
 
 def two_processes(config: TrainConfig, path: Path) -> None:
@@ -138,6 +138,65 @@ def test_module_s_learns_the_same_from_two_processes_as_from_one(tmp_path: Path)
         assert float(first["loss"]) == pytest.approx(float(second["loss"]), rel=1e-5)
 
 
+def start_two(script: Path, arguments: list[Path], folders: list[Path]) -> list[subprocess.Popen[str]]:
+    """Two ranks of one run, as torchrun starts them, each in a working folder of its own."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(found.getsockname()[1])}
+    return [
+        subprocess.Popen(
+            [sys.executable, script, *arguments],
+            env={**environment(), **ranks, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=folder,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, folder in enumerate(folders)
+    ]
+
+
+LATE = """
+import os, time
+from ctmasknet.engine.run import Run
+
+# The second rank is late: the first could have written a checkpoint by then.
+begin = Run.open
+def late(self):
+    time.sleep(5 * int(os.environ["RANK"]))
+    begin(self)
+Run.open = late
+"""
+
+
+def test_a_late_process_does_not_trip_over_the_first_checkpoint(tmp_path: Path) -> None:
+    data = class_folder(tmp_path / "data", 1)
+    script = tmp_path / "program.py"
+    script.write_text(LATE + PROGRAM)
+    config = classifier_config(data, tmp_path / "run", epochs=1, batch_size=1, resume=False)
+    processes = start_two(script, [write(config, tmp_path / "run.json")], [tmp_path, tmp_path])
+    said = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+
+    processes = start_two(script, [tmp_path / "run.json"], [tmp_path, tmp_path])
+    said = [process.communicate(timeout=300)[1] for process in processes]
+    assert all("holds a run" in text for text in said), "and both see what the first decides"
+
+
+def test_a_folder_that_the_processes_do_not_share_is_refused(tmp_path: Path) -> None:
+    data = class_folder(tmp_path / "data", 1)
+    script = tmp_path / "program.py"
+    script.write_text(PROGRAM)
+    path = write(classifier_config(data, Path("run"), epochs=1, batch_size=1), tmp_path / "run.json")
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+    processes = start_two(script, [path], folders)
+    for process in processes:
+        said = process.communicate(timeout=300)[1]
+        assert process.returncode != 0
+        assert "all hosts of a run must share it" in said
+
+
 def test_sigterm_to_one_process_stops_both_at_the_same_step(tmp_path: Path) -> None:
     data = class_folder(tmp_path / "data", 1)
     options = {"epochs": 500, "batch_size": 1, "checkpoint_minutes": 60.0}
@@ -145,16 +204,7 @@ def test_sigterm_to_one_process_stops_both_at_the_same_step(tmp_path: Path) -> N
     script = tmp_path / "program.py"
     script.write_text(PROGRAM)
     write(classifier_config(data, tmp_path / "run", **options), path)
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(found.getsockname()[1])}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, script, path],
-            env={**environment(), **ranks, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
+    processes = start_two(script, [path], [tmp_path, tmp_path])
     deadline = time.monotonic() + 600
     while not (tmp_path / "run" / "metrics.csv").exists():
         assert all(process.poll() is None for process in processes)
