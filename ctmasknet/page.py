@@ -47,7 +47,7 @@ footer {display: none !important}
 #status:has(strong) {border: 2px solid #D55E00}
 #picture img {max-height: 75vh; object-fit: contain}
 """
-HELP = "A picture, DICOM file, series or NIfTI scan of at most {} MB. A scan takes thresholds at the next Predict."
+HELP = "A picture, DICOM file, series or NIfTI scan, up to {} MB. A montage takes thresholds at the next Predict."
 Shown = dict[Any, Any]  # by component of the page
 Point = tuple[float, float]  # score and NMS threshold
 
