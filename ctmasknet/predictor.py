@@ -247,9 +247,8 @@ class Predictor:
         maps: list[Tensor] | list[None] = [None] * len(slices)
         readings: list[Reading] | None = None
         if segmenter is not None:
-            protocol = replace(
-                Protocol.of(segmenter.model), score_threshold=self.score_threshold, nms_threshold=self.nms_threshold
-            )
+            thresholds: dict[str, Any] = {key: getattr(self, key) for key in ("score_threshold", "nms_threshold")}
+            protocol = replace(Protocol.of(segmenter.model), **thresholds)
             readings = segmenter.read(tensors)
             found = [segmenter.detect(reading, protocol)[0] for reading in readings]
             if score_map:

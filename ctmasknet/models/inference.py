@@ -82,7 +82,7 @@ class Protocol:
     detections: int = 128
 
     @classmethod
-    def of(cls, model: LesionMaskRCNN) -> Protocol:
+    def of(cls, model: LesionMaskRCNN | COVIDCTMaskNet) -> Protocol:
         """As the model is set: its weights' operating point, unless it was built with other thresholds."""
         heads = model.roi_heads
         return cls(heads.score_thresh, heads.nms_thresh, heads.mask_score, heads.detections_per_img)
@@ -253,8 +253,8 @@ class Inference:
         logits, deltas = self._box_branch(features, proposals)
         counts = [len(p) for p in proposals]
         return [
-            Reading([level[index : index + 1] for level in features], *rows, shape, size)
-            for index, (*rows, size) in enumerate(
+            Reading([level[index : index + 1] for level in features], boxes, own_logits, own_deltas, shape, size)
+            for index, (boxes, own_logits, own_deltas, size) in enumerate(
                 zip(proposals, logits.split(counts), deltas.split(counts), sizes, strict=True)
             )
         ]
