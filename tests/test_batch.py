@@ -430,7 +430,7 @@ def test_slow_readers_and_slow_models_give_the_same_lines(here, slow, monkeypatc
     if slow == "reader":
         monkeypatch.setattr(ctmasknet.batch, "read_slice", lambda *a, **k: (time.sleep(0.03), read(*a, **k))[1])
     if slow == "model":
-        monkeypatch.setattr(predictor, "_predict", lambda slices: (time.sleep(0.1), forward(slices))[1])
+        monkeypatch.setattr(predictor, "_predict", lambda *a: (time.sleep(0.1), forward(*a))[1])
     predict_files(predictor, names, "out", format="jsonl", readers=3)
     written = lines(Path("out/predictions.jsonl"))
     assert [line["source"] for line in written] == names
