@@ -7,6 +7,8 @@ from pathlib import Path
 
 import bundle_weights
 import pytest
+import torch
+import torchvision
 import train_bundled
 from phantom import write_classes, write_lesions
 
@@ -38,11 +40,14 @@ def test_patients_set_aside_choose_and_the_others_are_learnt(tmp_path):
 @pytest.mark.slow
 def test_trains_a_pair_goes_on_and_puts_it_into_the_package(tmp_path, monkeypatch):
     data, out, package = make_data(tmp_path / "data"), tmp_path / "out", tmp_path / "package"
+    body = tmp_path / "resnet18.pth"
+    torch.save(torchvision.models.resnet18().state_dict(), body)
     package.mkdir()
     monkeypatch.setattr(bundle_weights, "PACKAGE", package)
-    assert train_bundled.main(options(data, out)) == 0
+    arguments = options(data, out, "--backbone", str(body))
+    assert train_bundled.main(arguments) == 0
     first = (out / "maskrcnn_resnet18_t1" / "best" / "model.safetensors").read_bytes()
-    assert train_bundled.main(options(data, out)) == 0, "a finished run is left alone"
+    assert train_bundled.main(arguments) == 0, "a finished run is left alone"
     assert (out / "maskrcnn_resnet18_t1" / "best" / "model.safetensors").read_bytes() == first
     assert train_bundled.main(["--out", str(out), "--bundle", "trial"]) == 0
     listed = json.loads((package / "manifest.json").read_text())["weights"]
@@ -51,6 +56,8 @@ def test_trains_a_pair_goes_on_and_puts_it_into_the_package(tmp_path, monkeypatc
         folder = (package / entry["file"]).parent
         model = create_model(entry["variant"], weights=folder)
         assert (folder / "golden.safetensors").is_file()
+        if model.variant.task == "segmentation":
+            assert "torchvision ResNet18 IMAGENET1K_V1" in model.metadata["note"]
         # The figures are of the weights as bundled, on slices that chose nothing.
         task = model.variant.task
         found = evaluate(model, data / {"segmentation": "lesions", "classification": "classes"}[task] / "val").metrics

@@ -53,7 +53,7 @@ from ctmasknet.models import Model
 from ctmasknet.models.inference import Inference, Protocol
 from ctmasknet.registry import DEFAULT_SEGMENTER, VARIANTS
 from ctmasknet.weights.manifest import manifest
-from ctmasknet.zoo import load_released
+from ctmasknet.zoo import open_model
 
 LOW_SCORE, SAME_BOX, SAME_SCORE = 0.05, 0.9, 0.02
 """Detections above this score count; matched are those of this IoU or more; their scores may differ by this."""
@@ -180,12 +180,12 @@ def peak_mb() -> float:
 def weighted(name: str) -> Model:
     """The variant with its trained weights, or else with those of the golden outputs: there are no random figures."""
     if name in {entry.variant for entry in manifest()}:
-        return create_model(name, weights="default")
+        return open_model(name, device="cpu")
     sys.path.append(str(Path(__file__).parents[1] / "tests"))
     import golden
 
     with tempfile.TemporaryDirectory() as folder:
-        return load_released(golden.checkpoint(Path(folder) / f"{name}.pth", name), name).eval()
+        return open_model(golden.checkpoint(Path(folder) / f"{name}.pth", name), device="cpu").eval()
 
 
 def our_side(model: Model, **options: Any) -> Predictor:
