@@ -23,10 +23,12 @@ from torch import Tensor
 from ctmasknet import ConfigError, CTMaskNetError, DataError, Predictor, WeightsError, create_model, from_pretrained
 from ctmasknet.data.datasets import open_dataset
 from ctmasknet.engine import TrainConfig, TrainResult, loop, train
-from ctmasknet.engine.batches import Batch, ModuleSOnRoIs, find_rois
+from ctmasknet.engine.batches import ModuleSOnRoIs, find_rois
 from ctmasknet.engine.record import plot_curves
 from ctmasknet.engine.setup import initial_model
 from ctmasknet.evaluation.metrics import SegmentationMetrics
+from ctmasknet.models.detector import ResNetFPN
+from ctmasknet.models.inference import Inference
 from ctmasknet.weights.files import read_weights
 
 pytest.importorskip("accelerate")
@@ -512,18 +514,14 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_named(
 def test_a_skipped_step_leaves_nothing_in_batch_normalisation(
     lesions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    move, calls = Batch.to, iter(range(100))
+    forward, calls = ResNetFPN.forward, iter(range(100))
 
-    def spoiled(batch: Batch, device: torch.device) -> Batch:
-        moved = move(batch, device)
-        return (
-            Batch([image * float("nan") for image in moved.images], moved.targets, moved.names)
-            if next(calls) == 1
-            else moved
-        )
+    def spoiled(backbone: ResNetFPN, images: Tensor) -> Any:
+        nan = backbone.training and next(calls) == 1
+        return forward(backbone, images * float("nan") if nan else images)
 
-    monkeypatch.setattr(Batch, "to", spoiled)
-    result = train(segmenter_config(lesions, tmp_path / "run", accumulate=1))
+    monkeypatch.setattr(ResNetFPN, "forward", spoiled)
+    result = train(segmenter_config(lesions, tmp_path / "run"))
     assert (result.steps, result.skipped_steps) == (4, 1)
     create_model(SEGMENTER, weights=result.last)
 
@@ -589,18 +587,18 @@ def test_a_single_slice_is_enough(tmp_path: Path) -> None:
 
 
 def test_cached_rois_give_the_whole_models_outputs_and_gradients(classes: Path) -> None:
-
     torch.manual_seed(0)
     model = create_model(CLASSIFIER, replicate=False, **{k: v for k, v in SMALL.items() if "test" in k or "min" in k})
     images = [sample.image.expand(3, -1, -1) / 255 for sample in open_dataset("classification", classes)][:3]
     targets = [{"image_label": label} for label in (0, 1, 2)]
     alone = ModuleSOnRoIs(model)  # type: ignore[arg-type]
-    rois = [find_rois(model, image) for image in images]  # type: ignore[arg-type]
+    inference = Inference(model.eval())
+    rois = [find_rois(inference, image) for image in images]
 
     model.eval(), alone.eval()
     with torch.no_grad():
         expected = torch.stack([model([image])[0]["logits"] for image in images])
-        torch.testing.assert_close(torch.stack([out["logits"] for out in alone(rois)]), expected)
+        torch.testing.assert_close(torch.stack([out["logits"] for out in alone(rois)]), expected, rtol=1e-4, atol=1e-4)
     model.train(), alone.train()
     gradients = []
     for module, inputs in ((model, images), (alone, rois)):

@@ -11,7 +11,7 @@ segmenter, and augmented slices repeat from a fixed number of views.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from ctmasknet.engine.config import TrainConfig
 from ctmasknet.models import COVIDCTMaskNet
 from ctmasknet.models.classifier import fill_batch, image_loss
 from ctmasknet.models.detector import Regions
+from ctmasknet.models.inference import Inference
 
 Gather = Callable[[Any], list[Any]]
 """Collects a picklable value of every process: value -> list of all."""
@@ -220,6 +221,7 @@ class RoIViews(Dataset[tuple[Tensor, dict[str, Any], str]]):
     ) -> None:
         self.seed, self.views = seed, views
         device = next(classifier.parameters()).device
+        inference = Inference(classifier)
         mine: dict[int, tuple[list[Tensor], int, str]] = {}
         for index in range(rank, len(source), world):
             sample: ClassificationSample = source[index]
@@ -227,7 +229,7 @@ class RoIViews(Dataset[tuple[Tensor, dict[str, Any], str]]):
             for view in range(1, views):
                 changed, _ = augment(sample.image, None, sample_generator(seed, view, index), settings)
                 seen.append(changed)
-            found = [find_rois(classifier, model_input(image, device)).cpu() for image in seen]
+            found = [find_rois(inference, model_input(image, device)).cpu() for image in seen]
             mine[index] = found, sample.label, sample.name
         self._found = {index: entry for share in gather(mine) for index, entry in share.items()}
 
@@ -245,14 +247,8 @@ class RoIViews(Dataset[tuple[Tensor, dict[str, Any], str]]):
         return [ClassificationSample(f[0], label, name) for _, (f, label, name) in sorted(self._found.items())]
 
 
-@torch.no_grad()
-def find_rois(classifier: COVIDCTMaskNet, image: Tensor) -> Tensor:
-    """The ranked valid RoIs (N, 5) of a (3, H, W) image, none of them repeated."""
-    config = classifier.config
-    classifier.eval()
-    classifier.config = replace(config, replicate=False)
-    try:
-        result = classifier([image])[0]
-    finally:
-        classifier.config = config
-    return torch.cat([result["scores"][:, None], result["deltas"]], dim=1)
+def find_rois(inference: Inference, image: Tensor) -> Tensor:
+    """The ranked valid RoIs (N, 5) of a (3, H, W) image, none of them repeated, as prediction finds them."""
+    (reading,) = inference.read([image])
+    regions = inference.regions(reading)
+    return torch.cat([regions.scores[:, None], regions.deltas], dim=1)

@@ -213,8 +213,7 @@ def initial_model(config: TrainConfig, class_names: tuple[str, ...]) -> Model:
     classes = "num_classes" if config.task == "segmentation" else "image_classes"
     options = {**config.model_options, classes: len(class_names)}
     if config.weights is None:
-        body: Any = config.weights_backbone
-        return create_model(config.model, weights_backbone=body, **options)
+        return create_model(config.model, weights_backbone=config.weights_backbone, **options)
     variant = get_variant(config.model)
     donor = _donor(config, options)
     stored, tensors, holder = donor.config.to_dict(), donor.state_dict(), donor.variant.name

@@ -212,12 +212,16 @@ class Inference:
         Raises:
             TypeError: the model is a segmenter.
         """
-        model, heads = self.model, self.model.roi_heads
-        if not isinstance(model, COVIDCTMaskNet):
-            raise TypeError(f"{model.variant.name} is not a classifier")
+        if not isinstance(self.model, COVIDCTMaskNet):
+            raise TypeError(f"{self.model.variant.name} is not a classifier")
+        return self.model.classify(self.regions(reading), reading.resized, reading.size)
+
+    @torch.inference_mode()
+    def regions(self, reading: Reading) -> Regions:
+        """The regions that a classifier's RoI batch is made of, at the model's thresholds: ranked, none repeated."""
+        heads = self.model.roi_heads
         ranked = self._rank(reading, heads.score_thresh)
-        regions = ranked[ranked.kept(heads.score_thresh, heads.nms_thresh, heads.detections_per_img)]
-        return model.classify(regions, reading.resized, reading.size)
+        return ranked[ranked.kept(heads.score_thresh, heads.nms_thresh, heads.detections_per_img)]
 
     @torch.inference_mode()
     def score_map(self, reading: Reading, *, nms_threshold: float = PAPER.nms_threshold, rois: int = 128) -> Tensor:
