@@ -49,7 +49,7 @@ def test_several_levels_are_torchvisions_multi_scale_roi_align():
 
 def test_levels_are_torchvisions():
     made = awkward_boxes(200, 900.0)[3:]
-    assert torch.equal(ours._levels(made, SCALES), LevelMapper(2, 5)([made]))
+    assert torch.equal(ours.fpn_levels(made, SCALES), LevelMapper(2, 5)([made]))
 
 
 @pytest.mark.parametrize("side", [7, 14])
