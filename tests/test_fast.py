@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from matching import assert_same_detections
+from matching import assert_same_detections, logits_up_to_ties
 from rois import awkward_boxes
 from torch import Tensor
 from torch.testing import assert_close
@@ -69,8 +69,9 @@ def test_classifies_as_the_plain_model(name):
     inference = Inference(model)
     for expected, reading in zip(alone(model), inference.read(pictures()), strict=True):
         found = inference.classify(reading)
-        # Module S reads RoIs in rank order: where rounding exchanges two of nearly the same score, logits move.
-        assert_close(found["logits"], expected["logits"], atol=1e-3, rtol=1e-3)
+        # Module S reads RoIs in rank order: where rounding exchanges some of nearly the same score, logits move. So the
+        # RoIs are compared with the plain model's as a set, and the logits with module S's own of this order.
+        assert_close(found["logits"], logits_up_to_ties(model, found)[0], atol=1e-3, rtol=1e-3)
         assert_close(found["probabilities"], found["logits"].softmax(0))
         assert_same_detections(found, expected, last=1e-3, allowed=1)
 
