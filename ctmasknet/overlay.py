@@ -36,6 +36,10 @@ _FAINT_BAR = (112, 112, 118)
 _BAR_GROUND = (44, 44, 48)
 
 
+Tile = tuple[str, npt.NDArray[np.uint8], npt.NDArray[np.uint8]]
+"""Of a montage: caption, slice (H, W) in grey, label of the lesion at each pixel (H, W), 0 for none."""
+
+
 class Lesion(NamedTuple):
     """A lesion to draw: its mask (H, W) bool, its box xyxy in pixels of the slice, what to write beside it."""
 
@@ -140,7 +144,7 @@ def overlay(
 
 
 def montage(
-    tiles: Sequence[tuple[str, npt.NDArray[np.uint8], npt.NDArray[np.uint8]]],
+    tiles: Sequence[Tile],
     class_names: Sequence[str],
     headline: str,
     notes: Sequence[str] = (),
@@ -148,7 +152,7 @@ def montage(
     """Slices of a scan side by side, each over its caption, with a line of text and notes below.
 
     Args:
-        tiles: caption, the slice (H, W) in grey, and the label of the lesion at each pixel (H, W), 0 for none.
+        tiles: see `Tile`; up to four a row.
         class_names: index = label, background first.
         headline: what there is to say.
         notes: small print, to which the disclaimer is added.

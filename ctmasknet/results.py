@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import gzip
-import io
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +14,7 @@ from PIL import Image
 
 from ctmasknet.errors import CTMaskNetError, InputError
 from ctmasknet.output import Content, PathLike, csv_text, json_bytes, write_files
-from ctmasknet.overlay import Lesion, class_colour, montage, overlay
+from ctmasknet.overlay import Lesion, Tile, class_colour, montage, overlay
 from ctmasknet.registry import class_title
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ class RoIBatch:
 class Prediction:
     """Lesions of one axial slice and what the slice shows as a whole.
 
-    Two predictions are equal only if they are the same object: compare the arrays you care about.
+    Two predictions are equal only if they are the same object: compare their arrays.
 
     Attributes:
         image_size: (H, W) of the input image in pixels.
@@ -92,7 +91,7 @@ class Prediction:
     @property
     def lesion_fraction(self) -> float:
         """Share of the slice, 0..1, that belongs to any lesion; a pixel of several masks counts once."""
-        return float(self.lesion_mask.mean()) if len(self.masks) else 0.0
+        return float(self.lesion_mask.mean())
 
     @property
     def predicted_class(self) -> str | None:
@@ -146,14 +145,7 @@ class Prediction:
                 self.labels, _plain(self.scores), _plain(self.boxes), self.masks, strict=True
             )
         ]
-        roi_batch = None
-        if self.roi_batch is not None:
-            roi_batch = {
-                "boxes": _plain(self.roi_batch.boxes),
-                "scores": _plain(self.roi_batch.scores),
-                "labels": self.roi_batch.labels.tolist(),
-            }
-        probabilities = self.class_probabilities
+        batch, probabilities = self.roi_batch, self.class_probabilities
         return {
             "source": self.source,
             "summary": self.summary,
@@ -162,12 +154,11 @@ class Prediction:
             "has_segmentation": self.has_segmentation,
             "score_threshold": None if self.score_threshold is None else float(self.score_threshold),
             "lesion_fraction": self.lesion_fraction if self.has_segmentation else None,
-            "class_probabilities": None
-            if probabilities is None
-            else {name: float(value) for name, value in probabilities.items()},
+            "class_probabilities": probabilities and {name: float(value) for name, value in probabilities.items()},
             "predicted_class": self.predicted_class,
             "lesions": lesions,
-            "roi_batch": roi_batch,
+            "roi_batch": batch
+            and {"boxes": _plain(batch.boxes), "scores": _plain(batch.scores), "labels": batch.labels.tolist()},
             "caveats": list(self.caveats),
         }
 
@@ -180,18 +171,18 @@ class Prediction:
             scale: pixels of the picture per pixel of the slice, see `overlay`.
         """
         several = len(self.class_names) > 2
+        found = np.unique(self.labels).tolist()
+        classes = {n: (class_title(self.class_name(n)), class_colour(self.class_names, n)) for n in found}
         lesions = []
         for index in np.argsort(-self.scores, kind="stable").tolist():
-            label, text = int(self.labels[index]), f"{self.scores[index]:.2f}"
-            text = f"{class_title(self.class_name(label))} {text}" if several else text
-            colour = class_colour(self.class_names, label)
+            title, colour = classes[int(self.labels[index])]
+            text = f"{title} {self.scores[index]:.2f}" if several else f"{self.scores[index]:.2f}"
             lesions.append(Lesion(self.masks[index], self.boxes[index], text, colour))
-        shown = np.unique(self.labels).tolist() if several else []
         return overlay(
             self.image,
             lesions,
             headline=self.summary,
-            legend={class_title(self.class_name(label)): class_colour(self.class_names, label) for label in shown},
+            legend=dict(classes.values()) if several else {},
             probabilities={class_title(name): value for name, value in (self.class_probabilities or {}).items()},
             notes=self.caveats,
             scale=scale,
@@ -223,10 +214,11 @@ class Prediction:
 
     def __repr__(self) -> str:
         height, width = self.image_size
-        return _lines(f"Prediction of {self.source or 'a slice'}, {width} x {height}", self.summary, *self.caveats)
+        title = f"Prediction of {self.source or 'a slice'}, {width} x {height}"
+        return "\n  ".join((title, self.summary, *self.caveats))
 
-    def _repr_png_(self) -> bytes:
-        return _png(self.plot())
+    def _repr_png_(self) -> bytes | None:
+        return self.plot()._repr_png_()
 
 
 def counted(number: int, thing: str) -> str:
@@ -260,9 +252,8 @@ def run_length_encode(mask: npt.NDArray[np.bool_]) -> dict[str, Any]:
 
 def _plain(values: npt.NDArray[np.float32]) -> list[Any]:
     """float32 array -> nested lists of floats: the shortest decimals that read back as the same float32."""
-    if values.ndim > 1:
-        return [_plain(row) for row in values]
-    return [float(str(np.float32(value))) for value in values]
+    plain: list[Any] = values.astype(np.float32).astype(str).astype(np.float64).tolist()
+    return plain
 
 
 @dataclass(frozen=True)
@@ -294,15 +285,6 @@ class SliceRow:
     error: str = ""
 
 
-class _Tile(NamedTuple):
-    """A slice as the montage shows it."""
-
-    slice_index: int
-    grey: npt.NDArray[np.uint8]  # (H, W)
-    labels: npt.NDArray[np.uint8]  # (H, W)
-    area_mm2: float
-
-
 @dataclass(frozen=True, eq=False)
 class VolumePrediction:
     """Lesions of a whole scan, on its own voxel grid.
@@ -316,6 +298,7 @@ class VolumePrediction:
         has_segmentation: False if no segmenter ran: the mask is empty then, and `lesion_ml` None.
         problems: what is wrong with the scan and its slices, one line each.
         caveats: what the weights admit of themselves.
+        tiles: the slices that `plot` shows.
     """
 
     volume: Volume
@@ -326,7 +309,7 @@ class VolumePrediction:
     has_segmentation: bool
     problems: tuple[str, ...]
     caveats: tuple[str, ...] = ()
-    tiles: tuple[_Tile, ...] = field(default=(), repr=False)
+    tiles: tuple[Tile, ...] = field(default=(), repr=False)
 
     @property
     def source(self) -> str:
@@ -379,7 +362,6 @@ class VolumePrediction:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the mask, as plain values for JSON."""
-        probabilities = [row.class_probabilities for row in self.slices]
         return {
             "source": self.source,
             "read_as": self.volume.kind,
@@ -397,7 +379,7 @@ class VolumePrediction:
             "slices_with_lesions": sum(bool(row.lesions) for row in self.slices) if self.has_segmentation else None,
             "lesion_ml": self.lesion_ml,
             "lesion_ml_by_class": self.lesion_ml_by_class,
-            "class_shares": self.class_shares if any(probabilities) else None,
+            "class_shares": self.class_shares,
             "problems": list(self.problems),
             "caveats": list(self.caveats),
         }
@@ -408,21 +390,16 @@ class VolumePrediction:
         names = ("slice", "source", "height_mm", "lesions", "max_score", "lesion_area_mm2", "lesion_fraction")
         lines: list[list[Any]] = [[*names, "predicted_class", *(f"p_{name}" for name in classes), "error"]]
         for row in self.slices:
-            numbers = (row.height_mm, row.lesions, row.max_score, row.lesion_area_mm2, row.lesion_fraction)
             given = row.class_probabilities or {}
-            shown = [None if value is None else f"{value:.6g}" for value in (*numbers, *map(given.get, classes))]
-            figures, probabilities = shown[: len(numbers)], shown[len(numbers) :]
-            error = row.error.replace("\n", " ")
-            lines.append([row.index, row.source, *figures, row.predicted_class, *probabilities, error])
+            figures = [row.height_mm, row.lesions, row.max_score, row.lesion_area_mm2, row.lesion_fraction]
+            shown = [None if value is None else f"{value:.6g}" for value in (*figures, *map(given.get, classes))]
+            shown.insert(len(figures), row.predicted_class)
+            lines.append([row.index, row.source, *shown, row.error.replace("\n", " ")])
         return csv_text(lines)
 
     def plot(self) -> Image.Image:
         """A montage: of each twelfth of the scan the slice with most lesion, or its middle one."""
-        tiles = []
-        for tile in self.tiles:
-            area = f": {tile.area_mm2 / 100:.1f} cm2 lesion" if tile.area_mm2 else ""
-            tiles.append((f"slice {tile.slice_index}{area}", tile.grey, tile.labels))
-        return montage(tiles, self.class_names, self.summary, self.caveats)
+        return montage(self.tiles, self.class_names, self.summary, self.caveats)
 
     def save(self, directory: PathLike, name: str | None = None) -> list[Path]:
         """Write mask, table, montage and record into `directory`, which is created if missing.
@@ -441,22 +418,23 @@ class VolumePrediction:
             InputError: `name` holds a folder, or the files cannot be written.
         """
         stem = _target(directory, name, Path(self.source).resolve().name or "scan")
+        picture = self.plot()
         return write_files(
             {
                 # No time stamp: the same mask gives the same file.
                 stem(".lesions.nii.gz"): gzip.compress(self.volume.mask_image(self.mask).to_bytes(), 6, mtime=0),
                 stem(".slices.csv"): self.table().encode("utf-8", "backslashreplace"),
-                stem(".montage.png"): _png(self.plot()),
+                stem(".montage.png"): lambda stream: picture.save(stream, format="PNG"),
                 stem(".json"): json_bytes(self.to_dict()),
             }
         )
 
     def __repr__(self) -> str:
         size = " x ".join(map(str, self.volume.shape))
-        return _lines(f"VolumePrediction of {self.source}, {size} voxels", self.summary, *self.caveats)
+        return "\n  ".join((f"VolumePrediction of {self.source}, {size} voxels", self.summary, *self.caveats))
 
-    def _repr_png_(self) -> bytes:
-        return _png(self.plot())
+    def _repr_png_(self) -> bytes | None:
+        return self.plot()._repr_png_()
 
 
 def gather(
@@ -473,41 +451,34 @@ def gather(
         InputError: not one slice could be used.
     """
     mask = np.zeros(volume.shape, np.uint8)
+    planes = np.moveaxis(mask, volume.axial_axis, 0)
     rows: list[SliceRow] = []
     problems = list(volume.problems)
-    segments = np.array_split(np.array(sorted(volume.names)), min(MONTAGE_TILES, len(volume.names)))
+    segments = np.array_split(sorted(volume.names), min(MONTAGE_TILES, len(volume.names)))
     middle = {int(segment[len(segment) // 2]) for segment in segments}
     segment_of = {int(index): number for number, segment in enumerate(segments) for index in segment}
-    tiles: dict[int, _Tile] = {}
+    tiles: dict[int, tuple[tuple[float, bool], Tile]] = {}
     for index, result in results:
         row = SliceRow(index, volume.names[index], volume.height_mm(index))
         if not isinstance(result, Prediction):
             problems.append(str(result))
-            rows.append(SliceRow(row.index, row.source, row.height_mm, error=str(result)))
+            rows.append(replace(row, error=str(result)))
             continue
         labels = _label_map(result)
+        planes[index] = volume.to_grid(labels)
         area = float(np.count_nonzero(labels)) * volume.pixel_mm2
-        where: list[Any] = [slice(None)] * 3
-        where[volume.axial_axis] = index
-        mask[tuple(where)] = volume.to_grid(labels)
-        rows.append(
-            SliceRow(
-                index,
-                row.source,
-                row.height_mm,
-                lesions=len(result.scores) if has_segmentation else None,
-                max_score=float(result.scores.max()) if len(result.scores) else None,
-                lesion_area_mm2=area if has_segmentation else None,
-                lesion_fraction=result.lesion_fraction if has_segmentation else None,
-                class_probabilities=result.class_probabilities,
-                predicted_class=result.predicted_class,
-            )
-        )
-        before = tiles.get(segment_of[index])
-        if before is None or area > before.area_mm2 or (area == before.area_mm2 == 0 and index in middle):
+        row = replace(row, class_probabilities=result.class_probabilities, predicted_class=result.predicted_class)
+        if has_segmentation:
+            best = float(result.scores.max()) if len(result.scores) else None
+            row = replace(row, lesions=len(result.scores), max_score=best)
+            row = replace(row, lesion_area_mm2=area, lesion_fraction=result.lesion_fraction)
+        rows.append(row)
+        worth, segment = (area, index in middle), segment_of[index]
+        if segment not in tiles or worth > tiles[segment][0]:
             grey = np.rint(255 * np.clip(result.image, 0, 1)).astype(np.uint8)
-            tiles[segment_of[index]] = _Tile(index, grey, labels, area)
-    if not any(not row.error for row in rows):
+            caption = f"slice {index}" + (f": {area / 100:.1f} cm2 lesion" if area else "")
+            tiles[segment] = worth, (caption, grey, labels)
+    if all(row.error for row in rows):
         reason = rows[0].error if rows else "it has none"
         raise InputError(f"{volume.source}: no slice of it can be used; the first: {reason}")
     return VolumePrediction(
@@ -519,7 +490,7 @@ def gather(
         has_segmentation=has_segmentation,
         problems=tuple(problems),
         caveats=caveats,
-        tiles=tuple(tiles[number] for number in sorted(tiles)),
+        tiles=tuple(tiles[number][1] for number in sorted(tiles)),
     )
 
 
@@ -540,13 +511,3 @@ def _target(directory: PathLike, name: str | None, default: str) -> Callable[[st
     if name is not None and (not name or Path(name).name != name):
         raise InputError(f"{name!r} is not a file name: pass the folder as directory and the name without it")
     return lambda suffix: Path(directory) / f"{name or default}{suffix}"
-
-
-def _png(picture: Image.Image) -> bytes:
-    stream = io.BytesIO()
-    picture.save(stream, format="PNG")
-    return stream.getvalue()
-
-
-def _lines(title: str, *facts: str) -> str:
-    return "\n  ".join((title, *facts))
