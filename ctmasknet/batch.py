@@ -37,7 +37,6 @@ from ctmasknet.output import Log, OutputError, PathLike, join_logs, json_bytes, 
 from ctmasknet.predictor import Predictor
 from ctmasknet.registry import __version__
 from ctmasknet.results import Prediction, VolumePrediction, counted
-from ctmasknet.weights.files import state_digest
 
 Format = Literal["files", "jsonl", "coco"]
 
@@ -536,18 +535,8 @@ def _my_work(
 
 
 def _settings(predictor: Predictor, format: Format, **reading: Any) -> dict[str, Any]:
-    models = {"segmenter": predictor.segmenter, "classifier": predictor.classifier}
     facts: dict[str, Any] = {
-        slot: None
-        if model is None
-        else {
-            "variant": model.variant.name,
-            "sha256": state_digest(model.state_dict()),
-            "config": model.config.to_dict(),
-        }
-        for slot, model in models.items()
-    }
-    facts |= {
+        **predictor.models,
         "score_threshold": predictor.score_threshold,
         "nms_threshold": predictor.nms_threshold,
         "precision": predictor.precision,

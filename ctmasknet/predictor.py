@@ -23,6 +23,7 @@ from ctmasknet.models.detector import LesionMaskRCNN
 from ctmasknet.models.inference import Detections, Inference, Precision, Protocol, Reading, dtype_of, same_detector
 from ctmasknet.registry import Task
 from ctmasknet.results import Prediction, RoIBatch, VolumePrediction, gather
+from ctmasknet.weights.files import state_digest
 from ctmasknet.zoo import DEFAULT, choose_device, class_names, open_model
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor | Slice
@@ -107,6 +108,21 @@ class Predictor:
         parts += [f"{name}={getattr(self, name)!r}" for name in ("score_threshold", "nms_threshold", "precision")]
         return f"Predictor({', '.join(parts)}, device={str(self.device)!r})"
 
+    @property
+    def models(self) -> dict[str, dict[str, Any] | None]:
+        """Its segmenter and classifier: variant, SHA-256 of the weights as they are now, config; None for none."""
+        slots = {"segmenter": self.segmenter, "classifier": self.classifier}
+        return {
+            slot: None
+            if model is None
+            else {
+                "variant": model.variant.name,
+                "sha256": state_digest(model.state_dict()),
+                "config": model.config.to_dict(),
+            }
+            for slot, model in slots.items()
+        }
+
     def __call__(self, image: ImageLike, *, units: str | None = None) -> Prediction:
         """Predict one slice.
 
@@ -183,6 +199,10 @@ class Predictor:
             score_threshold=self.score_threshold,
             has_segmentation=self.segmenter is not None,
             caveats=self.caveats,
+            models={
+                slot: facts and {key: facts[key] for key in ("variant", "sha256")}
+                for slot, facts in self.models.items()
+            },
         )
 
     def _predict_past_errors(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -298,6 +298,7 @@ class VolumePrediction:
         has_segmentation: False if no segmenter ran: the mask is empty then, and `lesion_ml` None.
         problems: what is wrong with the scan and its slices, one line each.
         caveats: what the weights admit of themselves.
+        models: variant and SHA-256 of the weights of its ``"segmenter"`` and ``"classifier"``; None for none.
         tiles: the slices that `plot` shows.
     """
 
@@ -309,6 +310,7 @@ class VolumePrediction:
     has_segmentation: bool
     problems: tuple[str, ...]
     caveats: tuple[str, ...] = ()
+    models: Mapping[str, Mapping[str, str] | None] = field(default_factory=dict, repr=False)
     tiles: tuple[Tile, ...] = field(default=(), repr=False)
 
     @property
@@ -380,6 +382,7 @@ class VolumePrediction:
             "lesion_ml": self.lesion_ml,
             "lesion_ml_by_class": self.lesion_ml_by_class,
             "class_shares": self.class_shares,
+            "models": dict(self.models),
             "problems": list(self.problems),
             "caveats": list(self.caveats),
         }
@@ -444,6 +447,7 @@ def gather(
     score_threshold: float | None,
     has_segmentation: bool,
     caveats: tuple[str, ...],
+    models: Mapping[str, Mapping[str, str] | None],
 ) -> VolumePrediction:
     """Put the predictions of a scan's slices, as they come, on its voxel grid.
 
@@ -491,6 +495,7 @@ def gather(
         problems=tuple(problems),
         caveats=caveats,
         tiles=tuple(tiles[number][1] for number in sorted(tiles)),
+        models=models,
     )
 
 
