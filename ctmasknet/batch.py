@@ -20,7 +20,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -130,23 +130,12 @@ class RunSummary:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
+        facts = {"library": "ctmasknet", "summary": self.summary, **asdict(self)}
         counts = ("inputs", "slices", "scans", "scan_slices", "bad_slices", "already_done", "failed", "left_out")
-        return {
-            "library": "ctmasknet",
-            "status": self.status,
-            "stopped_by": self.stopped_by,
-            "summary": self.summary,
-            "started": self.started,
-            "seconds": round(self.seconds, 3),
-            "counts": {name: getattr(self, name) for name in counts},
-            "files_per_second": self.files_per_second,
-            "settings": self.settings,
-            "environment": self.environment,
-            "root": self.root,
-            "list_digest": self.list_digest,
-            "failures": [{"source": source, "error": reason} for source, reason in self.failures],
-            "caveats": self.caveats,
-        }
+        facts["counts"] = {name: facts.pop(name) for name in counts}
+        facts["files_per_second"] = self.files_per_second
+        facts["failures"] = [{"source": source, "error": reason} for source, reason in self.failures]
+        return facts
 
     def add(self, result: FileResult) -> None:
         """Count one more result."""
@@ -176,7 +165,6 @@ def predict_files(
     readers: int = READERS,
     shard: tuple[int, int] = (0, 1),
     restart: bool = False,
-    record: bool = True,
     annotations: PathLike | None = None,
     progress: bool = False,
     on_result: Callable[[FileResult], None] | None = None,
@@ -196,7 +184,6 @@ def predict_files(
         readers: threads that read ahead of the model.
         shard: (i, n): do every n-th file from the i-th on. `process_shard` takes it from torchrun's environment.
         restart: forget what is in `out` of an earlier run, and begin anew.
-        record: keep predictions.jsonl, to go on after a kill; without it everything is predicted anew.
         annotations: COCO annotation JSON to take image ids from.
         progress: show a bar on a terminal.
         on_result: called with every result, in order.
@@ -227,26 +214,35 @@ def predict_files(
         started=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         caveats=list(predictor.caveats),
     )
+    given = [os.fsdecode(name) for name in inputs]
     clock = time.monotonic()
+    work = _my_work(given, names, folder, slices, shard, summary)
+    # A single slice or scan needs no record of what is done: it is predicted anew each time.
+    several = len(work) > 1 or names is not None or world > 1 or format != "files" or restart
     with contextlib.ExitStack() as closing:
-        log = closing.enter_context(_open_log(folder, shard, restart)) if record else None
-        _require_same_settings(folder, summary.settings, record)
+        log = None
+        if several or any(path.exists() for path in _logs(folder)):
+            log = closing.enter_context(Log(_part(folder, PREDICTIONS, shard)))
+        if log is not None and restart:
+            _forget(folder, log)
+        done = set() if log is None else {line["source"] for line in read_logs(_logs(folder))}
+        summary.root = common_root(given)
+        if done:
+            _go_on(folder, summary)
+        todo = [one for one in work if one.name not in done]
+        summary.inputs, summary.already_done = len(work), len(work) - len(todo)
+        run = _part(folder, RUN, shard)
+        write_files({run: json_bytes(summary.to_dict(), indent=2)})
+        hidden = None if progress and rank == 0 else True  # None: shown on a terminal only
+        bar = closing.enter_context(tqdm(total=len(work), initial=summary.already_done, unit="file", disable=hidden))
+        reading = {"units": units, "spacing": spacing, "series": series}
+        write = partial(_write, out=folder, root=summary.root, format=format)
         try:
-            work = _my_work(inputs, names, folder, slices, shard, summary)
-            done = set() if log is None else {line["source"] for line in read_logs(_logs(folder))}
-            todo = [one for one in work if one.name not in done]
-            summary.inputs, summary.already_done = len(work), len(work) - len(todo)
-            _write_run(folder, summary, shard)
-            hidden = None if progress and rank == 0 else True  # None: shown on a terminal only
-            bar = closing.enter_context(
-                tqdm(total=len(work), initial=summary.already_done, unit="file", disable=hidden)
-            )
-            reading = {"units": units, "spacing": spacing, "series": series}
-            for result in _results(predictor, todo, folder, summary.root, reading, format, readers, bar):
+            predicted = _predicted(predictor, todo, reading, readers, bar)
+            for _, result in read_ahead(write, predicted, threads=WRITERS, depth=2 * WRITERS):
                 if log is not None and result.record is not None:
                     log.append(result.record)
                 summary.add(result)
-                summary.seconds = time.monotonic() - clock
                 bar.update()
                 if on_result is not None:
                     on_result(result)
@@ -257,28 +253,25 @@ def predict_files(
         finally:
             summary.seconds = time.monotonic() - clock
             with contextlib.suppress(OutputError):  # a full disk has been reported; this file would not fit either
-                _write_run(folder, summary, shard)
-    _join(folder, summary, world)
-    if format == "coco" and (folder / PREDICTIONS).exists() and _all_complete(folder, summary, world):
+                write_files({run: json_bytes(summary.to_dict(), indent=2)})
+    if _join(folder, summary, world) and format == "coco":
         write_coco_results(folder / PREDICTIONS, folder, annotations=annotations)
     return summary
 
 
-def process_shard(environment: Mapping[str, str] | None = None) -> tuple[int, int]:
+def process_shard() -> tuple[int, int]:
     """(rank, number of processes) as torchrun and accelerate set them; (0, 1) without them."""
-    environment = os.environ if environment is None else environment
     try:
-        return int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
+        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     except ValueError:
         raise ConfigError("RANK and WORLD_SIZE in the environment must be numbers: unset them") from None
 
 
-def process_device(environment: Mapping[str, str] | None = None) -> str | None:
+def process_device() -> str | None:
     """The GPU of this process among those on its host; None without torchrun or without GPUs."""
-    environment = os.environ if environment is None else environment
-    if "LOCAL_RANK" not in environment or not torch.cuda.is_available():
+    if "LOCAL_RANK" not in os.environ or not torch.cuda.is_available():
         return None
-    return f"cuda:{int(environment['LOCAL_RANK']) % torch.cuda.device_count()}"
+    return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
 
 
 # Inputs
@@ -298,16 +291,14 @@ def find_inputs(inputs: Iterable[PathLike], *, slices: bool = False, out: PathLi
     A folder is searched with all below it: pictures (by suffix) are slices, NIfTI files are scans, and the DICOM
     files that lie in one folder are one scan, or with `slices` a slice each. Linked folders are followed once.
     Hidden files, and the folder `out`, are left out. A name with ``*``, ``?`` or ``[`` that is no file is a shell
-    pattern (``**`` goes into subfolders). Missing files and folders without a slice come out with an `error`.
-
-    Files of other kinds in the folders come out with the error ``"left out"``.
+    pattern (``**`` goes into subfolders). Folders without a slice come out with an `error`, files of other kinds in
+    folders with the error ``"left out"``.
     """
     seen: set[str] = set()
-    folders: dict[str, str] = {}
     avoid = None if out is None else os.path.realpath(out)
     for given in inputs:
         for one in _expand(os.fsdecode(given), slices, avoid):
-            identity = one.name if one.error else _identity(one.name, folders)
+            identity = one.name if one.error else os.path.realpath(one.name)
             if identity not in seen:
                 seen.add(identity)
                 yield one
@@ -322,25 +313,11 @@ def _expand(name: str, slices: bool, avoid: str | None) -> Iterator[Work]:
         matches = sorted(glob.glob(name, recursive=True))  # noqa: PTH207  Path.glob takes no absolute pattern
         if not matches:
             yield Work(name, error=f"{name}: no file matches. Check the pattern, and quote it.")
-        for match in (match for match in matches if not _is_below(match, avoid)):
-            yield from _search(match, slices, avoid) if Path(match).is_dir() else [Work(match)]
+        for match in matches:
+            if avoid is None or not Path(os.path.realpath(match)).is_relative_to(avoid):
+                yield from _search(match, slices, avoid) if Path(match).is_dir() else [Work(match)]
     else:
         yield Work(name, scan=name.lower().endswith(NIFTI_SUFFIXES))
-
-
-def _identity(name: str, folders: dict[str, str]) -> str:
-    """The real path of a file; of a folder it is kept in `folders`, since millions of files may share one."""
-    folder, file = os.path.split(name)
-    if file in ("", ".", "..") or os.path.islink(name):  # noqa: PTH114
-        return os.path.realpath(name)
-    if folder not in folders:
-        folders[folder] = os.path.realpath(folder)
-    return os.path.join(folders[folder], file)  # noqa: PTH118  as realpath writes it
-
-
-def _is_below(name: str, folder: str | None) -> bool:
-    """Is this a result of an earlier run rather than an input?"""
-    return folder is not None and Path(os.path.realpath(name)).is_relative_to(folder)
 
 
 def _search(root: str, slices: bool, avoid: str | None) -> Iterator[Work]:
@@ -354,26 +331,22 @@ def _search(root: str, slices: bool, avoid: str | None) -> Iterator[Work]:
             continue
         visited.add(identity)
         below[:] = sorted(name for name in below if not name.startswith("."))
-        other = []
+        works, other = [], []
         for file in sorted(name for name in files if not name.startswith(".")):
             path = os.path.join(folder, file)  # noqa: PTH118  keeps "./" and trailing parts as given
-            if file.lower().endswith(PICTURE_SUFFIXES):
-                found = True
-                yield Work(path)
-            elif file.lower().endswith(NIFTI_SUFFIXES):
+            if file.lower().endswith(NIFTI_SUFFIXES):
                 if not file.lower().endswith(".img"):  # its header is the one to open
-                    found = True
-                    yield Work(path, scan=True)
-            elif slices and is_dicom(Path(path)):
-                found = True
-                yield Work(path)
+                    works.append(Work(path, scan=True))
+            elif file.lower().endswith(PICTURE_SUFFIXES) or (slices and is_dicom(Path(path))):
+                works.append(Work(path))
             else:
                 other.append(path)
         if not slices and any(is_dicom(Path(path)) for path in other):
-            found = True
-            yield Work(folder, scan=True)
-        else:
-            yield from (Work(path, error=LEFT_OUT) for path in other)
+            works.append(Work(folder, scan=True))
+            other = []
+        found = found or bool(works)
+        yield from works
+        yield from (Work(path, error=LEFT_OUT) for path in other)
     for problem in problems:
         yield Work(str(problem.filename), error=f"{problem.filename}: cannot be listed ({problem.strerror})")
     if not found and not problems:
@@ -404,72 +377,51 @@ def common_root(inputs: Iterable[str]) -> str | None:
     Raises:
         ConfigError: there is none: drives differ.
     """
-    parents = {_parent(name) for name in inputs}
-    outside = [parent for parent in parents if parent is not None]
-    if not outside:
-        return None
+    parents, below = set(), False
+    for name in inputs:
+        if not Path(name).is_absolute() and not os.path.normpath(name).startswith(".."):
+            below = True
+            continue
+        parent = Path(os.path.abspath(name)).parent  # noqa: PTH100
+        while glob.has_magic(str(parent)) and not os.path.lexists(parent):  # a pattern: the folder it begins with
+            parent = parent.parent
+        parents.add(parent)
     try:
-        return os.path.commonpath([*outside, *([Path.cwd()] if None in parents else [])])
+        return os.path.commonpath(parents | ({Path.cwd()} if below else set())) if parents else None
     except ValueError:
         raise ConfigError("the inputs lie on several drives: predict those of one drive at a time") from None
-
-
-def _parent(name: str) -> str | None:
-    """The folder an input lies in, absolute; of a pattern, the one its fixed part names. None below this folder."""
-    if not Path(name).is_absolute() and not os.path.normpath(name).startswith(".."):
-        return None
-    while glob.has_magic(name) and not os.path.lexists(name):
-        name = os.path.split(name)[0]
-        if not glob.has_magic(name):
-            return os.path.abspath(name)  # noqa: PTH100
-    return str(Path(os.path.abspath(name)).parent)  # noqa: PTH100
 
 
 # One file
 
 
-def _results(
-    predictor: Predictor,
-    todo: list[Work],
-    out: Path,
-    root: str | None,
-    reading: Mapping[str, Any],
-    format: Format,
-    readers: int,
-    bar: Any,
-) -> Iterator[FileResult]:
-    """Read, predict and write: three stages with short queues between, in the order of `todo`."""
+def _predicted(
+    predictor: Predictor, todo: list[Work], reading: Mapping[str, Any], readers: int, bar: Any
+) -> Iterator[tuple[Work, Prediction | VolumePrediction | CTMaskNetError]]:
+    """Read ahead and predict, in the order of `todo`."""
 
     def read(one: Work) -> Slice | Work | CTMaskNetError:
         if one.error:
             return InputError(one.error)
         try:
-            if one.scan or is_scan(Path(one.name)):
-                return one
-            return read_slice(one.name, units=reading["units"])
+            return one if one.scan or is_scan(Path(one.name)) else read_slice(one.name, units=reading["units"])
         except CTMaskNetError as error:
             return error
-
-    def predicted() -> Iterator[tuple[Work, Prediction | VolumePrediction | CTMaskNetError]]:
-        reads = read_ahead(read, todo, threads=readers, depth=2 * max(predictor.batch_size, readers))
-        for one, result in predictor.stream(reads):
-            if isinstance(result, Prediction | CTMaskNetError):
-                yield one, result
-                continue
-            if predictor.score_map:
-                yield one, InputError(f"{one.name}: a scan has no score map: predict it without score_map=True")
-                continue
-            try:  # a scan brings its own slices
-                yield one, predictor.volume(one.name, **reading, progress=show)
-            except CTMaskNetError as error:
-                yield one, error
 
     def show(done: int, total: int) -> None:
         bar.set_postfix_str(f"slice {done} of {total}" if done < total else "")
 
-    write = partial(_write, out=out, root=root, format=format)
-    for _, written in read_ahead(write, predicted(), threads=WRITERS, depth=2 * WRITERS):
-        yield written
+    reads = read_ahead(read, todo, threads=readers, depth=2 * max(predictor.batch_size, readers))
+    for one, result in predictor.stream(reads):
+        if isinstance(result, Prediction | CTMaskNetError):
+            yield one, result
+            continue
+        try:  # a scan brings its own slices
+            if predictor.score_map:
+                raise InputError(f"{one.name}: a scan has no score map: predict it without score_map=True")
+            yield one, predictor.volume(one.name, **reading, progress=show)
+        except CTMaskNetError as error:
+            yield one, error
 
 
 def _write(
@@ -497,7 +449,7 @@ def _write(
 
 
 def _my_work(
-    inputs: Iterable[PathLike],
+    inputs: list[str],
     names: PathLike | Sequence[str] | None,
     out: Path,
     slices: bool,
@@ -506,21 +458,17 @@ def _my_work(
 ) -> list[Work]:
     """This process's share of the inputs; what is to be known of all of them goes into the summary."""
     rank, world = shard
-    given = [os.fsdecode(name) for name in inputs]
-    summary.root = _root_of_run(out, common_root(given))
-    wanted: dict[str, str] | None = None
-    if names is not None:
-        listed = read_list(names) if isinstance(names, str | os.PathLike) else names
-        wanted = {slice_name(name): name for name in listed}
-    missing = dict(wanted or {})
+    listed = read_list(names) if isinstance(names, str | os.PathLike) else names or ()
+    missing = {slice_name(name): name for name in listed}
+    wanted = set(missing)
     digest, mine = hashlib.sha256(), []
 
     def chosen() -> Iterator[Work]:
-        for one in find_inputs(given, slices=slices, out=out):
+        for one in find_inputs(inputs, slices=slices, out=out):
             name = slice_name(one.name)
             if one.error == LEFT_OUT:
                 summary.left_out += 1
-            elif wanted is None or one.error or name in wanted:
+            elif names is None or one.error or name in wanted:
                 missing.pop(name, None)
                 yield one
         for name in missing.values():
@@ -535,16 +483,9 @@ def _my_work(
 
 
 def _settings(predictor: Predictor, format: Format, **reading: Any) -> dict[str, Any]:
-    facts: dict[str, Any] = {
-        **predictor.models,
-        "score_threshold": predictor.score_threshold,
-        "nms_threshold": predictor.nms_threshold,
-        "precision": predictor.precision,
-        "score_map": predictor.score_map,
-        "file_per_slice": format == "files",
-        **reading,
-    }
-    return json.loads(json.dumps(facts))  # as run.json gives them back
+    names = ("score_threshold", "nms_threshold", "precision", "score_map")
+    facts = {**predictor.models, **{name: getattr(predictor, name) for name in names}}
+    return json.loads(json.dumps({**facts, "file_per_slice": format == "files", **reading}))  # as run.json has them
 
 
 def _environment(predictor: Predictor, shard: tuple[int, int]) -> dict[str, Any]:
@@ -564,43 +505,31 @@ def _environment(predictor: Predictor, shard: tuple[int, int]) -> dict[str, Any]
     }
 
 
-def _part(out: Path, kind: str, shard: tuple[int, int], suffix: str) -> Path:
+def _part(out: Path, name: str, shard: tuple[int, int]) -> Path:
+    """Where this process writes what one alone writes to `name`."""
     rank, world = shard
-    if world == 1:
-        return out / (PREDICTIONS if kind == "predictions" else RUN)
-    return out / "parts" / f"{kind}-{rank}-of-{world}{suffix}"
+    file = Path(name)
+    return out / file if world == 1 else out / "parts" / f"{file.stem}-{rank}-of-{world}{file.suffix}"
 
 
 def _logs(out: Path) -> list[Path]:
     return [out / PREDICTIONS, *sorted((out / "parts").glob("predictions-*.jsonl"))]
 
 
-def _open_log(out: Path, shard: tuple[int, int], restart: bool) -> Log:
-    """The log of this process, locked; with `restart`, nothing of an earlier run is left."""
-    log = Log(_part(out, "predictions", shard, ".jsonl"))
-    if not restart:
-        return log
-    try:
-        with contextlib.ExitStack() as others:
-            for path in _logs(out):
-                if path != log.path and path.exists():
-                    others.enter_context(Log(path))  # refuses while another process writes there
-            log.clear()
-            for path in (out / RUN, out / COCO_RESULTS, out / COCO_IMAGES):
-                path.unlink(missing_ok=True)
+def _forget(out: Path, log: Log) -> None:
+    """Delete what is left of an earlier run, unless another process is writing it."""
+    with contextlib.ExitStack() as others:
+        for path in _logs(out)[1:]:
+            others.enter_context(Log(path))
+        log.clear()
+        try:
+            for name in (RUN, COCO_RESULTS, COCO_IMAGES):
+                (out / name).unlink(missing_ok=True)
             if (out / "parts").is_dir():
                 shutil.rmtree(out / "parts")
-    except OSError as error:
-        log.close()
-        raise OutputError(f"{error.filename}: cannot be removed ({error.strerror}): choose another folder") from error
-    except CTMaskNetError:
-        log.close()
-        raise
-    return log
-
-
-def _write_run(out: Path, summary: RunSummary, shard: tuple[int, int]) -> None:
-    write_files({_part(out, "run", shard, ".json"): json_bytes(summary.to_dict(), indent=2)})
+        except OSError as error:
+            reason = f"cannot be removed ({error.strerror}): choose another folder"
+            raise OutputError(f"{error.filename}: {reason}") from error
 
 
 def _runs(out: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -610,78 +539,47 @@ def _runs(out: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"{path}: cannot be read ({error}). Choose another folder, or pass restart=True."
-            ) from None
+            fix = "Choose another folder, or pass restart=True."
+            raise ConfigError(f"{path}: cannot be read ({error}). {fix}") from None
 
 
-def _begun(out: Path) -> bool:
-    """Does `out` hold lines of a run?"""
-    return any(path.exists() and path.stat().st_size for path in _logs(out))
-
-
-def _require_same_settings(out: Path, settings: dict[str, Any], record: bool) -> None:
-    if not _begun(out):
-        return
-    if not record:
-        raise ConfigError(
-            f"{out}: holds the record of a run, so record=False has no place there. Choose another folder."
-        )
+def _go_on(out: Path, summary: RunSummary) -> None:
+    """See that the run in `out` has the same settings. Its results keep their place, further up if it began there."""
     for path, before in _runs(out):
-        stored = before.get("settings", {})
-        differs = [key for key in settings if stored.get(key) != settings[key]]
+        began, stored = before.get("root"), before.get("settings", {})
+        differs = [key for key, value in summary.settings.items() if stored.get(key) != value]
+        if began and summary.root and Path(summary.root).is_relative_to(began):
+            summary.root = began
         if differs:
             raise ConfigError(
                 f"{path}: a run with another {' and '.join(differs)}. "
                 "Choose another folder, or begin anew: restart=True"
             )
-
-
-def _root_of_run(out: Path, root: str | None) -> str | None:
-    """`root`, or where the run in `out` began with one further up, that one: results must not change their place."""
-    for path, before in _runs(out) if _begun(out) else ():
-        began = before.get("root")
-        if began and root and Path(root).is_relative_to(began):
-            root = began
-        elif began != root:
+        if began != summary.root:
             raise ConfigError(
                 f"{path}: a run of files below {began or 'the current folder'}, where results have their place. "
                 "Choose another folder, or begin anew: restart=True"
             )
-    return root
 
 
-def _parts_of(out: Path, world: int) -> list[dict[str, Any]]:
-    """What the processes of this run say of themselves, those that have begun."""
-    names = {_part(out, "run", (rank, world), ".json") for rank in range(world)}
-    return [facts for path, facts in _runs(out) if path in names]
-
-
-def _all_complete(out: Path, summary: RunSummary, world: int) -> bool:
-    parts = _parts_of(out, world)
-    return len(parts) == world and all(
-        part["status"] == "complete" and part["list_digest"] == summary.list_digest for part in parts
-    )
-
-
-def _join(out: Path, summary: RunSummary, world: int) -> None:
-    """Join the logs if this process is the last to finish; harmless if two are the last together."""
-    if world == 1:
-        if any((out / "parts").glob("predictions-*.jsonl")):  # of an interrupted run with several processes
-            join_logs(_logs(out), out / PREDICTIONS)
-        return
-    if not _all_complete(out, summary, world):
-        return
-    join_logs(_logs(out), out / PREDICTIONS)
-    parts = _parts_of(out, world)
-    whole = dict(parts[0])
-    whole["counts"] = {key: sum(part["counts"][key] for part in parts) for key in whole["counts"]}
-    whole["counts"]["left_out"] = parts[0]["counts"]["left_out"]  # each counts all of them
-    whole["failures"] = list(itertools.chain.from_iterable(part["failures"] for part in parts))[:FAILURES_LISTED]
-    whole["seconds"] = max(part["seconds"] for part in parts)
-    whole["files_per_second"] = sum(part["files_per_second"] or 0 for part in parts) or None
-    whole["environment"] = {**whole["environment"], "shard": None, "processes": world}
-    write_files({out / RUN: json_bytes(whole, indent=2)})
+def _join(out: Path, summary: RunSummary, world: int) -> bool:
+    """Whether all processes have finished; the last joins the logs, which is harmless if two are the last together."""
+    names = {_part(out, RUN, (rank, world)) for rank in range(world)}
+    parts = [facts for path, facts in _runs(out) if path in names and facts["list_digest"] == summary.list_digest]
+    if [part["status"] for part in parts] != ["complete"] * world:
+        return False
+    if len(_logs(out)) > 1:  # also with one process, after an interrupted run of several
+        join_logs(_logs(out), out / PREDICTIONS)
+    if world > 1:
+        whole = dict(parts[0])
+        whole["counts"] = {key: sum(part["counts"][key] for part in parts) for key in whole["counts"]}
+        whole["counts"]["left_out"] = parts[0]["counts"]["left_out"]  # each counts all of them
+        whole["failures"] = list(itertools.chain.from_iterable(part["failures"] for part in parts))[:FAILURES_LISTED]
+        whole["seconds"] = max(part["seconds"] for part in parts)
+        whole["files_per_second"] = sum(part["files_per_second"] or 0 for part in parts) or None
+        whole["environment"] = {**whole["environment"], "shard": None, "processes": world}
+        write_files({out / RUN: json_bytes(whole, indent=2)})
+    return True
 
 
 # COCO results
@@ -703,22 +601,20 @@ def write_coco_results(
     Raises:
         DataError: the annotations cannot be read, or do not list a file that was predicted.
     """
-    source = Path(predictions)
-    names = sorted(line["source"] for line in _slice_lines(source))
+    names = sorted(line["source"] for line in _slice_lines(predictions))
     ids: dict[str, int] = {name: number for number, name in enumerate(names, start=1)}
     categories: list[int] | None = None
     if annotations is not None:
         ids, categories = _ids_of(Path(annotations), names)
     images, results = [], []
-    for line in _slice_lines(source):
-        height, width = line["image_size"]
-        identifier = ids[line["source"]]
-        images.append({"id": identifier, "file_name": line["source"], "height": height, "width": width})
+    for line in _slice_lines(predictions):
+        (height, width), image_id = line["image_size"], ids[line["source"]]
+        images.append({"id": image_id, "file_name": line["source"], "height": height, "width": width})
         for lesion in line["lesions"]:
             x1, y1, x2, y2 = lesion["box"]
             results.append(
                 {
-                    "image_id": identifier,
+                    "image_id": image_id,
                     "category_id": categories[lesion["label"] - 1] if categories else lesion["label"],
                     "bbox": [x1, y1, x2 - x1, y2 - y1],
                     "score": lesion["score"],
@@ -730,28 +626,26 @@ def write_coco_results(
     return paths
 
 
-def _slice_lines(path: Path) -> Iterator[dict[str, Any]]:
-    return (line for line in read_logs([path]) if line["kind"] == "slice")
+def _slice_lines(path: PathLike) -> Iterator[dict[str, Any]]:
+    return (line for line in read_logs([Path(path)]) if line["kind"] == "slice")
 
 
 def _ids_of(annotations: Path, names: list[str]) -> tuple[dict[str, int], list[int]]:
     """Image id of each predicted file, and the categories in the order of labels."""
+    listed: dict[str, dict[str, int]] = {}
     try:
         content = json.loads(annotations.read_text(encoding="utf-8"))
-        listed = {str(image["file_name"]): image["id"] for image in content["images"]}
+        for image in content["images"]:
+            listed.setdefault(Path(image["file_name"]).name, {})[image["file_name"]] = image["id"]
         categories = sorted(category["id"] for category in content["categories"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{annotations}: not readable COCO annotations ({error!r})") from None
-    by_name: dict[str, list[int]] = {}
-    for file, identifier in listed.items():
-        by_name.setdefault(Path(file).name, []).append(identifier)
     ids = {}
     for name in names:
-        exact = [identifier for file, identifier in listed.items() if Path(name).as_posix().endswith("/" + file)]
-        candidates = [listed[name]] if name in listed else by_name.get(Path(name).name, [])
-        if len(candidates) != 1:
-            candidates = exact
-        if len(candidates) != 1:
-            raise DataError(f"{annotations}: lists {len(candidates)} images named {Path(name).name}, of {name}")
-        ids[name] = candidates[0]
+        files = listed.get(Path(name).name, {})
+        # Of several of the same name, the one whose path the file's ends in.
+        fitting = [file for file in files if len(files) == 1 or f"/{Path(name).as_posix()}".endswith(f"/{file}")]
+        if not fitting:
+            raise DataError(f"{annotations}: lists {len(files)} images named {Path(name).name}, of {name}")
+        ids[name] = files[max(fitting, key=len)]
     return ids, categories

@@ -462,11 +462,14 @@ def test_shards_do_every_file_once_and_join_to_what_one_process_writes(here, pre
     assert len(lines(Path("both/predictions.jsonl"))) == 9
 
 
-def test_the_environment_of_torchrun_names_the_shard():
-    assert process_shard({}) == (0, 1)
-    assert process_shard({"RANK": "3", "WORLD_SIZE": "8"}) == (3, 8)
+def test_the_environment_of_torchrun_names_the_shard(monkeypatch):
+    assert process_shard() == (0, 1)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert process_shard() == (3, 8)
+    monkeypatch.setenv("RANK", "x")
     with pytest.raises(ConfigError, match="WORLD_SIZE"):
-        process_shard({"RANK": "x"})
+        process_shard()
 
 
 # COCO results

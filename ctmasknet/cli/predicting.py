@@ -18,30 +18,14 @@ _LINES_BESIDE_A_BAR = 100  # results; those beyond are in predictions.jsonl
 def predict_command(options: argparse.Namespace) -> int:
     """`ctmasknet predict`; the exit code."""
     _say_on_a_terminal("Starting PyTorch ...", options)
-    from itertools import islice
-
     from tqdm import tqdm
 
-    from ctmasknet.batch import (
-        LEFT_OUT,
-        PREDICTIONS,
-        FileResult,
-        find_inputs,
-        predict_files,
-        process_device,
-        process_shard,
-        read_list,
-    )
+    from ctmasknet.batch import PREDICTIONS, FileResult, predict_files, process_device, process_shard, read_list
 
     if not options.files and options.names is None:
         raise ConfigError("nothing to predict: name slices, scans or folders, or pass --names FILE")
     shard = _shard(options.shard) if options.shard else process_shard()
     inputs, names = (options.files, options.names) if options.files else (list(read_list(options.names)), None)
-    # One slice or scan needs no record of what is done: it is predicted anew each time.
-    found = find_inputs(inputs, slices=options.slices, out=options.out)
-    alone = len(list(islice((one for one in found if one.error != LEFT_OUT), 2))) == 1
-    fresh = options.format == "files" and not options.restart and not (options.out / PREDICTIONS).exists()
-    alone = alone and fresh and names is None and shard == (0, 1)
     options.device = options.device or process_device()
     _say_on_a_terminal("Loading the models ...", options)
     predictor = _predictor(options, batch_size=options.batch_size, score_map=options.score_map)
@@ -78,7 +62,6 @@ def predict_command(options: argparse.Namespace) -> int:
         readers=options.readers,
         shard=shard,
         restart=options.restart,
-        record=not alone,
         annotations=options.annotations,
         progress=not options.quiet,
         on_result=show,
@@ -88,7 +71,7 @@ def predict_command(options: argparse.Namespace) -> int:
     elif not options.quiet:
         for caveat in summary.caveats if summary.predicted else ():
             print(f"({caveat})")
-        if not alone:
+        if shard[1] > 1 or (options.out / PREDICTIONS).exists():  # more than a single slice or scan
             mine = f" (process {shard[0]} of {shard[1]})" if shard[1] > 1 else ""
             print(printable(f"{summary.summary} -> {options.out}{mine}"))
     return 2 if summary.failed or summary.bad_slices else 0
