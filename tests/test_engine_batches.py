@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from engine_data import lesion_folder
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from ctmasknet.data.augment import Augmentation
 from ctmasknet.data.datasets import open_dataset
 from ctmasknet.engine import TrainConfig
-from ctmasknet.engine.batches import Batch, EpochBatches, OnDevice, TrainingSlices, make_loader, model_input
+from ctmasknet.engine.batches import Batch, EpochBatches, TrainingSlices, make_loader, model_input, on_device
 from ctmasknet.engine.setup import build_optimizer, learning_rate
 
 
@@ -73,9 +74,9 @@ def test_augmentation_depends_on_epoch_and_slice_alone(tmp_path: Path) -> None:
 
 def test_slices_kept_on_a_device_are_the_same(tmp_path: Path) -> None:
     data = open_dataset("segmentation", lesion_folder(tmp_path / "d", range(1, 4)), min_area=5)
-    kept = OnDevice(data, torch.device("cpu"))
+    kept = on_device(data, torch.device("cpu"))
     assert len(kept) == 3
-    for there, here in zip(kept.samples, data, strict=True):
+    for there, here in zip(kept, data, strict=True):
         assert there.name == here.name
         assert torch.equal(there.image, here.image)
         assert torch.equal(there.target["masks"], here.target["masks"])
@@ -83,10 +84,11 @@ def test_slices_kept_on_a_device_are_the_same(tmp_path: Path) -> None:
 
 def test_a_batch_is_pinned_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     pinned: list[int] = []
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: (pinned.append(id(tensor)), tensor.clone())[1])
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *_: (pinned.append(id(tensor)), tensor.clone())[1])
     target = {"boxes": torch.zeros(2, 4), "labels": torch.ones(2), "image_label": 1}
     batch = Batch([torch.zeros(1, 4, 4), torch.ones(1, 4, 4)], [target, {"image_label": 0}], ["a", "b"])
-    copy = batch.pin_memory()
+    copy = pin_memory(batch)  # what a DataLoader does to a batch
+    assert isinstance(copy, Batch)
     assert pinned == [id(tensor) for tensor in (*batch.images, target["boxes"], target["labels"])]
     assert (copy.names, copy.targets[0]["image_label"], copy.targets[1]) == (batch.names, 1, {"image_label": 0})
 
@@ -126,4 +128,4 @@ def test_biases_and_normalisation_do_not_decay_with_adamw() -> None:
     model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2))
     config = TrainConfig("maskrcnn_resnet18_t1", "data", "out", weight_decay=0.1)
     groups = build_optimizer(model, config).param_groups
-    assert [(group["weight_decay"], len(group["params"])) for group in groups] == [(0.1, 1), (0.0, 3)]
+    assert {(group["weight_decay"], len(group["params"])) for group in groups} == {(0.1, 1), (0.0, 3)}

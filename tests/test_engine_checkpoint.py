@@ -35,7 +35,7 @@ def some_tensors(seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def test_tensors_and_facts_come_back_exactly(tmp_path: Path) -> None:
-    path = write_checkpoint(tmp_path, 3, some_tensors(), FACTS, keep=2)
+    path = write_checkpoint(tmp_path, 3, some_tensors(), FACTS)
     tensors, facts = read_checkpoint(path)
     assert facts == FACTS
     assert tensors.keys() == some_tensors().keys()
@@ -45,7 +45,7 @@ def test_tensors_and_facts_come_back_exactly(tmp_path: Path) -> None:
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     for step in (1, 20, 300, 4000):
-        write_checkpoint(tmp_path, step, some_tensors(), FACTS, keep=2)
+        write_checkpoint(tmp_path, step, some_tensors(), FACTS)
     kept = [int(path.stem.removeprefix("step-")) for path in list_checkpoints(tmp_path)]
     assert kept == [4000, 300]
 
@@ -54,8 +54,8 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
 def test_a_damaged_file_gives_way_to_the_one_before(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    good = write_checkpoint(tmp_path, 1, some_tensors(1), FACTS, keep=2)
-    last = write_checkpoint(tmp_path, 2, some_tensors(2), FACTS, keep=2)
+    good = write_checkpoint(tmp_path, 1, some_tensors(1), FACTS)
+    last = write_checkpoint(tmp_path, 2, some_tensors(2), FACTS)
     content = bytearray(last.read_bytes())
     if damage == "pickle":
         torch.save({"a": 1}, last)
@@ -72,13 +72,14 @@ def test_a_damaged_file_gives_way_to_the_one_before(
 
 def test_no_readable_checkpoint_is_an_error_that_names_all(tmp_path: Path) -> None:
     for step in (1, 2):
-        write_checkpoint(tmp_path, step, some_tensors(), FACTS, keep=2).write_bytes(b"nothing")
+        write_checkpoint(tmp_path, step, some_tensors(), FACTS).write_bytes(b"nothing")
     with pytest.raises(WeightsError, match=r"step-000000002.*step-000000001"):
         newest_readable(list_checkpoints(tmp_path))
 
 
-def test_a_path_means_a_run_or_a_file_and_those_before_it(tmp_path: Path) -> None:
-    first, second, third = (write_checkpoint(tmp_path, step, some_tensors(), FACTS, keep=3) for step in (1, 2, 3))
+def test_a_path_means_a_run_or_a_file_and_those_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "KEPT", 3)
+    first, second, third = (write_checkpoint(tmp_path, step, some_tensors(), FACTS) for step in (1, 2, 3))
     assert checkpoints_from(tmp_path) == [third, second, first]
     assert checkpoints_from(second) == [second, first]
     with pytest.raises(WeightsError, match="absent"):
@@ -86,7 +87,7 @@ def test_a_path_means_a_run_or_a_file_and_those_before_it(tmp_path: Path) -> Non
 
 
 def test_a_failed_write_leaves_the_checkpoints_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    good = write_checkpoint(tmp_path, 1, some_tensors(), FACTS, keep=2)
+    good = write_checkpoint(tmp_path, 1, some_tensors(), FACTS)
 
     def full(tensors: object, path: Path, metadata: object) -> None:
         Path(path).write_bytes(b"half of it")
@@ -94,7 +95,7 @@ def test_a_failed_write_leaves_the_checkpoints_before(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(checkpoints, "save_file", full)
     with pytest.raises(CTMaskNetError, match="No space left on device"):
-        write_checkpoint(tmp_path, 2, some_tensors(), FACTS, keep=2)
+        write_checkpoint(tmp_path, 2, some_tensors(), FACTS)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [good.name]
 
 
@@ -114,7 +115,7 @@ def test_an_optimizer_goes_on_as_if_never_stopped(tmp_path: Path, kind: type[tor
     model, optimizer = start()
     steps(model, optimizer, 2)
     tensors, groups = pack_optimizer(optimizer)
-    path = write_checkpoint(tmp_path, 2, tensors, {"groups": groups}, keep=2)
+    path = write_checkpoint(tmp_path, 2, tensors, {"groups": groups})
     weights = {key: value.clone() for key, value in model.state_dict().items()}
     steps(model, optimizer, 3)
 

@@ -465,7 +465,7 @@ def test_a_run_can_be_continued_in_another_folder(classes: Path, tmp_path: Path)
 def test_another_variants_checkpoint_is_refused(classes: Path, tmp_path: Path) -> None:
     train(classifier_config(classes, tmp_path / "one", epochs=1))
     other = classifier_config(classes, tmp_path / "two", resume=tmp_path / "one").to_dict()
-    with pytest.raises(ConfigError, match=f"a checkpoint of {CLASSIFIER}, not of ctmasknet_resnet18_t1"):
+    with pytest.raises(ConfigError, match=f"made with variant {CLASSIFIER}, here it is ctmasknet_resnet18_t1"):
         train(TrainConfig.from_dict({**other, "model": "ctmasknet_resnet18_t1"}))
 
 

@@ -11,8 +11,7 @@ segmenter, and augmented slices repeat from a fixed number of views.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ctmasknet.data.augment import Augmentation, augment, sample_generator
-from ctmasknet.data.datasets import ClassificationSample, SegmentationSample, SliceDataset
+from ctmasknet.data.datasets import AnySample, ClassificationSample, SegmentationSample, SliceDataset
 from ctmasknet.engine.config import TrainConfig
 from ctmasknet.models import COVIDCTMaskNet
 from ctmasknet.models.classifier import fill_batch, image_loss
@@ -31,9 +30,8 @@ Gather = Callable[[Any], list[Any]]
 """Collects a picklable value of every process: value -> list of all."""
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Slices of one forward pass.
+class Batch(NamedTuple):
+    """Slices of one forward pass; torch pins the memory of a tuple's tensors.
 
     Attributes:
         images: (1, H, W) uint8 each; a cached RoI batch (N, 5) float32 instead with `cache_rois`.
@@ -47,16 +45,11 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """On `device`, with images as the models take them: (3, H, W) float32 in 0..1."""
-        images = [model_input(image, device) for image in self.images]
-        return self._with(images, lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> Batch:
-        """In page-locked memory, from which `to` copies while the GPU computes; the loader asks for it."""
-        return self._with([image.pin_memory() for image in self.images], Tensor.pin_memory)
-
-    def _with(self, images: list[Tensor], change: Callable[[Tensor], Tensor]) -> Batch:
-        targets = [{k: change(v) if isinstance(v, Tensor) else v for k, v in t.items()} for t in self.targets]
-        return Batch(images, targets, self.names)
+        targets = [
+            {key: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for key, v in target.items()}
+            for target in self.targets
+        ]
+        return Batch([model_input(image, device) for image in self.images], targets, self.names)
 
 
 def model_input(image: Tensor, device: torch.device) -> Tensor:
@@ -101,7 +94,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 class TrainingSlices(Dataset[tuple[Tensor, dict[str, Any], str]]):
     """Augmented slices of a data set, indexed by (epoch, index)."""
 
-    def __init__(self, source: SliceDataset[Any], settings: Augmentation, seed: int) -> None:
+    def __init__(self, source: SliceDataset[Any] | list[Any], settings: Augmentation, seed: int) -> None:
         self.source, self.settings, self.seed = source, settings, seed
 
     def __len__(self) -> int:
@@ -115,35 +108,22 @@ class TrainingSlices(Dataset[tuple[Tensor, dict[str, Any], str]]):
         return image, target if changed is None else changed, name
 
 
-def as_target(sample: SegmentationSample | ClassificationSample) -> tuple[Tensor, dict[str, Any], str]:
+def as_target(sample: AnySample) -> tuple[Tensor, dict[str, Any], str]:
     """A data set's sample as (image, the model's target, name)."""
     if isinstance(sample, ClassificationSample):
         return sample.image, {"image_label": sample.label}, sample.name
     return sample.image, sample.target, sample.name
 
 
-class OnDevice(Dataset[Any]):
+def on_device(source: SliceDataset[Any], device: torch.device) -> list[AnySample]:
     """A data set's samples, all read once and kept on `device`."""
-
-    def __init__(self, source: SliceDataset[Any], device: torch.device) -> None:
-        self.names = source.names
-        self.samples = [self._moved(sample, device) for sample in source]
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> SegmentationSample | ClassificationSample:
-        return self.samples[index]
-
-    @staticmethod
-    def _moved(
-        sample: SegmentationSample | ClassificationSample, device: torch.device
-    ) -> SegmentationSample | ClassificationSample:
-        image = sample.image.to(device)
-        if isinstance(sample, ClassificationSample):
-            return ClassificationSample(image, sample.label, sample.name)
-        target = {key: value.to(device) for key, value in sample.target.items()}
-        return SegmentationSample(image, target, sample.name)
+    kept: list[AnySample] = []
+    for sample in source:
+        moved = sample._replace(image=sample.image.to(device))
+        if isinstance(moved, SegmentationSample):
+            moved = moved._replace(target={key: value.to(device) for key, value in moved.target.items()})
+        kept.append(moved)
+    return kept
 
 
 def collate(samples: list[tuple[Tensor, dict[str, Any], str]]) -> Batch:
@@ -197,40 +177,27 @@ class ModuleSOnRoIs(nn.Module):
 
 
 class RoIViews(Dataset[tuple[Tensor, dict[str, Any], str]]):
-    """The RoIs of a data set's slices, indexed by (epoch, index); the epoch chooses among an index's views.
+    """The RoIs of slices, indexed by (epoch, index); the epoch chooses among an index's views.
 
     Args:
         classifier: its detector finds the RoIs; it stays as it is.
-        source: the slices.
+        slices: where the views come from.
         views: how often each slice is seen; the first time as it is, then changed at random.
-        settings, seed: of the changes.
         rank, world, gather: each process sees a part of the slices, and all get all RoIs.
     """
 
     def __init__(
-        self,
-        classifier: COVIDCTMaskNet,
-        source: Any,
-        *,
-        views: int,
-        settings: Augmentation,
-        seed: int,
-        rank: int,
-        world: int,
-        gather: Gather,
+        self, classifier: COVIDCTMaskNet, slices: TrainingSlices, *, views: int, rank: int, world: int, gather: Gather
     ) -> None:
-        self.seed, self.views = seed, views
+        self.seed, self.views = slices.seed, views
         device = next(classifier.parameters()).device
         inference = Inference(classifier)
         mine: dict[int, tuple[list[Tensor], int, str]] = {}
-        for index in range(rank, len(source), world):
-            sample: ClassificationSample = source[index]
-            seen = [sample.image]
-            for view in range(1, views):
-                changed, _ = augment(sample.image, None, sample_generator(seed, view, index), settings)
-                seen.append(changed)
+        for index in range(rank, len(slices), world):
+            plain: ClassificationSample = slices.source[index]
+            seen = [plain.image, *(slices[view, index][0] for view in range(1, views))]
             found = [find_rois(inference, model_input(image, device)).cpu() for image in seen]
-            mine[index] = found, sample.label, sample.name
+            mine[index] = found, plain.label, plain.name
         self._found = {index: entry for share in gather(mine) for index, entry in share.items()}
 
     def __len__(self) -> int:

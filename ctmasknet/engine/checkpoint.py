@@ -22,6 +22,7 @@ from ctmasknet.weights.files import state_digest
 log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
+KEPT = 2
 _FORMAT = "2"
 _NAME = re.compile(r"step-(\d+)\.safetensors")
 
@@ -62,10 +63,8 @@ class State:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
-def write_checkpoint(
-    run: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], *, keep: int
-) -> Path:
-    """Write `run`/checkpoints/step-N.safetensors and remove all but the newest `keep`.
+def write_checkpoint(run: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
+    """Write `run`/checkpoints/step-N.safetensors and remove all but the newest `KEPT`.
 
     Args:
         tensors: everything that has to be restored, on any device.
@@ -80,7 +79,7 @@ def write_checkpoint(
     try:
         write_files({path: lambda stream: save_file(stored, stream.name, metadata=header)}, sync=True)
         killed_amid_writing = path.parent.glob(".ctmasknet-*.tmp")
-        for old in [*list_checkpoints(run)[keep:], *killed_amid_writing]:
+        for old in [*list_checkpoints(run)[KEPT:], *killed_amid_writing]:
             old.unlink(missing_ok=True)
     except (OSError, OutputError, SafetensorError) as error:
         raise CTMaskNetError(f"{path}: {error}; the checkpoints before it are intact") from None

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -43,7 +43,6 @@ _PAPER: dict[str, Any] = {
     "clip_norm": 0.0,
     "ema": 0.0,
     "augment": False,
-    "precision": "float32",
 }
 _FAST: dict[str, Any] = {
     "optimizer": "adamw",
@@ -51,7 +50,6 @@ _FAST: dict[str, Any] = {
     "schedule": "cosine",
     "clip_norm": 5.0,
     "augment": True,
-    "precision": "float32",
 }
 RECIPES: dict[Task, dict[str, dict[str, Any]]] = {
     "segmentation": {
@@ -117,7 +115,7 @@ class TrainConfig:
         epochs: (recipe) passes over the training data.
         clip_norm: (recipe) largest gradient norm, 0 for no clipping.
         ema: (recipe) decay of the moving average of the weights, which is what is validated and saved; 0: none.
-        precision: (recipe) of body and FPN: ``"float32"`` or ``"bfloat16"``. Boxes and losses are float32 always.
+        precision: of body and FPN: ``"float32"`` or ``"bfloat16"``. Boxes and losses are float32 always.
         augment: (recipe) change training slices at random.
         augmentation: fields of `Augmentation` that differ from its defaults.
         train_min_size: shorter image side in training, pixels; None: the model's own, as in validation.
@@ -127,15 +125,13 @@ class TrainConfig:
         seed: fixes order, augmentation and sampling.
         device: any torch device; None: a GPU if there is one. Of several processes each takes a GPU of its own.
         workers: processes that read and augment slices; 0 does it in the training process.
-        cache: where decoded slices are kept: ``"ram"``, ``"device"``, ``"none"``, or ``"auto"``: on a GPU that holds
-            them in a quarter of its free memory, else in RAM.
-        cache_gb: limit of the cache in RAM, GB per process.
-        channels_last: memory layout of the body's tensors on a GPU or in bfloat16; float32 on a CPU is faster without.
-        compile: `torch.compile` body and FPN.
+        cache: where decoded slices are kept: ``"ram"``, ``"device"``, or ``"auto"``: on a GPU that holds them in a
+            quarter of its free memory, else in RAM.
+        cache_gb: limit of the cache in RAM, GB per process; 0 keeps nothing.
         resume: ``"auto"`` continues a run that `out` holds and starts one otherwise; False starts only in a folder
             without a run; a path continues from that checkpoint or run folder.
-        checkpoint_minutes: write a checkpoint at least this often; one is written after every epoch anyway.
-        keep_checkpoints: how many are kept, at least 2: if the last is damaged, the one before is used.
+        checkpoint_minutes: write a checkpoint at least this often; one is written after every epoch anyway. Two are
+            kept: if the last is damaged, the one before is used.
         validate_every: epochs between validations; the last epoch is always validated.
         validation_loss: also compute losses on the validation data, at the price of a second forward pass.
         score_threshold, nms_threshold: of the detections that are validated.
@@ -171,7 +167,7 @@ class TrainConfig:
     epochs: int = _FROM_RECIPE
     clip_norm: float = _FROM_RECIPE
     ema: float = _FROM_RECIPE
-    precision: Literal["float32", "bfloat16"] = _FROM_RECIPE
+    precision: Literal["float32", "bfloat16"] = "float32"
     augment: bool = _FROM_RECIPE
     augmentation: dict[str, Any] = field(default_factory=dict)
     train_min_size: int | None = None
@@ -181,13 +177,10 @@ class TrainConfig:
     seed: int = 0
     device: str | None = None
     workers: int = 0
-    cache: Literal["auto", "ram", "device", "none"] = "auto"
+    cache: Literal["auto", "ram", "device"] = "auto"
     cache_gb: float = 4.0
-    channels_last: bool = True
-    compile: bool = False
     resume: PathLike | bool = "auto"
     checkpoint_minutes: float = 10.0
-    keep_checkpoints: int = 2
     validate_every: int = 1
     validation_loss: bool = True
     score_threshold: float = 0.3
@@ -269,50 +262,37 @@ class TrainConfig:
             MissingExtraError: YAML without PyYAML (extra ``train``).
         """
         path = Path(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: cannot be read ({error})") from None
-        if path.suffix.lower() == ".json":
-            try:
-                values = json.loads(text)
-            except ValueError as error:
-                raise ConfigError(f"{path}: not readable JSON ({error})") from None
-        else:
+        parse: Callable[[str], Any] = json.loads
+        broken: type[Exception] = ValueError
+        if path.suffix.lower() != ".json":
             yaml = import_extra("yaml", "train", "reading YAML configs")
-            try:
-                values = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise ConfigError(f"{path}: not readable YAML ({' '.join(str(error).split())})") from None
+            parse, broken = yaml.safe_load, yaml.YAMLError
+        try:
+            values = parse(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, broken) as error:
+            raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: needs lines of the form field: value")
         return cls.from_dict({**values, **overrides}, source=str(path))
 
 
-_AT_LEAST_ONE = (
-    "batch_size", "accumulate", "epochs", "roi_views", "validate_every", "max_bad_steps",
-)  # fmt: skip
-_NOT_NEGATIVE = (
-    "min_area", "lr", "weight_decay", "clip_norm", "full_size_epochs", "seed", "workers", "cache_gb",
-    "checkpoint_minutes", "patience",
-)  # fmt: skip
+_LEAST = {
+    **dict.fromkeys(("batch_size", "accumulate", "epochs", "roi_views", "validate_every", "max_bad_steps"), 1),
+    **dict.fromkeys(("min_area", "lr", "weight_decay", "clip_norm", "full_size_epochs", "seed", "workers"), 0),
+    **dict.fromkeys(("cache_gb", "checkpoint_minutes", "patience"), 0),
+    "train_min_size": 32,
+}
 _FRACTIONS = ("warmup", "ema", "score_threshold", "nms_threshold")
 
 
 def _check_ranges(config: TrainConfig) -> None:
-    for name in _AT_LEAST_ONE:
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name}={getattr(config, name)}: must be at least 1")
-    for name in _NOT_NEGATIVE:
-        if getattr(config, name) < 0:
-            raise ConfigError(f"{name}={getattr(config, name)}: must not be negative")
+    for name, least in _LEAST.items():
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise ConfigError(f"{name}={value}: must be at least {least}")
     for name in _FRACTIONS:
         if not 0 <= getattr(config, name) <= 1:
             raise ConfigError(f"{name}={getattr(config, name)}: must lie in 0..1")
-    if config.keep_checkpoints < 2:
-        raise ConfigError("keep_checkpoints must be at least 2: the one before replaces a damaged one")
-    if config.train_min_size is not None and config.train_min_size < 32:
-        raise ConfigError(f"train_min_size={config.train_min_size}: must be at least 32 pixels")
     if not config.data:
         raise ConfigError("data is empty: give a folder")
     if config.cache_rois and config.task != "classification":
@@ -330,17 +310,12 @@ def _check_ranges(config: TrainConfig) -> None:
 
 
 def _augmentation(values: Mapping[str, Any]) -> Augmentation:
-    """`Augmentation` with some fields replaced, its types checked."""
+    """`Augmentation` with some fields replaced, their types checked."""
     kinds = get_type_hints(Augmentation)
-    for name, value in values.items():
+    for name in values:
         if name not in kinds:
             raise ConfigError(f"augmentation: unknown field {name!r}; known: {', '.join(kinds)}")
-        if name != "scale":
-            typed(f"augmentation.{name}", value, kinds[name])
-    given = dict(values)
-    if "scale" in given:
-        given["scale"] = tuple(typed("augmentation.scale", given["scale"], list[float]))
-    return Augmentation(**given)
+    return Augmentation(**{name: typed(f"augmentation.{name}", value, kinds[name]) for name, value in values.items()})
 
 
 def _plain_path(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -79,6 +79,11 @@ class Record:
         self.config, self.setup, self.batches = config, setup, batches
         self.out = Path(config.out)
         self.device = next(setup.trained.parameters()).device
+        self._facts = {
+            "slices": len(setup.names),
+            "processes": batches.world,
+            "device": device_name(self.device),
+        }
         self.versions = {
             "ctmasknet": __version__,
             "python": platform.python_version(),
@@ -88,53 +93,45 @@ class Record:
 
     def write_weights(self, name: str, tensors: dict[str, Tensor], metrics: dict[str, float], state: State) -> Path:
         """A folder of weights with its card, ``best`` or ``last``; with a golden file once the run is finished."""
-        config, model = self.config, self.setup.model
+        config, model, folder = self.config, self.setup.model, self.out / name
         # What the start weights demand of whatever comes from them (see `initial_model`); the config's word goes first.
-        metadata: dict[str, Any] = dict(model.metadata)
-        metadata["classes"] = list(self.setup.class_names)
-        # "score" ranks the epochs of one run, and a loss depends on the recipe: neither belongs on a card.
-        metadata["metrics"] = {
-            key: round(value, 4)
-            for key, value in metrics.items()
-            if key not in ("score", "images") and not key.startswith("val_loss")
+        metadata: dict[str, Any] = model.metadata | {
+            # "score" ranks the epochs of one run, and a loss depends on the recipe: neither belongs on a card.
+            "metrics": {
+                key: round(value, 4)
+                for key, value in metrics.items()
+                if key not in ("score", "images") and not key.startswith("val_loss")
+            },
+            "training": {key: getattr(config, key) for key in _ON_THE_CARD}
+            | self._facts
+            | {
+                "epochs_done": state.history[-1]["epoch"],
+                "minutes": round(state.seconds / 60, 1),
+                **{package: self.versions[package] for package in ("ctmasknet", "torch", "torchvision")},
+            },
         }
-        metadata["training"] = self._training(state)
+        if config.weights is not None and Path(config.weights).exists():
+            # Folders of this machine are nobody's business.
+            metadata["training"]["weights"] = Path(config.weights).name
         if config.task == "segmentation":
             metadata["operating_point"] = state.operating_point
         for key in ("dataset", "license", "note", "caveat"):
             if getattr(config, key) is not None:
                 metadata[key] = getattr(config, key)
-        folder, options = self.out / name, model.config.to_dict()
+        options = model.config.to_dict()
         if state.finished:
             return write_pretrained(folder, tensors, variant=model.variant, config=options, metadata=metadata)
         (folder / GOLDEN_NAME).unlink(missing_ok=True)  # it is of other weights
         card = model_card(model.variant, metadata)
         return write_weights(folder, tensors, variant=config.model, config=options, metadata=metadata, card=card)
 
-    def _training(self, state: State) -> dict[str, Any]:
-        """How the weights came about, for their card; `run.json` says everything."""
-        said = {key: getattr(self.config, key) for key in _ON_THE_CARD}
-        if self.config.weights is not None and Path(self.config.weights).exists():
-            said["weights"] = Path(self.config.weights).name  # folders of this machine are nobody's business
-        return {
-            **said,
-            "slices": len(self.setup.names),
-            "processes": self.batches.world,
-            "device": device_name(self.device),
-            "epochs_done": state.history[-1]["epoch"],
-            "minutes": round(state.seconds / 60, 1),
-            **{package: self.versions[package] for package in ("ctmasknet", "torch", "torchvision")},
-        }
-
     def write_figures(self, state: State) -> None:
         """run.json and metrics.csv; a figure that an epoch lacks is left empty."""
         facts = {
             "config": self.config.to_dict(),
             "versions": self.versions,
-            "device": device_name(self.device),
-            "processes": self.batches.world,
+            **self._facts,
             "threads": torch.get_num_threads(),
-            "slices": len(self.setup.names),
             "steps_per_epoch": self.batches.steps,
             "seconds": state.seconds,
             "minutes": state.seconds / 60,
@@ -145,12 +142,6 @@ class Record:
         rows = [[row.get(key) for key in columns] for row in state.history]
         contents = {"run.json": json_bytes(facts, indent=2), "metrics.csv": csv_text([columns, *rows]).encode()}
         write_files({self.out / name: content for name, content in contents.items()})
-
-    def finish(self, best: dict[str, Tensor], state: State) -> None:
-        """`best` with its final figures and a golden file, and the curves."""
-        self.write_weights("best", best, state.best_metrics, state)
-        self.write_figures(state)
-        plot_curves(self.out / "curves.png", state.history)
 
     def result(self, state: State) -> TrainResult:
         """The run so far, for its caller."""
@@ -201,18 +192,17 @@ def _thresholds(score_threshold: float, nms_threshold: float) -> str:
 
 def plot_curves(path: Path, history: list[dict[str, Any]]) -> None:
     """Losses, validation metrics and learning rate over epochs as a PNG; each curve its own colour."""
-    matplotlib = import_extra("matplotlib", "train", "drawing curves.png")
+    colours = import_extra("matplotlib", "train", "drawing curves.png").colormaps["tab20"].colors
     figure = import_extra("matplotlib.figure", "train", "drawing curves.png").Figure((15, 4), layout="constrained")
     keys = dict.fromkeys(key for row in history for key in row)
-    losses = [key for key in keys if key.startswith("loss")]
-    losses = [name for key in losses for name in (key, f"val_{key}")]  # neighbours: a dark and a light tone of one hue
+    # Neighbours are a dark and a light tone of one hue: a loss in training and in validation.
+    losses = [name for key in keys if key.startswith("loss") for name in (key, f"val_{key}")]
     shown = ("ap50", "ap75", "ap", "dice_pooled", "dice_mean", "accuracy")
     scores = [key for key in keys if key in shown or key.startswith("sensitivity")]
-    groups = [("Loss", losses), ("Validation", scores), ("Learning rate", ["lr"])]
-    for axis, (title, names) in zip(figure.subplots(1, 3), groups, strict=True):
-        colours = matplotlib.colormaps["tab20"].colors
-        colours = colours if title == "Loss" else colours[::2] + colours[1::2]
-        for name, colour in zip(names, colours, strict=False):
+    groups = [("Loss", losses, colours), ("Validation", scores, colours[::2] + colours[1::2])]
+    groups.append(("Learning rate", ["lr"], colours))
+    for axis, (title, names, own) in zip(figure.subplots(1, 3), groups, strict=True):
+        for name, colour in zip(names, own, strict=False):
             points = [(row["epoch"], row[name]) for row in history if row.get(name) is not None]
             if points:
                 line = "--" if name.startswith("val_") else "-"
@@ -234,13 +224,13 @@ def device_name(device: torch.device) -> str:
 def peak_memory(device: torch.device) -> float | None:
     """Largest memory used so far, GB: of the GPU, else of this process; None where nobody tells."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
+        return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
     try:
         import resource
     except ModuleNotFoundError:  # Windows
         return None
-    # Linux counts in KiB, macOS in bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes, Linux in KiB
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
 
 
 class TensorBoard:
@@ -262,10 +252,10 @@ class TensorBoard:
                 if isinstance(value, int | float):
                     self._writer.add_scalar(key, value, step)
 
-    def pictures(self, name: str, make: Callable[[], Sequence[Any]], step: int) -> None:
-        """(H, W, 3) uint8 arrays, made only if they are wanted."""
+    def pictures(self, name: str, pictures: Sequence[Any], step: int) -> None:
+        """(H, W, 3) uint8 arrays."""
         if self._writer is not None:
-            for number, picture in enumerate(make()):
+            for number, picture in enumerate(pictures):
                 self._writer.add_image(f"{name}/{number}", picture, step, dataformats="HWC")
 
     def close(self) -> None:

@@ -11,9 +11,9 @@ import threading
 import time
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ from tqdm.auto import tqdm
 
 from ctmasknet.engine.batches import Batch, EpochBatches, Gather
 from ctmasknet.engine.checkpoint import (
+    FOLDER,
+    KEPT,
     State,
     checkpoints_from,
     list_checkpoints,
@@ -32,7 +34,7 @@ from ctmasknet.engine.checkpoint import (
     write_checkpoint,
 )
 from ctmasknet.engine.config import TrainConfig
-from ctmasknet.engine.record import Record, TensorBoard, TrainResult, figures, peak_memory
+from ctmasknet.engine.record import Record, TensorBoard, TrainResult, figures, peak_memory, plot_curves
 from ctmasknet.engine.setup import Setup, build_average, build_optimizer, learning_rate, share_buffers
 from ctmasknet.errors import ConfigError, CTMaskNetError
 from ctmasknet.output import json_bytes, write_files
@@ -95,7 +97,12 @@ class Run:
         if self.writes:
             try:
                 self._require_space()
-                found = self._find_checkpoints()
+                resume, own = self.config.resume, list_checkpoints(self.out)
+                if resume is False and own:
+                    raise ConfigError(
+                        f'{self.out}: holds a run; continue it with resume="auto", or choose another folder'
+                    )
+                found = own if resume in (False, "auto") else checkpoints_from(Path(str(resume)))
                 write_files({token: b""})
             except CTMaskNetError as error:
                 problem = error
@@ -109,24 +116,13 @@ class Run:
             raise ConfigError(f"{self.out}: some processes do not see this folder: all hosts of a run must share it")
         return found
 
-    def _find_checkpoints(self) -> list[Path]:
-        resume, own = self.config.resume, list_checkpoints(self.out)
-        if resume is False and own:
-            raise ConfigError(f'{self.out}: holds a run; continue it with resume="auto", or choose another folder')
-        return own if resume in (False, "auto") else checkpoints_from(Path(str(resume)))
-
     def _restore(self, candidates: list[Path]) -> None:
         path, tensors, facts = newest_readable(candidates)
-        if facts["variant"] != self.config.model:
-            raise ConfigError(
-                f"{path}: a checkpoint of {facts['variant']}, not of {self.config.model}; choose another folder, "
-                "or start from its weights with weights="
-            )
         for what, here in self._must_match().items():
             if facts[what] != here:
                 raise ConfigError(
                     f"{path}: made with {what.replace('_', ' ')} {facts[what]}, here it is {here}: the run cannot "
-                    "continue; restore the settings or choose another folder"
+                    "continue; restore the settings, or choose another folder and start from its weights"
                 )
         now = self.config.to_dict()
         changed = {k: old for k, old in facts["config"].items() if k in _CHANGES_TRAINING and now[k] != old}
@@ -144,7 +140,7 @@ class Run:
         except (RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"{path}: does not fit these settings ({reason}); restore them") from None
-        state = self.state = State(**{f.name: facts["state"][f.name] for f in fields(State)})
+        state = self.state = State(**facts["state"])
         if "epochs" in changed:  # a finished run that is given more epochs goes on
             state.done = state.epoch >= self.config.epochs
             state.finished = state.finished and state.done
@@ -157,6 +153,7 @@ class Run:
 
     def _must_match(self) -> dict[str, Any]:
         return {
+            "variant": self.config.model,
             "number_of_slices": len(self.setup.names),
             "slices_per_step": self.batches.per_step,
             # Batches are counted from the start of an epoch: of another size, they would be other slices.
@@ -170,16 +167,15 @@ class Run:
     def _require_space(self) -> None:
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.out).free
+            free = shutil.disk_usage(self.out).free / 1e9
         except OSError as error:
             raise CTMaskNetError(f"{self.out}: the run folder cannot be made ({error}); choose another") from None
-        weights = sum(t.nbytes for t in self.setup.model.state_dict().values())
         # A checkpoint holds weights, their average and two moments; one more than are kept exists while writing.
-        needed = 4 * weights * (self.config.keep_checkpoints + 1) + 3 * weights
+        needed = (4 * (KEPT + 1) + 3) * sum(t.nbytes for t in self.setup.model.state_dict().values()) / 1e9
         if free < needed:
             raise CTMaskNetError(
-                f"{self.out}: {free / 1e9:.2f} GB are free, the run needs {needed / 1e9:.2f} GB for checkpoints and "
-                "weights; free some or choose another folder"
+                f"{self.out}: {free:.2f} GB are free, the run needs {needed:.2f} GB for checkpoints and weights; free "
+                "some or choose another folder"
             )
 
     # --- steps ----------------------------------------------------------------------------------------------
@@ -235,12 +231,11 @@ class Run:
         means = {key: value / max(state.loss_steps, 1) for key, value in state.loss_sums.items()}
         row |= {"loss": sum(means.values()), **means} if means else {}
         metrics = self._validated() if validated else {}
-        peak = peak_memory(self.record.device)
         self._tick()
         row |= metrics | {
             "images_per_s": round(speed, 3),
             "skipped": state.skipped,
-            "peak_gb": None if peak is None else round(peak, 3),
+            "peak_gb": peak_memory(self.record.device),
             "minutes": round(state.seconds / 60, 2),
         }
         state.history.append(row)
@@ -251,10 +246,10 @@ class Run:
             self.record.write_weights("last", self.setup.weights_of(self.average.module), metrics, state)
             self.record.write_figures(state)
             self.tensorboard.scalars({f"epoch/{key}": value for key, value in row.items()}, state.step)
-            draw = self.setup.draw
-            if metrics and draw is not None:
-                self.tensorboard.pictures("validation", lambda: draw(self.average.module), state.step)
-        self._log("%s", _line(row, config.epochs))
+            if metrics and self.setup.draw is not None:
+                self.tensorboard.pictures("validation", self.setup.draw(self.average.module), state.step)
+        said = ", ".join(f"{key} {row[key]:.4g}" for key in ("loss", "val_loss", "minutes") if key in row)
+        self._log("epoch %d/%d: %s", state.epoch, config.epochs, ", ".join(filter(None, (figures(row), said))))
 
     def _validated(self) -> dict[str, float]:
         """Metrics of the average as it is; a figure that is not finite is left out."""
@@ -295,14 +290,12 @@ class Run:
         }
         tensors = {f"{part}/{key}": value for part, named in parts.items() for key, value in named.items()}
         facts = {
-            "variant": self.config.model,
             "config": self.config.to_dict(),
             "state": asdict(self.state),
             "optimizer_groups": groups,
             **self._must_match(),
         }
-        keep = self.config.keep_checkpoints
-        write_checkpoint(self.out, self.state.step, tensors, facts, keep=keep)
+        write_checkpoint(self.out, self.state.step, tensors, facts)
         self._saved = time.monotonic()
 
     def finish(self) -> None:
@@ -318,7 +311,9 @@ class Run:
         self._tick()
         state.finished = True
         if self.writes:
-            self.record.finish(best, state)
+            self.record.write_weights("best", best, state.best_metrics, state)
+            self.record.write_figures(state)
+            plot_curves(self.out / "curves.png", state.history)
             self.save()
 
     def result(self) -> TrainResult:
@@ -342,12 +337,6 @@ _CHANGES_TRAINING = (
 )  # fmt: skip
 
 
-def _line(row: dict[str, Any], epochs: int) -> str:
-    shown = ("loss", "val_loss", "ap50", "ap75", "ap", "dice_pooled", "accuracy", "score", "lr", "images_per_s")
-    said = [f"{key} {row[key]:.4g}" for key in shown if key in row] + [f"{row['minutes']:.1f} min"]
-    return f"epoch {row['epoch']}/{epochs}: {', '.join(said)}"
-
-
 def _appears(path: Path, seconds: float = 10.0) -> bool:
     """Whether a file can be seen here, within the time that a network file system may need."""
     deadline = time.monotonic() + seconds
@@ -363,22 +352,14 @@ class Watch:
 
     def __init__(self, run: Run, accelerator: Any, gather: Gather) -> None:
         self._run, self._accelerator, self._gather = run, accelerator, gather
-        self._keys: list[str] = []
-        self._losses: list[Tensor] = []
-        self._names: list[str] = []
-        self._suspects: list[str] = []
+        self._passes: list[tuple[dict[str, Tensor], list[str]]] = []
         # BatchNorm's running statistics take in every forward pass, those of a skipped step too.
         self._buffers = list(run.setup.trained.buffers())
         self._good = [buffer.clone() for buffer in self._buffers]
 
     def add(self, losses: dict[str, Tensor], names: list[str]) -> None:
         """Take in the losses of one forward pass, and the slices they come from."""
-        values = torch.stack([value.detach() for value in losses.values()])
-        self._keys = list(losses)
-        self._losses.append(values)
-        self._names += names
-        if not bool(values.isfinite().all()):
-            self._suspects += names
+        self._passes.append(({key: value.detach() for key, value in losses.items()}, names))
 
     def step_is_finite(self, norm: Tensor, stop: StopRequest) -> bool:
         """Whether losses and gradients of the step are finite on every process; all get the same answer.
@@ -388,32 +369,35 @@ class Watch:
         Raises:
             CTMaskNetError: too many steps in a row were not finite.
         """
-        means = torch.stack(self._losses).mean(dim=0)
+        own = torch.stack([torch.stack([*losses.values()]) for losses, _ in self._passes])
         # The gradients are the same everywhere; the losses and the wish are not.
         asked = torch.tensor(float(stop.received), device=norm.device)
-        *values, wish = self._accelerator.reduce(torch.stack([*means, asked]), "mean").tolist()
+        *values, wish = self._accelerator.reduce(torch.stack([*own.mean(dim=0), asked]), "mean").tolist()
         stop.agreed = wish > 0
-        if all(map(math.isfinite, [*values, float(norm)])):
-            self._run.count_step(dict(zip(self._keys, values, strict=True)))
-        else:
-            self._report()
-        finite = self._run.state.bad_in_row == 0
+        finite = all(map(math.isfinite, [*values, float(norm)]))
         for buffer, good in zip(self._buffers, self._good, strict=True):
             good.copy_(buffer) if finite else buffer.copy_(good)
-        self._losses, self._names, self._suspects = [], [], []
+        passes, self._passes = self._passes, []
+        if finite:
+            self._run.count_step(dict(zip(passes[0][0], values, strict=True)))
+        else:
+            bad = [
+                name for (_, names), row in zip(passes, own, strict=True) if not row.isfinite().all() for name in names
+            ]
+            self._skip(bad, [name for _, names in passes for name in names])
         return finite
 
-    def _report(self) -> None:
-        run = self._run
-        names = [name for share in self._gather(self._suspects) for name in share]
-        names = names or [name for share in self._gather(self._names) for name in share]
+    def _skip(self, bad: list[str], step: list[str]) -> None:
+        """Count a step that is skipped, for these slices or, where only its gradient is to blame, all of it."""
+        run, shares = self._run, self._gather((bad, step))
+        names = [name for share in shares for name in share[0]] or [name for share in shares for name in share[1]]
         run.state.skipped += 1
         run.state.bad_in_row += 1
         text = f"step {run.state.step}: loss or gradient is NaN or infinite on {', '.join(names)}"
         if run.state.bad_in_row >= run.config.max_bad_steps:
             raise CTMaskNetError(
                 f"{text}; {run.state.bad_in_row} steps in a row, training stopped. Check these slices or lower lr; the "
-                f"last good checkpoint is in {run.out / 'checkpoints'}"
+                f"last good checkpoint is in {run.out / FOLDER}"
             )
         log.warning("%s; the step is skipped", text)
 
@@ -437,9 +421,7 @@ class StopRequest:
                 self._previous[number] = signal.signal(number, self._receive)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,23 +14,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ctmasknet.data.datasets import CachedDataset, SliceDataset, open_dataset, require_trainable
 from ctmasknet.data.layouts import shared_patients
-from ctmasknet.engine.batches import Gather, ModuleSOnRoIs, OnDevice, RoIViews, TrainingSlices
+from ctmasknet.engine.batches import Gather, ModuleSOnRoIs, RoIViews, TrainingSlices, as_target, on_device
 from ctmasknet.engine.config import PAPER_SAMPLING, TrainConfig
 from ctmasknet.engine.validation import (
-    draw_example,
+    draw_examples,
     final_figures,
     validate_classifier,
     validate_segmenter,
     validation_losses,
 )
 from ctmasknet.errors import ConfigError, WeightsError, import_extra
-from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN
+from ctmasknet.models import Model
 from ctmasknet.models.inference import CPURoIAlign, feature_scales
 from ctmasknet.registry import get_variant
 from ctmasknet.weights.files import CONFIG_NAME, inherited
@@ -53,7 +55,7 @@ class Setup:
         validate: metrics of a copy of `trained`; None without validation data.
         finally_validate: a copy of `trained` -> (operating point, metrics there); None where there is no such point
             to choose.
-        draw: a copy of `trained` -> the first validation slices with its predictions; None where there are none.
+        draw: a copy of `trained` -> pictures (H, W, 3) of the first validation slices with its predictions, or None.
     """
 
     model: Model
@@ -84,41 +86,41 @@ def prepare(config: TrainConfig, device: torch.device, *, rank: int, world: int,
     data, held_out = _open(config)
     torch.manual_seed(config.seed)
     model = initial_model(config, data.class_names).to(device)
+    model.metadata["classes"] = list(data.class_names)
     speed_up(model, config, device)
     source = _kept(data, config, device)
+    kept = None if held_out is None else _kept(held_out, config, device)
     samples = TrainingSlices(source, config.settings, config.seed)
     setup = Setup(model, model, samples, data.names, data.class_names)
-    kept = None if held_out is None else _kept(held_out, config, device)
+    if config.cache_rois:
+        cached = partial(RoIViews, model, rank=rank, world=world, gather=gather)
+        setup.samples = cached(samples, views=config.roi_views if config.augment else 1)
+        setup.trained = ModuleSOnRoIs(model)
+        if kept is not None:
+            kept = cached(TrainingSlices(kept, config.settings, config.seed), views=1).plain()
+    if kept is None:
+        return setup
 
     def share() -> Iterator[Any]:
         """This process's part of the validation data."""
-        return (kept[index] for index in range(rank, len(kept), world)) if kept is not None else iter(())
+        return (kept[index] for index in range(rank, len(kept), world))
 
-    if isinstance(model, COVIDCTMaskNet):
-        if config.cache_rois:
-            rois = partial(RoIViews, model, settings=config.settings, seed=config.seed)
-            rois = partial(rois, rank=rank, world=world, gather=gather)
-            setup.samples = rois(source, views=config.roi_views if config.augment else 1)
-            setup.trained = ModuleSOnRoIs(model)
-            if kept is not None:
-                kept = rois(kept, views=1).plain()
-        setup.validate = lambda trained: validate_classifier(trained, share(), gather, data.class_names)
+    point: dict[str, Any] = {"score_threshold": config.score_threshold, "nms_threshold": config.nms_threshold}
+    metrics_of: Callable[..., Metrics] = partial(validate_segmenter, **point)
+    if config.task == "classification":
+        metrics_of = partial(validate_classifier, class_names=data.class_names)
     else:
-        score, nms = config.score_threshold, config.nms_threshold
-        point = {"score_threshold": score, "nms_threshold": nms}
-        setup.validate = lambda trained: validate_segmenter(trained, share(), gather, **point)
-        if kept is not None:
-            shown = [kept[index] for index in range(min(4, len(kept)))] if config.tensorboard else []
-            setup.draw = lambda trained: [
-                draw_example(trained, slice_, data.class_names, score, nms) for slice_ in shown
-            ]
-            if config.operating_point:
-                setup.finally_validate = lambda trained: final_figures(trained, share(), gather)
-    if kept is None:
-        setup.validate = None
-    elif config.validation_loss:
-        metrics_of = setup.validate
-        setup.validate = lambda trained: metrics_of(trained) | validation_losses(trained, share(), gather)
+        if config.operating_point:
+            setup.finally_validate = lambda trained: final_figures(trained, share(), gather)
+        if config.tensorboard:
+            shown = [kept[index] for index in range(min(4, len(kept)))]
+            setup.draw = lambda trained: draw_examples(trained, shown, **point)
+
+    def validate(trained: Any) -> Metrics:
+        figures = metrics_of(trained, share(), gather)
+        return figures | validation_losses(trained, share(), gather) if config.validation_loss else figures
+
+    setup.validate = validate
     return setup
 
 
@@ -133,12 +135,11 @@ def _open(config: TrainConfig) -> tuple[SliceDataset[Any], SliceDataset[Any] | N
     shared = shared_patients(data.patients, held_out.patients)
     if shared:
         log.warning(
-            "%s and %s: %d patients are in both (%s%s), so validation flatters the model; keep each in one",
+            "%s and %s: %d patients are in both (%s), so validation flatters the model; keep each in one",
             config.data,
             config.val,
             len(shared),
-            ", ".join(shared[:3]),
-            ", ..." if len(shared) > 3 else "",
+            textwrap.shorten(", ".join(shared), 60, placeholder=", ..."),
         )
     if held_out.class_names != data.class_names:
         raise ConfigError(
@@ -150,42 +151,30 @@ def _open(config: TrainConfig) -> tuple[SliceDataset[Any], SliceDataset[Any] | N
 
 def _kept(data: SliceDataset[Any], config: TrainConfig, device: torch.device) -> Any:
     """`data`, read once and kept where the config wants it."""
-    place = config.cache
-    if place == "auto":
-        place = "device" if config.workers == 0 and _fits(data, device) else "ram"
-    if place == "device":
-        return OnDevice(data, device)
-    if place == "none":
-        return data
+    if config.cache == "device" or (config.cache == "auto" and not config.workers and _fits(data, device)):
+        return on_device(data, device)
     kept = CachedDataset(data, int(config.cache_gb * 1e9))
     # Workers are copies of this process and cannot fill its cache later.
     return kept.fill() if config.workers else kept
 
 
 def _fits(data: SliceDataset[Any], device: torch.device) -> bool:
-    """Whether a GPU holds all of `data`, as a few samples make it, in a quarter of its free memory."""
+    """Whether a GPU holds all of `data`, judged by a few samples, in a quarter of its free memory."""
     if device.type != "cuda":
         return False
-    chosen = np.unique(np.linspace(0, len(data) - 1, num=min(8, len(data))).astype(int)).tolist()
-    sizes = []
-    for index in chosen:
-        sample = data[index]
-        target = sample[1] if isinstance(sample[1], dict) else {}
-        sizes.append(sample.image.nbytes + sum(value.nbytes for value in target.values()))
-    free, _ = torch.cuda.mem_get_info(device)
-    return float(np.mean(sizes)) * len(data) < free / 4
+    chosen = [data[index] for index in range(0, len(data), -(-len(data) // 8))]
+    tensors = [value for image, target, _ in map(as_target, chosen) for value in (image, *target.values())]
+    held = sum(value.nbytes for value in tensors if isinstance(value, Tensor))
+    return held / len(chosen) * len(data) < torch.cuda.mem_get_info(device)[0] / 4
 
 
 def speed_up(model: Model, config: TrainConfig, device: torch.device) -> None:
-    """Precision, memory layout and compilation of body and FPN; RoIAlign. Heads and boxes stay in plain float32."""
+    """Precision and memory layout of body and FPN; RoIAlign. Heads and boxes stay in plain float32."""
     if config.precision == "bfloat16":
         model.backbone.autocast_dtype = torch.bfloat16
     # Weight gradients in float32 on a CPU take up to twice as long in that layout.
-    plain_cpu = device.type == "cpu" and model.backbone.autocast_dtype is None
-    if config.channels_last and not plain_cpu:
+    if device.type != "cpu" or model.backbone.autocast_dtype is not None:
         model.backbone.to(memory_format=torch.channels_last)
-    if config.compile:
-        model.backbone.compile()
     if device.type == "cpu":
         heads, scales = model.roi_heads, feature_scales(model.variant)
         heads.box_roi_pool = CPURoIAlign(heads.box_roi_pool, scales)
@@ -193,15 +182,13 @@ def speed_up(model: Model, config: TrainConfig, device: torch.device) -> None:
             heads.mask_roi_pool = CPURoIAlign(heads.mask_roi_pool, scales)
 
 
-Model = LesionMaskRCNN | COVIDCTMaskNet
-
-_MODULE_S = "module_s."
-_NOT_IN_CLASSIFIERS = ("roi_heads.mask_head.", "roi_heads.mask_predictor.")
 _SHARED = {
     "num_classes", "anchor_sizes", "anchor_ratios", "image_mean", "image_std", "min_size", "max_size", "roi_score",
     "bbox_reg_weights",
 }  # fmt: skip
 """Options that a classifier takes over from its segmenter, or a variant from another."""
+_OF_ONE_TASK = ("module_s.", "roi_heads.mask_head.", "roi_heads.mask_predictor.")
+_OF_THE_CLASSES = ("cls_score.", "bbox_pred.", "mask_fcn_logits.", "module_s.logits.")
 
 
 def initial_model(config: TrainConfig, class_names: tuple[str, ...]) -> Model:
@@ -214,62 +201,43 @@ def initial_model(config: TrainConfig, class_names: tuple[str, ...]) -> Model:
     options = {**config.model_options, classes: len(class_names)}
     if config.weights is None:
         return create_model(config.model, weights_backbone=config.weights_backbone, **options)
-    variant = get_variant(config.model)
-    donor = _donor(config, options)
+    weights = str(config.model if config.weights == "default" else config.weights)
+    if weights.endswith(".safetensors") and not Path(weights).with_name(CONFIG_NAME).exists():
+        donor = create_model(config.model, weights=weights, **options)
+    else:
+        donor = open_model(weights, device="cpu")
     stored, tensors, holder = donor.config.to_dict(), donor.state_dict(), donor.variant.name
     # How training samples is the recipe's business; another variant's thresholds and RoI counts are not this one's.
-    taken = set(stored) - set(PAPER_SAMPLING) if holder == variant.name else _SHARED
+    taken = set(stored) - set(PAPER_SAMPLING) if holder == config.model else _SHARED
     model = create_model(config.model, **{key: stored[key] for key in taken} | options)
-    # Terms and origin of the start weights go along into what is trained from them: see `Record.write_weights`.
+    # Terms and origin of the start weights go along into what is trained from them.
     model.metadata = inherited(donor.metadata, holder)
-    from_segmenter = config.task == "classification" and holder == variant.segmenter
-    new, changed = _copy(model, tensors)
-    heads = ("cls_score.", "bbox_pred.", "mask_fcn_logits.", f"{_MODULE_S}logits.")
-    unexpected = [
+    expected = model.state_dict()
+    fitting = {key: t for key, t in tensors.items() if key in expected and t.shape == expected[key].shape}
+    model.load_state_dict(fitting, strict=False)
+    from_segmenter = config.task == "classification" and holder == get_variant(config.model).segmenter
+    odd = [
         key
-        for key in sorted(new | changed)
-        if not (from_segmenter and key.startswith(_MODULE_S))
-        and not (key in changed and any(head in key for head in heads))
+        for key in sorted((expected.keys() | tensors.keys()) - fitting.keys())
+        if not (from_segmenter and key.startswith(_OF_ONE_TASK))
+        and not (key in tensors and key in expected and any(head in key for head in _OF_THE_CLASSES))
     ]
-    left_over = set(tensors) - set(model.state_dict())
-    if from_segmenter:
-        left_over = {key for key in left_over if not key.startswith(_NOT_IN_CLASSIFIERS)}
-    if (unexpected or left_over) and not config.partial_weights:
-        what = f"{len(unexpected)} tensors of {config.model} are not in it" if unexpected else "it holds more"
-        first = (unexpected or sorted(left_over))[0]
+    if odd and not config.partial_weights:
         raise WeightsError(
-            f"{config.weights}: weights of {holder}, not of {config.model}: {what} "
-            f"(first: {first}). partial_weights=True copies what fits"
+            f"{config.weights}: weights of {holder}, not of {config.model}: {len(odd)} tensors are missing, left "
+            f"over or of another shape (first: {odd[0]}). partial_weights=True copies what fits"
         )
-    if new | changed:
-        groups = Counter(".".join(key.split(".")[:3]) for key in new | changed)
+    if len(fitting) < len(expected):
+        groups = Counter(".".join(key.split(".")[:3]) for key in expected if key not in fitting)
         log.warning(
             "%s: %d of %d tensors come from %s; from random values start %s",
             config.model,
-            len(model.state_dict()) - len(new | changed),
-            len(model.state_dict()),
+            len(fitting),
+            len(expected),
             config.weights,
             ", ".join(f"{name} ({count})" for name, count in sorted(groups.items())),
         )
     return model
-
-
-def _donor(config: TrainConfig, options: dict[str, Any]) -> Model:
-    """The model whose weights the run starts from."""
-    weights = config.weights if config.weights != "default" else config.model
-    path = Path(str(weights))
-    if path.suffix == ".safetensors" and not path.with_name(CONFIG_NAME).exists():
-        return create_model(config.model, weights=weights, **options)
-    return open_model(str(weights), device="cpu")
-
-
-def _copy(model: Model, tensors: Mapping[str, Tensor]) -> tuple[set[str], set[str]]:
-    """Copy what has the same name and shape; returns the names that are missing and those of another shape."""
-    expected = model.state_dict()
-    fitting = {k: t for k, t in tensors.items() if k in expected and t.shape == expected[k].shape}
-    model.load_state_dict(fitting, strict=False)
-    new = set(expected) - set(tensors)
-    return new, set(expected) - set(fitting) - new
 
 
 def start_accelerator(config: TrainConfig) -> Any:
@@ -312,15 +280,11 @@ def share_buffers(module: nn.Module) -> None:
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """The config's optimizer over the parameters of `model` that require gradients."""
-    trained = [p for p in model.parameters() if p.requires_grad]
     if config.optimizer == "adam":
+        trained = [p for p in model.parameters() if p.requires_grad]
         return torch.optim.Adam(trained, lr=config.lr, weight_decay=config.weight_decay)
     # Decay pulls weights to zero; normalisation scales and biases have no business there.
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr)
+    return torch.optim.AdamW(param_groups_weight_decay(model, config.weight_decay), lr=config.lr)
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:

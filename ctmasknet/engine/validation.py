@@ -26,7 +26,7 @@ from ctmasknet.evaluation.metrics import (
 from ctmasknet.evaluation.rows import found_on, search_rows
 from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN
 from ctmasknet.models.inference import Inference, Protocol
-from ctmasknet.results import Prediction
+from ctmasknet.predictor import Predictor
 
 
 def validate_segmenter(
@@ -76,28 +76,10 @@ def final_figures(
     return point, {key: value for key, value in figures.items() if value is not None}
 
 
-def draw_example(
-    model: LesionMaskRCNN, sample: SegmentationSample, class_names: tuple[str, ...], score: float, nms: float
-) -> np.ndarray:
-    """A slice with what the model finds on it, (H, W, 3) uint8."""
-    protocol = replace(Protocol.of(model), score_threshold=score, nms_threshold=nms)
-    ((tensors,),) = found_on(Inference(model), [sample], protocol)
-    found = {key: value.numpy() for key, value in tensors.items()}
-    image = sample.image[0].cpu().numpy().astype(np.float32) / np.float32(255)
-    prediction = Prediction(
-        image_size=(image.shape[0], image.shape[1]),
-        boxes=found["boxes"],
-        scores=found["scores"],
-        labels=found["labels"],
-        masks=found["masks"],
-        class_probabilities=None,
-        roi_batch=None,
-        class_names=class_names,
-        image=image,
-        source=sample.name,
-        score_threshold=score,
-    )
-    return np.asarray(prediction.plot())
+def draw_examples(model: LesionMaskRCNN, samples: list[SegmentationSample], **thresholds: Any) -> list[np.ndarray]:
+    """Slices with what the model finds on them, (H, W, 3) uint8; `thresholds` as the `Predictor` takes them."""
+    predictor = Predictor(model, None, device=next(model.parameters()).device, **thresholds)
+    return [np.asarray(predictor(sample.image).plot()) for sample in samples]
 
 
 @torch.no_grad()
