@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ctmasknet.errors import ConfigError
 from ctmasknet.registry import DISCLAIMER
@@ -27,7 +27,7 @@ _FILL_ALPHA = 0.28  # ground glass stays visible under it
 _BOX_ALPHA = 0.75
 _BACKING_ALPHA = 0.72
 _SMALLEST_SIDE = 768  # a picture's longer side is enlarged to at least this
-_TILE, _COLUMNS = 288, 4  # of a montage: a tile's longer side in pixels, tiles in a row
+_TILE, _CAPTION, _COLUMNS = 288, 20, 4  # of a montage: side of a tile and height of its caption, tiles in a row
 _STRIP = (18, 18, 20)
 _TEXT = (240, 240, 240)
 _FAINT_TEXT = (160, 160, 165)
@@ -70,7 +70,10 @@ class _Style(NamedTuple):
     row: int  # distance between lines of body text
     fine_row: int  # the same for small text
     pad: int
-    line: int
+    line: int  # width of contours
+    margin: int  # round the text of a label
+    label_top: int  # of its capitals and digits, below the point it is drawn at
+    label_height: int  # from there to the bottom of its descenders
 
 
 def class_colour(class_names: Sequence[str], label: int) -> Colour:
@@ -123,8 +126,7 @@ def overlay(
     style = _style(size)
     boxes = [_scaled(lesion.box, size, scale) for lesion in lesions]
     for colour in dict.fromkeys(lesion.colour for lesion in lesions):
-        masks = (lesion.mask for lesion in lesions if lesion.colour == colour)
-        paint(picture, masks, colour, scale=scale, line=style.line)
+        paint(picture, (lesion.mask for lesion in lesions if lesion.colour == colour), colour, scale, style.line)
         layer = Image.new("L", size, 0)
         draw = ImageDraw.Draw(layer)
         for lesion, (x1, y1, x2, y2) in zip(lesions, boxes, strict=True):
@@ -135,12 +137,7 @@ def overlay(
     _draw_labels(picture, placed, style)
     if len(placed) < len(lesions):
         notes = (f"{len(lesions) - len(placed)} of {len(lesions)} scores not shown for lack of room.", *notes)
-    wide = max(size[0], 26 * style.pad * 2)
-    strip = _draw_strip(headline, legend or {}, probabilities or {}, (*notes, DISCLAIMER), wide, style)
-    canvas = Image.new("RGB", (strip.width, picture.height + strip.height), _STRIP)
-    canvas.paste(picture, ((strip.width - picture.width) // 2, 0))
-    canvas.paste(strip, (0, picture.height))
-    return canvas
+    return _with_text(picture, style, headline, notes, legend or {}, probabilities or {})
 
 
 def montage(
@@ -152,38 +149,28 @@ def montage(
     """Slices of a scan side by side, each over its caption, with a line of text and notes below.
 
     Args:
-        tiles: see `Tile`; up to four a row.
+        tiles: see `Tile`.
         class_names: index = label, background first.
-        headline: what there is to say.
-        notes: small print, to which the disclaimer is added.
+        headline, notes: see `overlay`.
     """
-    font = ImageFont.load_default(size=13)
-    row = 20
     columns = min(_COLUMNS, max(len(tiles), 1))
-    width, cell = columns * _TILE, _TILE + row
-    above = -(-len(tiles) // columns) * cell
-    text = [(line, _TEXT) for line in _wrap(headline, font, width - 8)]
-    text += [(line, _FAINT_TEXT) for note in (*notes, DISCLAIMER) for line in _wrap(note, font, width - 8)]
-    picture = Image.new("RGB", (width, above + len(text) * row), _STRIP)
+    cell = _TILE + _CAPTION
+    picture = Image.new("RGB", (columns * _TILE, -(-len(tiles) // columns) * cell), _STRIP)
+    style = _style((_COLUMNS * _TILE, _COLUMNS * _TILE))
     draw = ImageDraw.Draw(picture)
     for place, (caption, grey, labels) in enumerate(tiles):
         x, y = place % columns * _TILE, place // columns * cell
         shown = Image.fromarray(grey).convert("RGB")
         for label in np.unique(labels[labels > 0]).tolist():
             contour = max(1, round(max(shown.size) / _TILE))  # it must survive the reduction
-            paint(shown, [labels == label], class_colour(class_names, label), line=contour)
-        enlarged = _TILE / max(shown.size)
-        shown = shown.resize((max(round(shown.width * enlarged), 1), max(round(shown.height * enlarged), 1)))
-        picture.paste(shown, (x + (_TILE - shown.width) // 2, y + (_TILE - shown.height) // 2))
-        draw.text((x + 4, y + _TILE + 2), caption, fill=_TEXT, font=font)
-    for number, (line, fill) in enumerate(text):
-        draw.text((4, above + number * row + 1), line, fill=fill, font=font)
-    return picture
+            paint(shown, [labels == label], class_colour(class_names, label), 1, contour)
+        shown = ImageOps.pad(shown, (_TILE, _TILE), color=_STRIP)
+        picture.paste(shown, (x, y))
+        draw.text((x + 4, y + _TILE + _CAPTION // 2), caption, fill=_TEXT, font=style.small, anchor="lm")
+    return _with_text(picture, style, headline, notes, {}, {})
 
 
-def paint(
-    picture: Image.Image, masks: Iterable[npt.NDArray[np.bool_]], colour: Colour, *, scale: int = 1, line: int = 1
-) -> None:
+def paint(picture: Image.Image, masks: Iterable[npt.NDArray[np.bool_]], colour: Colour, scale: int, line: int) -> None:
     """Draw masks (H, W) of one colour, translucent with a crisp contour, on an RGB picture of H * scale by W * scale.
 
     Args:
@@ -193,11 +180,13 @@ def paint(
     fill = np.zeros((picture.height, picture.width), np.uint8)
     contour = np.zeros_like(fill)
     for mask in masks:
-        window = _window(mask)
-        if window is None:
+        bounds = Image.fromarray(mask.astype(np.uint8)).getbbox()
+        if bounds is None:
             continue
-        shape, edge = _enlarge(mask[window], scale, line)
-        at = tuple(slice(side.start * scale, side.stop * scale) for side in window)
+        left, top = max(bounds[0] - 2, 0), max(bounds[1] - 2, 0)  # two pixels round it: the reach of the enlargement
+        shape, edge = _enlarge(mask[top : bounds[3] + 2, left : bounds[2] + 2], scale, line)
+        height, width = shape.shape
+        at = slice(top * scale, top * scale + height), slice(left * scale, left * scale + width)
         fill[at][shape] = round(255 * _FILL_ALPHA)
         contour[at][edge] = 255
     picture.paste(colour, mask=Image.fromarray(fill))
@@ -208,26 +197,21 @@ def _style(size: tuple[int, int]) -> _Style:
     # The geometric mean: text fits long narrow pictures too, and grows with large ones.
     side = (size[0] * size[1]) ** 0.5
     body = max(17, round(side / 46))
-    label, small = max(13, round(0.75 * body)), max(12, round(0.65 * body))
+    small = max(12, round(0.65 * body))
+    pad = max(8, body // 2)
+    label = ImageFont.load_default(size=max(13, round(0.75 * body)))
+    _, top, _, bottom = map(int, label.getbbox("Hg0"))
     return _Style(
         body=ImageFont.load_default(size=body),
-        label=ImageFont.load_default(size=label),
+        label=label,
         small=ImageFont.load_default(size=small),
         row=round(1.3 * body),
         fine_row=round(1.35 * small),
-        pad=max(8, body // 2),
+        pad=pad,
         line=max(1, round(side / 640)),
-    )
-
-
-def _window(mask: npt.NDArray[np.bool_]) -> tuple[slice, slice] | None:
-    """Rows and columns of the mask with two pixels round it (the reach of the enlargement); None if empty."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not len(rows):
-        return None
-    return (
-        slice(max(int(rows[0]) - 2, 0), min(int(rows[-1]) + 3, mask.shape[0])),
-        slice(max(int(columns[0]) - 2, 0), min(int(columns[-1]) + 3, mask.shape[1])),
+        margin=max(3, pad // 3),
+        label_top=top,
+        label_height=bottom - top,
     )
 
 
@@ -258,27 +242,22 @@ def _place_labels(
 ) -> list[tuple[_Rect, Lesion]]:
     """Where texts find room; none of them overlaps another or leaves the slice."""
     width, height = size
-    margin = max(3, style.pad // 3)
-    top, bottom = _extent(style.label)
-    h = bottom - top + 2 * margin
+    h = style.label_height + 2 * style.margin
     marked = np.any([lesion.mask for lesion in lesions], axis=0) if lesions else np.zeros((1, 1), bool)
     placed: list[tuple[_Rect, Lesion]] = []
     for lesion, box in zip(lesions, boxes, strict=True):
-        w = round(style.label.getlength(lesion.text)) + 3 * margin
+        w = round(style.label.getlength(lesion.text)) + 3 * style.margin
         if w > width or h > height:
             continue
-        best: tuple[float, _Rect] | None = None
+        free: list[tuple[float, _Rect]] = []
         for rank, (x, y) in enumerate(_positions(box, w, h, style.line)):
             x, y = min(max(x, 0), width - w), min(max(y, 0), height - h)
             rect = _Rect(x, y, x + w, y + h)
-            if any(rect.overlaps(other) for other, _ in placed):
-                continue
-            hidden = marked[y // scale : -(-rect.y2 // scale), x // scale : -(-rect.x2 // scale)]
-            cost = np.count_nonzero(hidden) / hidden.size + 0.04 * rank
-            if best is None or cost < best[0]:
-                best = (cost, rect)
-        if best is not None:
-            placed.append((best[1], lesion))
+            if not any(rect.overlaps(other) for other, _ in placed):
+                hidden = marked[y // scale : -(-rect.y2 // scale), x // scale : -(-rect.x2 // scale)]
+                free.append((np.count_nonzero(hidden) / hidden.size + 0.04 * rank, rect))
+        if free:
+            placed.append((min(free, key=lambda one: one[0])[1], lesion))
     return placed
 
 
@@ -300,37 +279,32 @@ def _draw_labels(picture: Image.Image, placed: Sequence[tuple[_Rect, Lesion]], s
         draw.rectangle((rect.x1, rect.y1, rect.x2 - 1, rect.y2 - 1), fill=round(255 * _BACKING_ALPHA))
     picture.paste((0, 0, 0), mask=backing)
     draw = ImageDraw.Draw(picture)
-    margin = max(3, style.pad // 3)
-    top, _ = _extent(style.label)
-    for rect, lesion in placed:
-        draw.rectangle((rect.x1, rect.y1, rect.x1 + margin // 2, rect.y2 - 1), fill=lesion.colour)
-        draw.text((rect.x1 + 2 * margin, rect.y1 + margin - top), lesion.text, fill=(255, 255, 255), font=style.label)
+    for (x, y, _, bottom), lesion in placed:
+        draw.rectangle((x, y, x + style.margin // 2, bottom - 1), fill=lesion.colour)
+        corner = x + 2 * style.margin, y + style.margin - style.label_top
+        draw.text(corner, lesion.text, fill=(255, 255, 255), font=style.label)
 
 
-def _extent(font: Font) -> tuple[int, int]:
-    """Top of the capitals and digits, and bottom of the descenders, below the point text is drawn at."""
-    box = font.getbbox("Hg0")
-    return int(box[1]), int(box[3])
-
-
-def _draw_strip(
+def _with_text(
+    picture: Image.Image,
+    style: _Style,
     headline: str,
+    notes: Sequence[str],
     legend: Mapping[str, Colour],
     probabilities: Mapping[str, float],
-    notes: Sequence[str],
-    width: int,
-    style: _Style,
 ) -> Image.Image:
-    """The text below the slice; as high as it needs."""
+    """The picture with its text and the disclaimer below; wider if the text needs it."""
+    width = max(picture.width, 52 * style.pad)
     inner = width - 2 * style.pad
     lines = _wrap(headline, style.body, inner)
-    small = [line for note in notes for line in _wrap(note, style.small, inner)]
+    small = [line for note in (*notes, DISCLAIMER) for line in _wrap(note, style.small, inner)]
     rows = len(lines) + len(probabilities) + bool(legend)
     height = rows * style.row + len(small) * style.fine_row + 3 * style.pad
-    strip = Image.new("RGB", (width, height), _STRIP)
-    draw = ImageDraw.Draw(strip)
+    canvas = Image.new("RGB", (width, picture.height + height), _STRIP)
+    canvas.paste(picture, ((width - picture.width) // 2, 0))
+    draw = ImageDraw.Draw(canvas)
 
-    y = style.pad + style.row // 2  # the middle of a row
+    y = picture.height + style.pad + style.row // 2  # the middle of a row
     for line in lines:
         draw.text((style.pad, y), line, fill=_TEXT, font=style.body, anchor="lm")
         y += style.row
@@ -360,7 +334,7 @@ def _draw_strip(
     for line in small:
         draw.text((style.pad, y), line, fill=_FAINT_TEXT, font=style.small, anchor="lm")
         y += style.fine_row
-    return strip
+    return canvas
 
 
 def _wrap(text: str, font: Font, width: float) -> list[str]:
