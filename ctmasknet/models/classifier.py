@@ -20,7 +20,6 @@ from ctmasknet.models.detector import (
     build_rpn,
     build_transform,
     checked_images,
-    freeze,
     require_float32,
 )
 from ctmasknet.registry import Variant
@@ -31,6 +30,7 @@ class ModuleS(nn.Module):
 
     def __init__(self, slots: int, hidden: int, image_classes: int) -> None:
         super().__init__()
+        self.slots = slots
         self.fc1 = nn.Linear(5 * slots, hidden)
         self.fc2 = nn.Linear(hidden, hidden)
         self.logits = nn.Linear(hidden, image_classes)
@@ -78,9 +78,8 @@ class COVIDCTMaskNet(Shareable, nn.Module):
         self.variant = variant
         self.config = config
         self.metadata: dict[str, Any] = {}
-        self._slots = variant.roi_batch
         for module in (self.backbone, self.rpn, self.roi_heads):
-            freeze(module)
+            module.requires_grad_(False)
         for name, parameter in self.backbone.body.named_parameters():
             if "bn" in name:
                 parameter.requires_grad_(True)
@@ -113,7 +112,7 @@ class COVIDCTMaskNet(Shareable, nn.Module):
         Args:
             random: draw which regions are repeated, as in training.
         """
-        matrix, batch = fill_batch(regions, self._slots, replicate=self.config.replicate, random=random)
+        matrix, batch = fill_batch(regions, self.module_s.slots, replicate=self.config.replicate, random=random)
         return self.module_s(matrix[None])[0], batch
 
     def classify(self, regions: Regions, resized: tuple[int, int], size: tuple[int, int]) -> dict[str, Tensor]:
@@ -176,11 +175,9 @@ def fill_batch(regions: Regions, slots: int, *, replicate: bool, random: bool) -
     region at all, the free slots at the end are zeros (score 0, no shift), and the regions are only those found.
     """
     found = min(len(regions.scores), slots)
-    rows = torch.arange(found, device=regions.scores.device)
+    rows = torch.arange(found)
     if replicate and found:
-        counts = replication_counts(found, slots, random=random)
-        rows = rows.repeat_interleave(counts.to(rows.device))
-    batch = Regions(regions.boxes[rows], regions.scores[rows], regions.labels[rows], regions.deltas[rows])
+        rows = rows.repeat_interleave(replication_counts(found, slots, random=random))
+    batch = regions[rows.to(regions.scores.device, non_blocking=True)]
     matrix = torch.cat([batch.scores[:, None], batch.deltas], dim=1)
-    padding = matrix.new_zeros(slots - len(matrix), 5)
-    return torch.cat([matrix, padding]), batch
+    return F.pad(matrix, (0, 0, 0, slots - len(matrix))), batch

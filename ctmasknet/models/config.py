@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import itertools
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ctmasknet.errors import ConfigError, typed
 from ctmasknet.registry import Variant
@@ -47,8 +45,8 @@ class ModelConfig:
     anchor_ratios: tuple[Any, ...] = (0.1, 0.25, 0.5, 1.0, 1.5, 2.0)
     min_size: int = 512
     max_size: int = 1024
-    image_mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    image_std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     rpn_pre_nms_top_n_train: int = 1000
     rpn_pre_nms_top_n_test: int = 1000
     rpn_post_nms_top_n_train: int = 1000
@@ -66,7 +64,7 @@ class ModelConfig:
     box_bg_iou_thresh: float = 0.5
     box_batch_size_per_image: int = 256
     box_positive_fraction: float = 0.75
-    bbox_reg_weights: tuple[float, ...] = (10.0, 10.0, 5.0, 5.0)
+    bbox_reg_weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
@@ -77,16 +75,12 @@ class ModelConfig:
             raise ConfigError(f"image_classes={self.image_classes}: module S tells at least 2 classes apart")
         if self.min_size > self.max_size:
             raise ConfigError(f"min_size={self.min_size} exceeds max_size={self.max_size}")
-        for name, length in (("image_mean", 3), ("image_std", 3), ("bbox_reg_weights", 4)):
-            if len(getattr(self, name)) != length:
-                raise ConfigError(f"{name} takes {length} numbers, got {len(getattr(self, name))}")
         if min(self.image_std) <= 0 or min(self.bbox_reg_weights) <= 0:
             raise ConfigError("image_std and bbox_reg_weights must be above 0")
 
     def anchors(self, levels: int) -> tuple[tuple[tuple[float, ...], ...], tuple[tuple[float, ...], ...]]:
         """Sizes and ratios per FPN level. Level lists longer than `levels` are cut, as the released code's are."""
-        sizes = _per_level("anchor_sizes", self.anchor_sizes, levels)
-        ratios = _per_level("anchor_ratios", self.anchor_ratios, levels)
+        sizes, ratios = (_per_level(name, getattr(self, name), levels) for name in ("anchor_sizes", "anchor_ratios"))
         if len({len(s) * len(r) for s, r in zip(sizes, ratios, strict=True)}) != 1:
             raise ConfigError("every FPN level needs the same number of anchors (sizes x ratios)")
         return sizes, ratios
@@ -94,29 +88,6 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; tuples become lists there."""
         return asdict(self)
-
-
-_POSITIVE_INTS = {
-    "min_size",
-    "max_size",
-    "box_detections_per_img",
-    "rpn_batch_size_per_image",
-    "box_batch_size_per_image",
-    "rpn_pre_nms_top_n_train",
-    "rpn_pre_nms_top_n_test",
-    "rpn_post_nms_top_n_train",
-    "rpn_post_nms_top_n_test",
-}
-_FRACTIONS = {
-    "rpn_nms_thresh",
-    "rpn_fg_iou_thresh",
-    "rpn_bg_iou_thresh",
-    "rpn_positive_fraction",
-    "box_nms_thresh",
-    "box_fg_iou_thresh",
-    "box_bg_iou_thresh",
-    "box_positive_fraction",
-}
 
 
 def model_config(variant: Variant, **overrides: Any) -> ModelConfig:
@@ -128,43 +99,43 @@ def model_config(variant: Variant, **overrides: Any) -> ModelConfig:
     Raises:
         ConfigError: an unknown option (the message suggests the nearest) or an impossible value.
     """
-    known = [field.name for field in dataclasses.fields(ModelConfig)]
+    known = list(ModelConfig.__dataclass_fields__)
     for name in overrides:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=2)
             hint = f"did you mean {' or '.join(near)}?" if near else f"known options: {', '.join(known)}"
             raise ConfigError(f"{variant.name}: unknown option {name!r}; {hint}")
-    defaults: dict[str, Any] = {}
     if variant.roi_batch is not None:
-        defaults = {"box_score_thresh": -0.01, "box_detections_per_img": variant.roi_batch}
-    config = ModelConfig(**(defaults | overrides))
+        overrides = {"box_score_thresh": -0.01, "box_detections_per_img": variant.roi_batch} | overrides
+    config = ModelConfig(**overrides)
     config.anchors(variant.levels)
     return config
 
 
 def _checked(name: str, kind: Any, value: Any) -> Any:
-    if get_origin(kind) is tuple:
-        value = _levels(name, value) if name.startswith("anchor_") else tuple(typed(name, value, kind))
-        if len(value) == 0:
-            raise ConfigError(f"{name}={value!r}: a list of numbers is needed")
-        return value
+    if name.startswith("anchor_"):
+        return _levels(name, value)
     value = typed(name, value, kind)
-    if name in _POSITIVE_INTS and value < 1:
+    if get_origin(kind) is tuple:
+        if len(value) != len(get_args(kind)):
+            raise ConfigError(f"{name} takes {len(get_args(kind))} numbers, got {len(value)}")
+        return tuple(value)
+    if kind is int and value < 1:
         raise ConfigError(f"{name}={value}: must be at least 1")
-    if name in _FRACTIONS and not 0 <= value <= 1:
+    if name.endswith(("nms_thresh", "iou_thresh", "_fraction")) and not 0 <= value <= 1:
         raise ConfigError(f"{name}={value}: must lie in 0..1")
     return value
 
 
 def _levels(name: str, value: Any) -> tuple[Any, ...]:
     """Anchor sizes or ratios, of all FPN levels or level by level."""
-    levels = tuple(typed(name, value, list[list[float] | float]))
-    nested = any(isinstance(level, list) for level in levels)
-    if nested and not all(isinstance(level, list) and level for level in levels):
+    levels = typed(name, value, list[list[float] | float])
+    rows = [level for level in levels if isinstance(level, list)]
+    if not levels or (rows and len(rows) < len(levels)) or [] in rows:
         raise ConfigError(f"{name}={value!r}: a list of numbers is needed, or one for each FPN level")
-    if min(itertools.chain(*levels) if nested else levels, default=1.0) <= 0:
+    if min(map(min, rows or [levels])) <= 0:
         raise ConfigError(f"{name}={value!r}: must be above 0")
-    return tuple(map(tuple, levels)) if nested else levels
+    return tuple(map(tuple, rows)) if rows else tuple(levels)
 
 
 def _per_level(name: str, value: tuple[Any, ...], levels: int) -> tuple[tuple[float, ...], ...]:

@@ -129,8 +129,13 @@ class LesionRoIHeads(RoIHeads):
         regions = self.regions(features, proposals, image_shapes)
         detections = [{"boxes": r.boxes, "labels": r.labels, "scores": r.scores} for r in regions]
         if self.mask_head is not None:
-            for detection, masks in zip(detections, self._masks(features, regions, image_shapes), strict=True):
-                detection["masks"] = masks
+            pooled = self.mask_roi_pool(features, [r.boxes for r in regions], image_shapes)
+            logits = self.mask_predictor(self.mask_head(pooled))
+            labels = torch.cat([r.labels for r in regions])
+            masks = logits[torch.arange(len(labels), device=labels.device), labels, None]
+            masks = masks.sigmoid() if self.mask_score == "sigmoid" else masks
+            for detection, own in zip(detections, masks.split([len(r.labels) for r in regions]), strict=True):
+                detection["masks"] = own
         return detections, {}
 
     def regions(
@@ -166,31 +171,18 @@ class LesionRoIHeads(RoIHeads):
         rows = rows[scores[rows].detach().argsort(descending=True, stable=True)]
         return Regions(boxes, scores, labels, deltas)[rows]
 
-    def _masks(
-        self, features: dict[str, Tensor], regions: list[Regions], image_shapes: list[tuple[int, int]]
-    ) -> tuple[Tensor, ...]:
-        pooled = self.mask_roi_pool(features, [r.boxes for r in regions], image_shapes)
-        logits = self.mask_predictor(self.mask_head(pooled))
-        labels = torch.cat([r.labels for r in regions])
-        chosen = logits[torch.arange(len(labels), device=logits.device), labels, None]
-        if self.mask_score == "sigmoid":
-            chosen = chosen.sigmoid()
-        return chosen.split([len(r.labels) for r in regions])
-
 
 class Shareable:
     """Base of the models: each can write itself to a folder or to the Hugging Face Hub.
 
-    How weights are stored is not the models' affair: `ctmasknet.weights.publish` does the work, and sets `publisher` to
-    itself, so that the models know no file format and no Hub client.
-
-    huggingface_hub's `PyTorchModelHubMixin` is not used: it loads with strict=False, falls back to a pickled
+    `ctmasknet.weights.publish` does the work and sets `publisher` to itself: the models know no file format and no Hub
+    client. huggingface_hub's `PyTorchModelHubMixin` is not used: it loads with strict=False, falls back to a pickled
     `pytorch_model.bin`, rejects ``owner/name@revision`` and cannot put metrics on the card it pushes.
 
     Attributes:
         variant, config, metadata: set by the models.
-        loaded: digest and metadata of the weights it was loaded with, None if random; by it, saving knows whether
-            what was said of them still holds.
+        loaded: digest and metadata of the weights it was loaded with, None if random: tells whether what was said of
+            them still holds.
     """
 
     variant: Variant
@@ -210,9 +202,9 @@ class Shareable:
     ) -> Path:
         """Write model.safetensors, config.json, the card README.md and golden.safetensors into a folder.
 
-        `from_pretrained(folder)` gives the same model back, bit for bit in float32. What `metadata` says of the
-        weights goes along; if the values have changed since they were loaded (fine-tuning), only what was set since,
-        the names of the classes, and what a derivative inherits: licence, caveat, and from what data it comes.
+        `from_pretrained(folder)` gives the same model back, bit for bit in float32, `metadata` included. If the values
+        have changed since they were loaded (fine-tuning), only what was set since goes along, the names of the classes,
+        and what a derivative inherits: licence, caveat, and from what data it comes.
 
         Args:
             folder: made if missing; files of these names are replaced.
@@ -246,8 +238,7 @@ class Shareable:
             private: make a new repository private.
 
         Returns:
-            A `Published`, repository, commit, SHA-256 and size: what a manifest entry or a pinned
-            ``"owner/name@commit"`` needs.
+            A `Published`: what a manifest entry or a pinned ``"owner/name@commit"`` needs.
 
         Raises:
             WeightsError: not a repository id, no permission (HF_TOKEN), no network.
@@ -325,12 +316,6 @@ def build_rpn(config: ModelConfig, variant: Variant) -> RegionProposalNetwork:
     return rpn
 
 
-def freeze(module: nn.Module) -> None:
-    """Exclude every parameter of `module` from training."""
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
-
-
 def checked_images(images: Sequence[Tensor]) -> list[Tensor]:
     """The images as a list, if they are what a model takes: (3, H, W) float32 tensors with values in 0..1.
 
@@ -338,8 +323,7 @@ def checked_images(images: Sequence[Tensor]) -> list[Tensor]:
         InputError: they are not; names the first that is not and the fix.
     """
     wanted = "give a list of (3, H, W) float32 tensors with values in 0..1"
-    batch = isinstance(images, Tensor) and images.dim() == 4
-    if not batch and (isinstance(images, Tensor) or not isinstance(images, Sequence)):
+    if not isinstance(images, Sequence) and not (isinstance(images, Tensor) and images.dim() == 4):
         raise InputError(f"images is a single {type(images).__name__}: {wanted}")
     if len(images) == 0:
         raise InputError(f"no images: {wanted}")
@@ -362,9 +346,7 @@ def checked_images(images: Sequence[Tensor]) -> list[Tensor]:
 
 
 def require_float32(model: nn.Module) -> None:
-    """Raises:
-    ConfigError: the weights have another precision; says how to compute in a lower one.
-    """
+    """Raise a ConfigError if the weights have another precision; it says how to compute in a lower one."""
     dtype = next(model.parameters()).dtype
     if dtype != torch.float32:
         raise ConfigError(
