@@ -7,11 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ctmasknet.cli import evaluating, predicting, training, variants
+from ctmasknet.cli import learning, predicting, variants
 from ctmasknet.cli.printing import printable
 from ctmasknet.registry import DISCLAIMER, __version__
-
-PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,7 +39,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     listing.add_argument("pattern", nargs="?", default="*", help='shell wildcards, for example "*_t1"')
     listing.add_argument("--task", choices=("segmentation", "classification"), help="only this task")
-    _json_flag(listing)
 
     info = _command(
         commands,
@@ -51,7 +48,6 @@ def build_parser() -> argparse.ArgumentParser:
         "Example: ctmasknet info maskrcnn_resnet18_t2",
     )
     info.add_argument("name", metavar="NAME", help="a variant: see ctmasknet list")
-    _json_flag(info)
 
     predict = _command(
         commands,
@@ -103,7 +99,6 @@ def build_parser() -> argparse.ArgumentParser:
     predict.add_argument("--shard", metavar="I/N", help="do every N-th input from the I-th on, counted from 0")
     predict.add_argument("--restart", action="store_true", help="forget an earlier run in DIR and begin anew")
     _model_flags(predict)
-    _json_flag(predict)
 
     demo = _command(
         commands,
@@ -120,12 +115,11 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--port", type=int, metavar="N", help="with --web: default: the first free one from 7860 on")
     demo.add_argument("--max-upload-mb", type=int, metavar="MB", help="with --web: of one upload (default: 200)")
     _model_flags(demo)
-    _json_flag(demo)
 
     train = _command(
         commands,
         "train",
-        training.train_command,
+        learning.train_command,
         "train or fine-tune a variant",
         "Segmenters learn from CNCB folders (imgs/ + masks/) or COCO instance JSON; classifiers from CNCB file names,\n"
         "COVIDx-CT lists or one folder per class. RUN holds checkpoints, best/ and last/ (weights), metrics.csv,\n"
@@ -161,7 +155,6 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FIELD=VALUE",
         help="any other field of TrainConfig, for example --set patience=5",
     )
-    _json_flag(train)
 
     data = commands.add_parser("data", help="look at a data set before training on it")
     data.set_defaults(run=_helper(data))
@@ -169,7 +162,7 @@ def build_parser() -> argparse.ArgumentParser:
     check = _command(
         data_commands,
         "check",
-        training.data_check_command,
+        learning.data_check_command,
         "report what a data set holds and what is wrong with it",
         "Reads every file; the exit code is 2 if anything should be put right.\n\n"
         "Example: ctmasknet data check lesions/train --against lesions/val",
@@ -181,7 +174,6 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("--classes", choices=("merge", "both", "ggo"), default="merge", help="default: merge")
     check.add_argument("--min-area", type=int, default=100, metavar="PX", help="default: 100")
     check.add_argument("--names", metavar="LIST", help=_NAMES_HELP)
-    _json_flag(check)
 
     download = _command(
         commands,
@@ -193,7 +185,6 @@ def build_parser() -> argparse.ArgumentParser:
         "Example: ctmasknet download maskrcnn_resnet18_t2",
     )
     download.add_argument("names", nargs="+", metavar="NAME", help="a variant, owner/name or owner/name@revision")
-    _json_flag(download)
 
     convert = _command(
         commands,
@@ -216,7 +207,6 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="JSON",
         help="a file with what is known of the weights: classes, operating_point, metrics, dataset, license, note, ...",
     )
-    _json_flag(convert)
 
     push = _command(
         commands,
@@ -230,12 +220,11 @@ def build_parser() -> argparse.ArgumentParser:
     push.add_argument("folder", type=Path, metavar="DIR", help="a folder of weights, such as a run's best/")
     push.add_argument("repository", metavar="REPO", help="owner/name, made if missing")
     push.add_argument("--private", action="store_true", help="make a new repository private")
-    _json_flag(push)
 
     evaluate = _command(
         commands,
         "evaluate",
-        evaluating.evaluate_command,
+        learning.evaluate_command,
         "measure a model, or other people's predictions, on labelled slices",
         "MODEL is a variant's name (its default weights), a folder of weights, an author's .pth, or a .json of\n"
         "predictions: COCO results, or [{image_id, probabilities}] for classifiers. Segmenters: AP by the released\n"
@@ -261,7 +250,6 @@ def build_parser() -> argparse.ArgumentParser:
         "-o", "--out", metavar="DIR", help="keep what was measured per slice here, to go on after a kill"
     )
     _running_flags(evaluate)
-    _json_flag(evaluate)
 
     export = _command(
         commands,
@@ -278,16 +266,14 @@ def build_parser() -> argparse.ArgumentParser:
         "model", metavar="MODEL", help="a variant's name, a folder or Hub repository of weights, or an author's .pth"
     )
     export.add_argument("-o", "--out", required=True, type=Path, metavar="FILE", help="the file to write")
-    _json_flag(export)
 
-    doctor = _command(
+    _command(
         commands,
         "doctor",
         variants.doctor_command,
         "check the installation: torch against torchvision, devices, cache, bundled weights",
         "Exit code 0 if everything needed works, 1 if not.",
     )
-    _json_flag(doctor)
     return parser
 
 
@@ -320,11 +306,8 @@ def _command(
     level = parser.add_mutually_exclusive_group()
     level.add_argument("-q", "--quiet", action="store_true", help="no progress and no remarks, errors only")
     level.add_argument("-v", "--verbose", action="store_true", help="say more of what is being done")
-    return parser
-
-
-def _json_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the facts as JSON")
+    return parser
 
 
 def _model_flags(parser: argparse.ArgumentParser) -> None:

@@ -7,17 +7,16 @@ import logging
 import sys
 from typing import Any
 
-from ctmasknet.cli.printing import as_flags, print_json, printable
+from ctmasknet.cli.printing import as_flags, printable, say
 from ctmasknet.errors import ConfigError
 from ctmasknet.output import write_files
 from ctmasknet.registry import DISCLAIMER, LESION_CLASSES
 
-_LINES_BESIDE_A_BAR = 100  # results; those beyond are in predictions.jsonl
-
 
 def predict_command(options: argparse.Namespace) -> int:
     """`ctmasknet predict`; the exit code."""
-    _say_on_a_terminal("Starting PyTorch ...", options)
+    if sys.stderr.isatty():
+        _announce("Starting PyTorch ...", options)
     from tqdm import tqdm
 
     from ctmasknet.batch import PREDICTIONS, FileResult, predict_files, process_device, process_shard, read_list
@@ -27,27 +26,22 @@ def predict_command(options: argparse.Namespace) -> int:
     shard = _shard(options.shard) if options.shard else process_shard()
     inputs, names = (options.files, options.names) if options.files else (list(read_list(options.names)), None)
     options.device = options.device or process_device()
-    _say_on_a_terminal("Loading the models ...", options)
+    if sys.stderr.isatty():
+        _announce("Loading the models ...", options)
     predictor = _predictor(options, batch_size=options.batch_size, score_map=options.score_map)
     facts: list[dict[str, Any]] = []
-    shown = 0
 
     def show(result: FileResult) -> None:
-        nonlocal shown
         record = result.record or {}
-        for problem in (result.error, *record.get("problems", ())):
-            if problem:
-                text = f"ctmasknet predict: {printable(as_flags(problem, options))}"
-                tqdm.write(text, file=sys.stderr)
+        for problem in filter(None, (result.error, *record.get("problems", ()))):
+            tqdm.write(f"ctmasknet predict: {printable(as_flags(problem, options))}", file=sys.stderr)
         if options.json:
             paths = {"paths": [str(path) for path in result.paths]} if result.record else {"error": result.error}
             lesions = {"lesions": len(record["lesions"])} if "lesions" in record else {}
             facts.append({"source": result.source, **record, **lesions, **paths})
         elif result.record is not None and not options.quiet:
-            shown += 1
-            if shown <= _LINES_BESIDE_A_BAR or not sys.stderr.isatty():
-                where = f" -> {result.paths[0]}" if result.paths else ""
-                tqdm.write(printable(f"{result.source}: {record['summary']}{where}"))
+            where = f" -> {result.paths[0]}" if result.paths else ""
+            tqdm.write(printable(f"{result.source}: {record['summary']}{where}"))
 
     summary = predict_files(
         predictor,
@@ -66,20 +60,18 @@ def predict_command(options: argparse.Namespace) -> int:
         progress=not options.quiet,
         on_result=show,
     )
-    if options.json:
-        print_json({**summary.to_dict(), "results": facts})
-    elif not options.quiet:
-        for caveat in summary.caveats if summary.predicted else ():
-            print(f"({caveat})")
-        if shard[1] > 1 or (options.out / PREDICTIONS).exists():  # more than a single slice or scan
-            mine = f" (process {shard[0]} of {shard[1]})" if shard[1] > 1 else ""
-            print(printable(f"{summary.summary} -> {options.out}{mine}"))
+    lines = [f"({caveat})" for caveat in summary.caveats if summary.predicted]
+    if shard[1] > 1 or (options.out / PREDICTIONS).exists():  # more than a single slice or scan
+        mine = f" (process {shard[0]} of {shard[1]})" if shard[1] > 1 else ""
+        lines.append(f"{summary.summary} -> {options.out}{mine}")
+    if options.json or (lines and not options.quiet):
+        say(options, {**summary.to_dict(), "results": facts}, "\n".join(lines))
     return 2 if summary.failed or summary.bad_slices else 0
 
 
-def _say_on_a_terminal(text: str, options: argparse.Namespace) -> None:
-    if sys.stderr.isatty() and not options.quiet:
-        print(text, file=sys.stderr, flush=True)
+def _announce(text: str, options: argparse.Namespace) -> None:
+    if not options.quiet:
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -107,51 +99,40 @@ def _predictor(options: argparse.Namespace, **more: Any) -> Any:
 
 def demo_command(options: argparse.Namespace) -> int:
     """`ctmasknet demo`; the exit code."""
-
-    def say(text: str) -> None:
-        if not options.quiet:
-            print(text, file=sys.stderr, flush=True)
-
     if options.web:
         return _web(options)
     for flag in ("port", "max_upload_mb"):
         if getattr(options, flag) is not None:
             raise ConfigError(f"--{flag.replace('_', '-')} goes with --web")
-    say("Starting PyTorch (the first time, this takes longest) ...")
+    _announce("Starting PyTorch (the first time, this takes longest) ...", options)
     from ctmasknet.evaluation.metrics import mask_iou
     from ctmasknet.example import SLICE, example_slice
 
     made, slice_file = example_slice(), options.out / SLICE.name
     write_files({slice_file: SLICE.read_bytes()})
-    say("Loading the models ...")
+    _announce("Loading the models ...", options)
     predictor = _predictor(options)
-    say(f"Predicting {slice_file} ...")
+    _announce(f"Predicting {slice_file} ...", options)
     prediction = predictor(slice_file)
-    picture, record = prediction.save(options.out)
+    paths = prediction.save(options.out)
     # A lesion counts as found if most of it is marked: the models join neighbours and split large ones.
     marked = prediction.lesion_mask
     covered = [bool((mask & marked).sum() * 2 > mask.sum()) for mask in made.masks]
-    best = mask_iou(made.masks, prediction.masks).max(axis=1) if len(prediction.masks) else [0.0] * len(covered)
-    names = LESION_CLASSES[3]
-    lesions = [
-        {"class": names[int(label)], "area_px": int(mask.sum()), "found": found, "best_iou": round(float(iou), 3)}
-        for label, mask, found, iou in zip(made.labels, made.masks, covered, best, strict=True)
+    ious = mask_iou(made.masks, prediction.masks).max(axis=1, initial=0).tolist()
+    drawn = [
+        {"class": LESION_CLASSES[3][label], "area_px": int(mask.sum()), "found": found, "best_iou": round(iou, 3)}
+        for label, mask, found, iou in zip(made.labels, made.masks, covered, ious, strict=True)
     ]
-    if options.json:
-        facts = {"source": str(slice_file), "lesions_drawn": lesions, "found": sum(covered)}
-        said = {key: value for key, value in prediction.to_dict().items() if key not in ("source", "roi_batch")}
-        said["lesions"] = len(prediction.scores)
-        print_json({**facts, **said, "paths": [str(picture), str(record)]})
-        return 0
-    print(f"A synthetic slice, {slice_file}, with {len(lesions)} lesions:")
-    for lesion in lesions:
+    facts = {key: value for key, value in prediction.to_dict().items() if key != "roi_batch"}
+    facts |= {"source": str(slice_file), "lesions": len(prediction.scores), "paths": [str(path) for path in paths]}
+    lines = [f"A synthetic slice, {slice_file}, with {len(drawn)} lesions:"]
+    for lesion in drawn:
         verdict = f"found (IoU {lesion['best_iou']:.2f})" if lesion["found"] else "missed"
-        print(f"  {lesion['class']}, {lesion['area_px']} px: {verdict}")
-    print(f"The models say: {prediction.summary}")
-    for caveat in prediction.caveats:
-        print(f"  ({caveat})")
-    print(f"{sum(covered)} of {len(lesions)} lesions found. Picture: {picture}")
-    print(DISCLAIMER)
+        lines.append(f"  {lesion['class']}, {lesion['area_px']} px: {verdict}")
+    lines.append(f"The models say: {prediction.summary}")
+    lines += [f"  ({caveat})" for caveat in prediction.caveats]
+    lines += [f"{sum(covered)} of {len(drawn)} lesions found. Picture: {paths[0]}", DISCLAIMER]
+    say(options, {"lesions_drawn": drawn, "found": sum(covered), **facts}, "\n".join(lines))
     return 0
 
 
@@ -159,9 +140,6 @@ def _web(options: argparse.Namespace) -> int:
     import signal
 
     from ctmasknet.page import serve
-
-    def started(address: str) -> None:
-        print(f"{DISCLAIMER} The page: {address} (Ctrl-C ends it)", flush=True)
 
     def end(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -171,10 +149,11 @@ def _web(options: argparse.Namespace) -> int:
         segmenter=options.segmenter,
         classifier=options.classifier,
         score_threshold=options.score_threshold,
+        nms_threshold=options.nms_threshold,
         device=options.device,
         precision=options.precision,
         port=options.port,
         max_upload_mb=200 if options.max_upload_mb is None else options.max_upload_mb,
-        on_start=started,
+        on_start=lambda address: print(f"{DISCLAIMER} The page: {address} (Ctrl-C ends it)", flush=True),
     )
     return 0

@@ -7,15 +7,24 @@ import json
 import re
 from typing import Any
 
+_LONGEST_LINE = 600
 
-def print_json(facts: Any) -> None:
-    """Print facts as JSON; NaN is refused, which JSON does not know."""
-    print(json.dumps(facts, indent=2, allow_nan=False))
+
+def say(options: argparse.Namespace, facts: Any, text: object) -> None:
+    """Print `facts` as JSON if asked to (NaN is refused, which JSON does not know), else `text`, line by line."""
+    if options.json:
+        print(json.dumps(facts, indent=2, allow_nan=False))
+        return
+    for line in str(text).split("\n"):
+        print(printable(line))
 
 
 def printable(text: str) -> str:
-    """One line for a terminal: control characters and what is no Unicode, as file names may hold, are escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    """One line for a terminal: control characters and what is no Unicode, as file names may hold, are escaped, and
+    the middle is left out where it is long: names stand at the beginning, what to do at the end."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    half = _LONGEST_LINE // 2
+    return text if len(text) <= _LONGEST_LINE else f"{text[:half]} ... {text[-half:]}"
 
 
 def as_flags(text: str, options: argparse.Namespace) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ctmasknet.cli.printing import print_json
+from ctmasknet.cli.printing import say
 from ctmasknet.registry import Variant, get_variant, list_models
 
 
@@ -13,19 +13,17 @@ def list_command(options: argparse.Namespace) -> int:
     """`ctmasknet list`; the exit code."""
     from ctmasknet.weights.manifest import variants_with_weights
 
-    names = list_models(options.pattern, task=options.task)
+    variants = [get_variant(name) for name in list_models(options.pattern, task=options.task)]
     having = variants_with_weights()
-    if options.json:
-        print_json([get_variant(name).to_dict() | {"default_weights": name in having} for name in names])
-        return 0
-    if not names:
+    if not variants and not options.json:
         print(f"ctmasknet list: no variant matches {options.pattern!r}", file=sys.stderr)
         return 2
-    print(f"{'name':24}{'model':42}{'values':>9}  weights")
-    for name in names:
-        variant = get_variant(name)
-        weights = "default" if name in having else "-"
-        print(f"{name:24}{variant.title:42}{variant.num_values / 1e6:8.2f}M  {weights}")
+    lines = [f"{'name':24}{'model':42}{'values':>9}  weights"]
+    for variant in variants:
+        weights = "default" if variant.name in having else "-"
+        lines.append(f"{variant.name:24}{variant.title:42}{variant.num_values / 1e6:8.2f}M  {weights}")
+    facts = [variant.to_dict() | {"default_weights": variant.name in having} for variant in variants]
+    say(options, facts, "\n".join(lines))
     return 0
 
 
@@ -35,22 +33,22 @@ def info_command(options: argparse.Namespace) -> int:
 
     variant = get_variant(options.name)
     entries = [entry for entry in manifest() if entry.variant == variant.name]
-    if options.json:
-        shown = ("tag", "place", "bytes", "sha256", "license", "metrics")
-        weights = [{name: getattr(entry, name) for name in shown} for entry in entries]
-        print_json(variant.to_dict() | {"weights": weights})
-        return 0
-    print(f"{variant.name}: {variant.title}, {variant.task}")
-    print(f"  {variant.num_values:,} values; {variant.levels} FPN level(s), coarsest stride {variant.stride} px")
+    lines = [
+        f"{variant.name}: {variant.title}, {variant.task}",
+        f"  {variant.num_values:,} values; {variant.levels} FPN level(s), coarsest stride {variant.stride} px",
+    ]
     if variant.roi_batch:
-        print(f"  module S reads {variant.roi_batch} RoIs; derived from {variant.segmenter}")
-    print(f"  paper (its data, its hardware): {_paper_line(variant)}")
+        lines.append(f"  module S reads {variant.roi_batch} RoIs; derived from {variant.segmenter}")
+    lines.append(f"  paper (its data, its hardware): {_paper_line(variant)}")
     for entry in entries:
         figures = ", ".join(f"{key} {value}" for key, value in entry.metrics.items())
-        print(f"  default weights: {entry.tag}, {entry.place}, {entry.bytes / 1e6:.1f} MB, {entry.license}")
-        print(f"    measured: {figures}")
+        lines.append(f"  default weights: {entry.tag}, {entry.place}, {entry.bytes / 1e6:.1f} MB, {entry.license}")
+        lines.append(f"    measured: {figures}")
     if not entries:
-        print("  default weights: none yet")
+        lines.append("  default weights: none yet")
+    shown = ("tag", "place", "bytes", "sha256", "license", "metrics")
+    weights = [{name: getattr(entry, name) for name in shown} for entry in entries]
+    say(options, variant.to_dict() | {"weights": weights}, "\n".join(lines))
     return 0
 
 
@@ -69,14 +67,12 @@ def download_command(options: argparse.Namespace) -> int:
     """`ctmasknet download`; the exit code."""
     from ctmasknet.weights.hub import download
 
-    facts = []
+    facts, lines = [], []
     for name in options.names:
         found = download(name)
         facts.append({"name": name, "source": found.source, "folder": str(found.folder), "bytes": found.bytes})
-        if not options.json:
-            print(f"{name}: {found.source}, {found.bytes / 1e6:.1f} MB in {found.folder}")
-    if options.json:
-        print_json(facts)
+        lines.append(f"{name}: {found.source}, {found.bytes / 1e6:.1f} MB in {found.folder}")
+    say(options, facts, "\n".join(lines))
     return 0
 
 
@@ -88,11 +84,9 @@ def convert_command(options: argparse.Namespace) -> int:
     metadata = {} if options.metadata is None else read_metadata(options.metadata)
     model = load_released(options.checkpoint, options.name)
     model.metadata |= metadata
-    folder = model.save_pretrained(options.out, dtype=options.dtype)
-    if options.json:
-        print_json({"variant": model.variant.name, "folder": str(folder)})
-    else:
-        print(f'{model.variant.name}: create_model("{model.variant.name}", weights="{folder}") loads it')
+    name, folder = model.variant.name, model.save_pretrained(options.out, dtype=options.dtype)
+    facts = {"variant": name, "folder": str(folder)}
+    say(options, facts, f'{name}: create_model("{name}", weights="{folder}") loads it')
     return 0
 
 
@@ -100,12 +94,9 @@ def push_command(options: argparse.Namespace) -> int:
     """`ctmasknet push`; the exit code."""
     from ctmasknet.weights.publish import push_folder
 
-    published = push_folder(options.folder, options.repository, private=options.private)
-    if options.json:
-        print_json(published.to_dict())
-    else:
-        print(f"{published.variant}: {published}, sha256 {published.sha256}")
-        print(f'create_model("{published.variant}", weights="{published}") loads it')
+    pushed = push_folder(options.folder, options.repository, private=options.private)
+    use = f'create_model("{pushed.variant}", weights="{pushed}") loads it'
+    say(options, pushed.to_dict(), f"{pushed.variant}: {pushed}, sha256 {pushed.sha256}\n{use}")
     return 0
 
 
@@ -115,10 +106,7 @@ def export_command(options: argparse.Namespace) -> int:
     from ctmasknet.zoo import open_model
 
     exported = export(open_model(options.model, device="cpu"), options.out)
-    if options.json:
-        print_json(exported.to_dict())
-    else:
-        print(exported)
+    say(options, exported.to_dict(), exported)
     return 0
 
 
@@ -127,9 +115,6 @@ def doctor_command(options: argparse.Namespace) -> int:
     from ctmasknet.doctor import examine
 
     checks = examine()
-    if options.json:
-        print_json([check.to_dict() for check in checks])
-    else:
-        for check in checks:
-            print(f"{'ok  ' if check.ok else 'FAIL'} {check.name}: {check.detail}")
+    lines = [f"{'ok  ' if check.ok else 'FAIL'} {check.name}: {check.detail}" for check in checks]
+    say(options, [check.to_dict() for check in checks], "\n".join(lines))
     return 0 if all(check.ok for check in checks) else 1

@@ -1,4 +1,4 @@
-"""Commands about training: train, data check."""
+"""Commands on labelled slices: train, evaluate, data check."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 import os
 from typing import Any
 
-from ctmasknet.cli.printing import print_json
+from ctmasknet.cli.printing import say
 from ctmasknet.errors import ConfigError
 
 _TRAIN_FLAGS = (
@@ -46,17 +46,15 @@ def train_command(options: argparse.Namespace) -> int:
     if not options.quiet:
         logging.getLogger("ctmasknet").setLevel(logging.INFO)
     result = train(config)
-    if int(os.environ.get("RANK", "0")) > 0:  # of several processes the first speaks
-        return 0
-    if options.json:
-        print_json(result.to_dict())
-        return 0
-    if options.quiet:
-        return 0
-    if result.finished:
-        print(f"Weights: create_model({config.model!r}, weights={result.best!r})")
-    print(f"{config.model}, {result.seconds / 60:.1f} min: {result.summary}")
+    if _speaks() and (options.json or not options.quiet):
+        weights = f"Weights: create_model({config.model!r}, weights={result.best!r})\n" if result.finished else ""
+        say(options, result.to_dict(), f"{weights}{config.model}, {result.seconds / 60:.1f} min: {result.summary}")
     return 0
+
+
+def _speaks() -> bool:
+    """Of several processes the first speaks."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _field(text: str) -> tuple[str, Any]:
@@ -68,6 +66,34 @@ def _field(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except ValueError:
         return name, value
+
+
+def evaluate_command(options: argparse.Namespace) -> int:
+    """`ctmasknet evaluate`; the exit code."""
+    from ctmasknet.evaluation.evaluate import evaluate
+
+    result = evaluate(
+        options.model,
+        options.data,
+        classes=options.classes,
+        min_area=options.min_area,
+        names=options.names,
+        limit=options.limit,
+        per_class=options.per_class,
+        seed=options.seed,
+        score_threshold=options.score_threshold,
+        nms_threshold=options.nms_threshold,
+        samples=options.samples,
+        out=options.out,
+        device=options.device,
+        batch_size=options.batch_size,
+        precision=options.precision,
+        workers=options.workers,
+        progress=not options.quiet,
+    )
+    if _speaks():
+        say(options, result.to_dict(), result.table())
+    return 0
 
 
 def data_check_command(options: argparse.Namespace) -> int:
@@ -83,8 +109,5 @@ def data_check_command(options: argparse.Namespace) -> int:
         min_area=options.min_area,
         names=options.names,
     )
-    if options.json:
-        print_json(report.to_dict())
-    else:
-        print(report.table())
+    say(options, report.to_dict(), report.table())
     return 0 if report.ok else 2
