@@ -318,7 +318,6 @@ def test_a_lesion_class_without_a_sample_is_named(tmp_path: Path):
     dataset = open_dataset("segmentation", lesion_root(tmp_path, a=square(2)), classes="both")
     with pytest.raises(DataError, match=r"no sample of class 2 \(consolidation\)"):
         require_trainable(dataset)
-    require_trainable(dataset, allow_missing_classes=True)
 
 
 @pytest.mark.parametrize("wrong", [{"task": "detection"}, {"classes": "all"}, {"min_area": -5}])
@@ -441,10 +440,10 @@ def test_coco_files_that_are_none_are_refused(tmp_path: Path):
     with pytest.raises(DataError, match=r"image a\.png is not in .*; put the images there"):
         open_dataset("segmentation", path)
     path.write_text("{}")
-    with pytest.raises(DataError, match=r"not COCO instance JSON \(KeyError: 'images'\)"):
+    with pytest.raises(DataError, match=r"instances\.json: not a readable COCO file \('categories' is missing\)"):
         open_dataset("segmentation", path)
     path.write_text("nonsense")
-    with pytest.raises(DataError, match="not COCO instance JSON"):
+    with pytest.raises(DataError, match="not a readable COCO file"):
         open_dataset("segmentation", path)
 
 
@@ -616,7 +615,6 @@ def test_the_cache_gives_what_the_files_gave(phantoms: Path, monkeypatch):
         assert all(hit.target[key].dtype == fresh.target[key].dtype for key in fresh.target)
     assert kept.class_names == plain.class_names
     assert 3 * SIZE**2 <= kept.nbytes < 3.1 * SIZE**2
-    assert kept.estimate() == pytest.approx(kept.nbytes, rel=0.01)
 
 
 def test_changing_a_sample_does_not_change_the_cache(phantoms: Path):

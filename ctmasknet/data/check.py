@@ -53,10 +53,7 @@ class DataReport:
         slices_without_patient: slices of which the patient is not known.
         shared_patients: patients that also occur in the other split.
         shared_images: files of the same bytes as one of the other split.
-        images_without_mask, masks_without_image: files.
-        unreadable: reasons by file; unknown mask values are among them.
-        size_mismatches: reasons by image file.
-        problems: all of the above that should be put right, one line each, file and fix.
+        problems: everything that should be put right, one line each, file and fix.
     """
 
     task: Task
@@ -75,10 +72,6 @@ class DataReport:
     slices_without_patient: int = 0
     shared_patients: list[str] = field(default_factory=list)
     shared_images: list[str] = field(default_factory=list)
-    images_without_mask: list[str] = field(default_factory=list)
-    masks_without_image: list[str] = field(default_factory=list)
-    unreadable: dict[str, str] = field(default_factory=dict)
-    size_mismatches: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -146,8 +139,6 @@ def check_dataset(
     report = DataReport(task, found.layout, [str(source) for source in found.sources], min_area=min_area)
     report.slices = len(found.records)
     report.problems = [str(problem) for problem in found.problems]
-    report.images_without_mask = [p.source for p in found.problems if p.kind == "image without mask"]
-    report.masks_without_image = [p.source for p in found.problems if p.kind == "mask without image"]
     _read_all(found, report)
     patients = {record.patient for record in found.records if record.patient is not None}
     report.patients = len(patients)
@@ -173,26 +164,27 @@ def _read_all(found: Listing, report: DataReport) -> None:
         except MissingExtraError:
             raise
         except CTMaskNetError as error:
-            _add(report.unreadable, record.image, error, report)
+            report.problems.append(str(error))
         if isinstance(record, ImageRecord):
             classes[record.label] += 1
             continue
-        target_file = record.mask if isinstance(record, LesionRecord) else record.source
         try:
             if isinstance(record, LesionRecord):
                 mask = read_class_mask(record.mask)
                 values += np.bincount(mask.ravel(), minlength=4)
-                target = instances(mask, classes=record.classes, min_area=0)
+                target = instances(mask, classes=record.classes, min_area=0, source=str(record.mask))
             else:
                 target = replace(record, min_area=0).target()
-        except DataError as error:
-            _add(report.unreadable, target_file, error, report)
+        except MissingExtraError:
+            raise
+        except CTMaskNetError as error:
+            report.problems.append(str(error))
             continue
         try:
             if image_size is not None:
                 check_sizes(record, image_size, tuple(target["masks"].shape[1:]))
         except DataError as error:
-            _add(report.size_mismatches, record.image, error, report)
+            report.problems.append(str(error))
         here = target["masks"].flatten(1).sum(dim=1, dtype=torch.int64)
         kept = here > report.min_area
         report.dropped_instances += int((~kept).sum())
@@ -207,22 +199,15 @@ def _read_all(found: Listing, report: DataReport) -> None:
     report.instance_areas, report.instances_per_slice = _spread(areas), _spread(per_slice)
     if any(isinstance(record, LesionRecord) for record in found.records):
         report.mask_values = dict(enumerate(values.tolist()))
-    _judge_classes(found, report)
-
-
-def _judge_classes(found: Listing, report: DataReport) -> None:
-    """Add what stands against training on these classes."""
-    where = ", ".join(report.sources)
     missing = [name for name, count in report.class_counts.items() if count == 0]
     if not found.records or not missing:
         return
+    reason = f"no sample of class {', '.join(missing)}; add some, or train without it"
     if found.task == "segmentation" and len(missing) == len(report.class_counts):
-        report.problems.append(
-            f"{where}: no slice holds a lesion of more than {report.min_area} px; "
-            "add slices with lesions, or lower min_area"
+        reason = (
+            f"no slice holds a lesion of more than {report.min_area} px; add slices with lesions, or lower min_area"
         )
-    else:
-        report.problems.append(f"{where}: no sample of class {', '.join(missing)}; add some, or train without it")
+    report.problems.append(f"{', '.join(report.sources)}: {reason}")
 
 
 def _compare(found: Listing, other: Listing, report: DataReport) -> None:
@@ -247,13 +232,6 @@ def _digest(path: Path) -> str:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError:
         return str(path.resolve())  # reported as unreadable; equal to nothing but itself
-
-
-def _add(into: dict[str, str], path: Path, error: CTMaskNetError, report: DataReport) -> None:
-    """Note the error under its file, without the name of the file that stands before it."""
-    line = str(error)
-    into[str(path)] = line.removeprefix(f"{path}: ")
-    report.problems.append(line if str(path) in line else f"{path}: {line}")
 
 
 def _spread(values: list[int]) -> dict[str, float]:

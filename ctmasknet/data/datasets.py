@@ -1,11 +1,7 @@
 """Labelled slices as map-style torch datasets: lesion masks for segmenters, image classes for classifiers.
 
 `open_dataset` recognises the layout of a folder or file by looking at it. The images are 8-bit grey (deeper ones,
-DICOM included, are rounded to 256 levels); the consumer makes three floating-point channels of them, which it can
-do on the device.
-
-Opening a data set lists files and compares names; that finds what is missing. Contents are read when a
-sample is asked for. `list_slices` is the first half alone and collects every problem instead of raising the first.
+DICOM included, are rounded to 256 levels); the consumer makes three floating-point channels of them.
 """
 
 from __future__ import annotations
@@ -137,9 +133,7 @@ def open_dataset(
     return LabelledSlices(found)
 
 
-def require_trainable(
-    dataset: SliceDataset[Any], *, allow_missing_classes: bool = False, source: str = "the training data"
-) -> None:
+def require_trainable(dataset: SliceDataset[Any], *, source: str = "the training data") -> None:
     """Raise a DataError if a class of `dataset` has no sample, or no slice has a lesion.
 
     Stops at the first sample of each class, so it is quick on data that are in order. One slice is enough.
@@ -150,19 +144,16 @@ def require_trainable(
         missing -= set(dataset.labels_of(index))
         if not missing:
             return
-    if missing == wanted:
+    if dataset.task == "segmentation" and missing == wanted:
         raise DataError(
             f"{source}: none of the {len(dataset)} slices holds a lesion (above min_area); "
             "add slices with lesions, or lower min_area"
         )
-    if not allow_missing_classes:
-        names = ", ".join(f"{label} ({dataset.class_names[label]})" for label in sorted(missing))
-        fix = (
-            "add some, or train on one class (classes='merge')"
-            if dataset.task == "segmentation"
-            else "add some, or give class folders names of your own, which are numbered as they come"
-        )
-        raise DataError(f"{source}: no sample of class {names}; {fix}")
+    names = ", ".join(f"{label} ({dataset.class_names[label]})" for label in sorted(missing))
+    fix = "train on one class (classes='merge')"
+    if dataset.task == "classification":
+        fix = "give class folders names of your own, which are numbered as they come"
+    raise DataError(f"{source}: no sample of class {names}; add some, or {fix}")
 
 
 class CachedDataset(SliceDataset[Sample]):
@@ -202,11 +193,6 @@ class CachedDataset(SliceDataset[Sample]):
     def labels_of(self, index: int) -> list[int]:
         return self.source.labels_of(index)
 
-    def estimate(self) -> int:
-        """Bytes that the whole data set would take, from at most eight samples spread over it."""
-        indices = np.unique(np.linspace(0, len(self) - 1, num=min(8, len(self))).astype(int))
-        return int(np.mean([_nbytes(*_packed(self.source[int(i)])) for i in indices]) * len(self))
-
     def fill(self) -> CachedDataset[Sample]:
         """Read all samples that fit, in order, and return itself."""
         for index in range(len(self)):
@@ -222,9 +208,7 @@ Bits = tuple[np.ndarray, ...]
 """A mask each, bit by bit within its box."""
 
 
-def _packed(
-    sample: AnySample,
-) -> tuple[AnySample, Bits]:
+def _packed(sample: AnySample) -> tuple[AnySample, Bits]:
     """A copy of the sample without its masks, and these in few bytes."""
     if isinstance(sample, ClassificationSample):
         return sample._replace(image=sample.image.clone()), ()

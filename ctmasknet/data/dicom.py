@@ -9,14 +9,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ctmasknet.data.slices import numbers_of, reading, require_dicom_slice, starts_as_dicom
-from ctmasknet.errors import InputError, import_extra
+from ctmasknet.data.slices import is_dicom_head, is_localizer, numbers_of, read_dicom, reading, require_dicom_slice
+from ctmasknet.errors import InputError
 
 Floats = npt.NDArray[np.float64]
 
 SAME_POSITION = 0.01  # mm; two slices closer than this lie at one place
 SAME_DIRECTION = 0.01  # largest difference of direction cosines within a series
 UNEVEN = 0.05  # share of the slice distance by which a position may miss the even grid without a word
+MAX_FRAMES = 10_000  # of a file; a scan of the whole body has a tenth
 OFF_GRID = 0.25  # share of the slice distance at which a position belongs to no plane of the grid
 
 
@@ -31,10 +32,6 @@ def is_dicom(path: Path) -> bool:
         return False
 
 
-def is_dicom_head(head: bytes, name: str) -> bool:
-    return (head[128:132] == b"DICM" or name.lower().endswith(".dcm")) and starts_as_dicom(head)
-
-
 class Plane(NamedTuple):
     """Where one frame of a DICOM file lies, in DICOM's own coordinates (LPS, mm)."""
 
@@ -44,10 +41,6 @@ class Plane(NamedTuple):
     position: Floats  # (3,), centre of the first pixel
     directions: Floats  # (2, 3): along a row (rising column), along a column (rising row)
     number: int
-
-    @property
-    def normal(self) -> Floats:
-        return np.cross(self.directions[0], self.directions[1])
 
 
 class Group(NamedTuple):
@@ -61,101 +54,88 @@ class Group(NamedTuple):
     refusal: str | None  # why the first of them is no CT slice in HU, if it is not
     caveat: str | None
 
+    @property
+    def normal(self) -> Floats:
+        return np.cross(*self.planes[0].directions)
+
+    @property
+    def is_axial(self) -> bool:
+        return int(np.abs(self.normal).argmax()) == 2
+
     def __str__(self) -> str:
         return f"series {self.series or 'without a UID'} ({len(self.planes)} slices)"
 
 
-def find_series(name: str, units: str | None, series: str | None) -> tuple[Group, list[str]]:
-    """The axial frames to take from the DICOM files of a folder, and every problem with the others."""
-    pydicom = import_extra("pydicom", "io", "reading DICOM files")
+def find_series(name: str, units: str | None, series: str | None, dataset: Any) -> tuple[Group, list[str]]:
+    """The axial frames to take from a folder, or from one `dataset`, and every problem with the others."""
+    groups: list[Group] = []
+    problems: list[str] = []
     try:
-        files = sorted(entry.path for entry in os.scandir(name))
+        files = [name] if dataset is not None else sorted(entry.path for entry in os.scandir(name))
     except OSError as error:
         raise InputError(f"{name}: cannot be listed ({error.strerror}). Change its permissions or copy it.") from error
-    found = _Found([], [])
     others = 0
     for file in files:
-        if not is_dicom(Path(file)):
+        if dataset is None and not is_dicom(Path(file)):
             others += 0 if Path(file).is_dir() else 1
             continue
         try:
             with reading(file, "DICOM"):
-                header = pydicom.dcmread(file, stop_before_pixels=True, force=True)
-                found.add(header, file, units)
+                _sort_in(groups, dataset or read_dicom(file, stop_before_pixels=True), file, units)
         except InputError as error:
-            found.problems.append(str(error))
+            if dataset is not None:
+                raise
+            problems.append(str(error))
     if others:
-        found.problems.append(f"{name}: {others} files that are not DICOM were left out")
-    return _choose(found, name, series), found.problems
+        problems.append(f"{name}: {others} files that are not DICOM were left out")
+    return _choose(groups, problems, name, series), problems
 
 
-def find_frames(dataset: Any, name: str, units: str | None) -> tuple[Group, list[str]]:
-    """As `find_series`, of one file of one or many frames."""
-    found = _Found([], [])
-    with reading(name, "DICOM"):
-        found.add(dataset, name, units)
-    return _choose(found, name, None), found.problems
+def _sort_in(groups: list[Group], header: Any, file: str, units: str | None) -> None:
+    """Sort every frame of a header into its group."""
+    if "Rows" not in header or "Columns" not in header:
+        raise InputError(f"{file}: no image in this DICOM file, left out")
+    if is_localizer(header):
+        raise InputError(f"{file}: a localizer (scout view), left out")
+    frames = int(header.get("NumberOfFrames") or 1)
+    if frames > MAX_FRAMES:
+        raise InputError(f"{file}: {frames} frames are too many. A scan has at most {MAX_FRAMES:,}: split it.")
+    for frame in range(frames):
+        name = file if frames == 1 else f"{file}[{frame}]"
+        refusal = None
+        try:
+            require_dicom_slice(header, name, units, frame)
+        except InputError as error:
+            refusal = str(error)
+        position = numbers_of(header, frame, "ImagePositionPatient", 3)
+        directions = numbers_of(header, frame, "ImageOrientationPatient", 6)
+        if position is None or directions is None or not _is_frame_of_reference(directions):
+            raise InputError(
+                refusal  # the more telling of two reasons
+                or f"{name}: no ImagePositionPatient and ImageOrientationPatient, so its place in a scan is unknown. "
+                "Predict it as a single slice, or export the series again."
+            )
+        plane = Plane(file, frame, name, position, directions.reshape(2, 3), int(header.get("InstanceNumber") or 0))
+        _group_of(groups, header, plane, refusal, units).planes.append(plane)
 
 
-class _Found(NamedTuple):
-    """What the headers of a folder, or the frames of a file, amount to."""
-
-    groups: list[Group]
-    problems: list[str]
-
-    def add(self, header: Any, file: str, units: str | None) -> None:
-        """Sort every frame of a header into the groups."""
-        if "Rows" not in header or "Columns" not in header:
-            raise InputError(f"{file}: no image in this DICOM file, left out")
-        if "LOCALIZER" in _words(header.get("ImageType")):
-            raise InputError(f"{file}: a localizer (scout view), left out")
-        frames = int(header.get("NumberOfFrames") or 1)
-        for frame in range(frames):
-            name = file if frames == 1 else f"{file}[{frame}]"
-            refusal = None
-            try:
-                require_dicom_slice(header, name, units, frame)
-            except InputError as error:
-                refusal = str(error)
-            position = numbers_of(header, frame, "ImagePositionPatient", 3)
-            directions = numbers_of(header, frame, "ImageOrientationPatient", 6)
-            if position is None or directions is None or not _is_frame_of_reference(directions):
-                if refusal is not None:  # the more telling of two reasons
-                    raise InputError(refusal)
-                raise InputError(
-                    f"{name}: no ImagePositionPatient and ImageOrientationPatient, so its place in a scan is unknown. "
-                    "Predict it as a single slice, or export the series again."
-                )
-            plane = Plane(file, frame, name, position, directions.reshape(2, 3), int(header.get("InstanceNumber") or 0))
-            self._group(header, plane, refusal, units).planes.append(plane)
-
-    def _group(self, header: Any, plane: Plane, refusal: str | None, units: str | None) -> Group:
-        between = numbers_of(header, plane.frame, "PixelSpacing", 2)
-        pixel_spacing = None if between is None or (between <= 0).any() else (float(between[0]), float(between[1]))
-        series = str(header.get("SeriesInstanceUID") or "")
-        size = (int(header.Rows), int(header.Columns))
-        for group in self.groups:
+def _group_of(groups: list[Group], header: Any, plane: Plane, refusal: str | None, units: str | None) -> Group:
+    between = numbers_of(header, plane.frame, "PixelSpacing", 2)
+    pixel_spacing = None if between is None or (between <= 0).any() else (float(between[0]), float(between[1]))
+    key = (str(header.get("SeriesInstanceUID") or ""), (int(header.Rows), int(header.Columns)), refusal is None)
+    for group in groups:
+        if (group.series, group.size, group.refusal is None) == key:
             turned = np.abs(group.planes[0].directions - plane.directions).max() > SAME_DIRECTION
-            if (group.series, group.size) == (series, size) and not turned:
-                if group.pixel_spacing is None or pixel_spacing is None:
-                    same = group.pixel_spacing is pixel_spacing
-                else:
-                    same = np.allclose(group.pixel_spacing, pixel_spacing, rtol=1e-3)
-                if same and (group.refusal is None) == (refusal is None):
-                    return group
-        distance = next(
-            (
-                float(value[0])
-                for keyword in ("SpacingBetweenSlices", "SliceThickness")
-                if (value := numbers_of(header, plane.frame, keyword, 1)) is not None and value[0] > 0
-            ),
-            None,
-        )
-        modality = str(header.get("Modality") or "missing")
-        caveat = None if modality == "CT" else f'DICOM modality is {modality}, not CT; read with units="{units}"'
-        group = Group(series, size, pixel_spacing, distance, [], refusal, caveat)
-        self.groups.append(group)
-        return group
+            # A spacing that is missing is like another that is missing, and like none that is not.
+            spacings = [spacing or (0.0, 0.0) for spacing in (group.pixel_spacing, pixel_spacing)]
+            if not turned and np.allclose(*spacings, rtol=1e-3):
+                return group
+    distances = (numbers_of(header, plane.frame, tag, 1) for tag in ("SpacingBetweenSlices", "SliceThickness"))
+    distance = next((float(value[0]) for value in distances if value is not None and value[0] > 0), None)
+    modality = str(header.get("Modality") or "missing")
+    caveat = None if modality == "CT" else f'DICOM modality is {modality}, not CT; read with units="{units}"'
+    groups.append(Group(*key[:2], pixel_spacing, distance, [], refusal, caveat))
+    return groups[-1]
 
 
 def _is_frame_of_reference(directions: Floats) -> bool:
@@ -164,42 +144,35 @@ def _is_frame_of_reference(directions: Floats) -> bool:
     return bool(np.allclose([first @ first, second @ second, first @ second], [1, 1, 0], atol=0.01))
 
 
-def _words(value: Any) -> list[str]:
-    if value is None:
-        return []
-    return [value] if isinstance(value, str) else [str(word) for word in value]
-
-
-def _choose(found: _Found, name: str, series: str | None) -> Group:
+def _choose(groups: list[Group], problems: list[str], name: str, series: str | None) -> Group:
     """The axial group to take: the wanted one, or the one of most slices."""
-    groups = [group for group in found.groups if series is None or group.series == series]
-    if series is not None and not groups:
-        known = ", ".join(sorted({group.series for group in found.groups})) or "none"
+    wanted = [group for group in groups if series is None or group.series == series]
+    if series is not None and not wanted:
+        known = ", ".join(sorted({group.series for group in groups})) or "none"
         raise InputError(f"{name}: no series {series} in it. There are: {known}.")
-    if not groups:
-        reason = found.problems[0] if found.problems else "it holds no DICOM file"
+    if not wanted:
+        reason = problems[0] if problems else "it holds no DICOM file"
         raise InputError(f"{name}: no readable slice of a DICOM series ({reason})")
-    across = [group for group in groups if int(np.abs(group.planes[0].normal).argmax()) == 2]
+    across = [group for group in wanted if group.is_axial]
     if not across:
         raise InputError(f"{name}: no axial slices, only sagittal or coronal ones. Give the axial series.")
-    usable = [group for group in across if group.refusal is None]
-    if not usable:
-        raise InputError(str(max(across, key=lambda group: len(group.planes)).refusal))
-    chosen = max(usable, key=lambda group: (len(group.planes), group.series))
-    for group in found.groups:
+    chosen = max(across, key=lambda group: (group.refusal is None, len(group.planes), group.series))
+    if chosen.refusal is not None:
+        raise InputError(chosen.refusal)
+    for group in groups:
         if group is chosen:
             continue
         if group.refusal is not None:
             why = group.refusal
-        elif int(np.abs(group.planes[0].normal).argmax()) != 2:
+        elif not group.is_axial:
             why = f"{group}: not axial"
         elif group.series == chosen.series:
             why = f"{group}: another orientation, size or pixel spacing within the series"
         else:
             why = f"{group}: another series, which series=UID takes"
-        found.problems.append(f"{name}: left out, {why}")
+        problems.append(f"{name}: left out, {why}")
     if chosen.caveat is not None:
-        found.problems.append(f"{name}: {chosen.caveat}")
+        problems.append(f"{name}: {chosen.caveat}")
     return chosen
 
 
@@ -216,7 +189,7 @@ def place(
             )
         between_rows_columns = (spacing[1], spacing[0])
         problems.append(f"{name}: pixel spacing is missing or zero, taken as given")
-    normal = group.planes[0].normal
+    normal = group.normal
     by_height = sorted(group.planes, key=lambda plane: (float(plane.position @ normal), plane.number, plane.name))
     planes, duplicates = by_height[:1], []
     for plane in by_height[1:]:

@@ -13,23 +13,24 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 from torchvision.ops import masks_to_boxes
 
-from ctmasknet.data.slices import PICTURE_SUFFIXES, read_slice
-from ctmasknet.errors import ConfigError, DataError, import_extra
+from ctmasknet.data.slices import PICTURE_SUFFIXES, open_file, read_slice, reading, require_size
+from ctmasknet.errors import ConfigError, CTMaskNetError, DataError, import_extra, typed
 from ctmasknet.output import PathLike
 from ctmasknet.registry import IMAGE_CLASSES, LESION_CLASSES, Task
 
@@ -45,6 +46,12 @@ _MASK_VALUES: dict[str, tuple[tuple[int, ...], ...]] = {
     "ggo": ((GGO,),),
 }
 """Mask values of each detector class, label 1 first."""
+
+MAX_TARGET = 1 << 30
+"""Pixels in all masks of a slice: 4096 lesions of 512 x 512."""
+
+MAX_OUTLINE = 1_000_000
+"""Length of a polygon, and largest of its coordinates, pixels."""
 
 
 def instances(
@@ -75,8 +82,7 @@ def instances(
     """
     check_target_options(classes, min_area)
     check_class_mask(class_mask, source)
-    height, width = class_mask.shape
-    masks: list[np.ndarray] = [np.zeros((0, height, width), dtype=bool)]
+    masks: list[np.ndarray] = []
     labels: list[int] = []
     for label, values in enumerate(_MASK_VALUES[classes], start=1):
         wanted = np.isin(class_mask, values)
@@ -87,10 +93,20 @@ def instances(
         areas = np.bincount(components.ravel())
         areas[0] = 0  # the background is no component
         kept = np.flatnonzero(areas > min_area)
+        _require_few(len(labels) + len(kept), class_mask.shape, source)
         masks.append(components[None] == kept[:, None, None])
         labels += [label] * len(kept)
+    return _target(masks, labels, class_mask.shape)
 
-    stacked = torch.from_numpy(np.concatenate(masks).astype(np.uint8))
+
+def _require_few(count: int, size: tuple[int, ...], source: str) -> None:
+    if count * math.prod(size) > MAX_TARGET:
+        raise DataError(f"{source}: {count} lesions in one slice are too many to be lesions; draw them again")
+
+
+def _target(masks: list[np.ndarray], labels: list[int], size: tuple[int, ...]) -> dict[str, Tensor]:
+    """The target of a slice of `size` (H, W) from masks (N, H, W), several of them after each other."""
+    stacked = torch.from_numpy(np.concatenate([np.zeros((0, *size), np.uint8), *masks]).astype(np.uint8, copy=False))
     return {
         "boxes": half_open_boxes(stacked),
         "labels": torch.tensor(labels, dtype=torch.int64),
@@ -168,16 +184,16 @@ _SPLIT_FOLDERS = {"train", "val", "valid", "validation", "test"}
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong with the files: its `kind` in a few words, the file, the reason with its fix.
+    """Something wrong with the files: the file, and the reason with its fix.
 
     `name` is the slice it belongs to, if it is about one: a list of names that leaves the slice out leaves
-    the problem out.
+    the problem out. `flat`: an annotation without extent, which may be left out.
     """
 
-    kind: str
     source: str
     reason: str
     name: str | None = None
+    flat: bool = False
 
     def __str__(self) -> str:
         return f"{self.source}: {self.reason}"
@@ -213,20 +229,15 @@ class CocoRecord:
     min_area: int
 
     def target(self) -> dict[str, Tensor]:
-        height, width = self.size
-        masks = [np.zeros((0, height, width), dtype=np.uint8)]
+        _require_few(len(self.annotations), self.size, str(self.source))
+        masks: list[np.ndarray] = []
         labels: list[int] = []
         for identifier, label, segmentation in self.annotations:
             mask = decode_segmentation(segmentation, self.size, f"{self.source}: annotation {identifier}")
             if int(mask.sum()) > self.min_area:
                 masks.append(mask[None])
                 labels.append(label)
-        stacked = torch.from_numpy(np.concatenate(masks))
-        return {
-            "boxes": half_open_boxes(stacked),
-            "labels": torch.tensor(labels, dtype=torch.int64),
-            "masks": stacked,
-        }
+        return _target(masks, labels, self.size)
 
 
 @dataclass(frozen=True)
@@ -253,22 +264,23 @@ class Listing:
     records: list[Record] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
+    def report(self, source: PathLike, reason: str, name: str | None = None, flat: bool = False) -> None:
+        """Add a problem."""
+        self.problems.append(Problem(os.fspath(source), reason, name, flat))
+
     def require_complete(self) -> None:
         """Raise a DataError for the first problem and say how many more there are.
 
         Annotations without extent do not count: a warning says that they are left out.
         """
-        flat = [problem for problem in self.problems if problem.kind == FLAT_ANNOTATION]
+        flat = [problem for problem in self.problems if problem.flat]
         if flat:
             more = f" (and {len(flat) - 1} more)" if len(flat) > 1 else ""
             warnings.warn(f"{flat[0]}; it is left out{more}", UserWarning, stacklevel=3)
-        serious = [problem for problem in self.problems if problem.kind != FLAT_ANNOTATION]
+        serious = [problem for problem in self.problems if not problem.flat]
         if serious:
             more = f" (and {len(serious) - 1} more problems: `ctmasknet data check` lists them)"
             raise DataError(f"{serious[0]}{more if len(serious) > 1 else ''}")
-
-
-FLAT_ANNOTATION = "annotation without extent"
 
 
 def read_image(path: Path) -> Tensor:
@@ -283,11 +295,10 @@ def read_class_mask(path: Path) -> np.ndarray:
     Raises:
         DataError: not readable, coloured, or with other values.
     """
-    try:
-        with Image.open(path) as image:
-            pixels = np.asarray(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: not a readable mask ({error}); write it again as an 8-bit PNG") from error
+    with reading(str(path), "mask", DataError), open_file(str(path)) as stream:
+        image = PngImageFile(stream)
+        require_size(image.height, image.width, str(path))
+        pixels = np.asarray(image)
     if pixels.dtype == bool:  # its 1 would pass for lung
         raise DataError(f"{path}: a mask of 1 bit has no class codes; save it with 8 bits, lesions as 2")
     if pixels.ndim == 3:
@@ -372,20 +383,19 @@ def _list_lesion_folders(roots: Sequence[Path], classes: LesionClasses, min_area
     found = Listing("segmentation", "CNCB folders", list(roots), lesion_class_names(classes))
     for root in roots:
         if not ((root / "imgs").is_dir() and (root / "masks").is_dir()):
-            found.problems.append(_wrong_layout(root, "segmentation"))
+            found.report(root, _wrong_layout(root, "segmentation"))
             continue
         images = _by_stem(_image_files(root / "imgs"), found)
         masks = _by_stem(sorted((root / "masks").glob("*.png")), found)
         if not images and not masks:
-            found.problems.append(Problem("empty", str(root), "no images in imgs/; is it the right folder?"))
-        patients = _patient_index(root)
+            found.report(root, "no images in imgs/; is it the right folder?")
+        patients = _patient_index(root, found)
         for stem in sorted(images.keys() | masks.keys()):
             if stem not in masks:
                 reason = f"no mask masks/{stem}.png; add it (all 0 if there is no lesion) or remove the image"
-                found.problems.append(Problem("image without mask", str(images[stem]), reason, stem))
+                found.report(images[stem], reason, stem)
             elif stem not in images:
-                reason = f"no image imgs/{stem}.*; add it or remove the mask"
-                found.problems.append(Problem("mask without image", str(masks[stem]), reason, stem))
+                found.report(masks[stem], f"no image imgs/{stem}.*; add it or remove the mask", stem)
             else:
                 released = _RELEASED_NAME.fullmatch(stem)
                 patient = patient_of(stem) or patients.get(stem) or (released["patient"] if released else None)
@@ -401,45 +411,42 @@ def _list_coco(json_path: Path, min_area: int) -> Listing:
     Images lie in the folder of the JSON file, its `images` or `imgs`, or the same one folder up.
     """
     found = Listing("segmentation", "COCO instances", [json_path], ("background",))
-    try:
-        content = json.loads(json_path.read_text(encoding="utf-8"))
-        images, annotations = content["images"], content["annotations"]
-        categories = sorted(content["categories"], key=lambda category: category["id"])
-        labels = {category["id"]: label for label, category in enumerate(categories, start=1)}
-        found.class_names = ("background", *(str(category["name"]) for category in categories))
-        entries = [
-            (entry["id"], str(entry["file_name"]), (int(entry["height"]), int(entry["width"]))) for entry in images
-        ]
-    except OSError as error:
-        found.problems.append(Problem("layout", str(json_path), f"cannot be read ({error.strerror})"))
-        return found
-    except (ValueError, KeyError, TypeError) as error:
-        what = f"{type(error).__name__}: {error}"
-        reason = f"not COCO instance JSON ({what}); it needs images, annotations and categories"
-        found.problems.append(Problem("layout", str(json_path), reason))
-        return found
-
-    known = {identifier for identifier, _, _ in entries}
     of_image: dict[Any, list[tuple[Any, int, Any]]] = defaultdict(list)
-    for annotation in annotations:
-        if isinstance(annotation, dict) and annotation.get("iscrowd"):
-            continue
-        problem = _annotation_problem(annotation, known, labels, json_path)
-        if problem is not None:
-            found.problems.append(problem)
-        else:
-            label = labels[annotation["category_id"]]
-            of_image[annotation["image_id"]].append((annotation.get("id"), label, annotation["segmentation"]))
+    try:
+        with reading(str(json_path), "COCO file", DataError), open_file(str(json_path)) as stream:
+            content = json.load(stream)
+            categories = {typed("category id", one["id"], int): str(one["name"]) for one in content["categories"]}
+            labels = {identifier: label for label, identifier in enumerate(sorted(categories), start=1)}
+            found.class_names = ("background", *(categories[identifier] for identifier in labels))
+            images = {}
+            for entry in content["images"]:
+                size = (typed("height", entry["height"], int), typed("width", entry["width"], int))
+                require_size(*size, f"{json_path}: image {entry['file_name']}")
+                images[entry["id"]] = (str(entry["file_name"]), size)
+            for annotation in content["annotations"]:
+                if annotation.get("iscrowd"):
+                    continue
+                reason = _annotation_problem(annotation, images, labels)
+                if reason:
+                    source = f"{json_path}: annotation {annotation.get('id')}"
+                    found.report(source, reason, flat=reason.endswith(NO_EXTENT))
+                else:
+                    label = labels[annotation["category_id"]]
+                    of_image[annotation["image_id"]].append((annotation.get("id"), label, annotation["segmentation"]))
+    except CTMaskNetError as error:
+        found.report(json_path, str(error).removeprefix(f"{json_path}: "))
+        return found
 
-    homes = (json_path.parent, json_path.resolve().parent.parent)
+    homes = (json_path.parent, json_path.absolute().parent.parent)
     folders = [folder for home in homes for folder in (home, home / "images", home / "imgs")]
-    for identifier, file_name, size in entries:
+    for identifier, (file_name, size) in images.items():
+        name = slice_name(file_name)
         places = [folder / file_name for folder in folders if (folder / file_name).is_file()]
         if not places:
             reason = f"image {file_name} is not in {folders[0]}; put the images there, or into images/"
-            found.problems.append(Problem("annotated image missing", str(json_path), reason, slice_name(file_name)))
+            found.report(json_path, reason, name)
             continue
-        name, drawn = slice_name(file_name), tuple(of_image[identifier])
+        drawn = tuple(of_image[identifier])
         found.records.append(CocoRecord(name, places[0], patient_of(name), json_path, size, drawn, min_area))
     return found
 
@@ -450,7 +457,7 @@ def _list_file_names(roots: Sequence[Path]) -> Listing:
     for root in roots:
         files = _by_stem(_image_files(root), found)
         if not files:
-            found.problems.append(_wrong_layout(root, "classification"))
+            found.report(root, _wrong_layout(root, "classification"))
         for stem, path in files.items():
             match = _CNCB_NAME.fullmatch(stem)
             label = image_class_of(match["image_class"]) if match else None
@@ -459,7 +466,7 @@ def _list_file_names(roots: Sequence[Path]) -> Listing:
                     "the name does not tell the class; name it [Class]_[PatientID]_[ScanNum]_[SliceNum] with "
                     "Class 0 control, 1 pneumonia, 2 COVID-19, or sort the images into class folders"
                 )
-                found.problems.append(Problem("class unknown", str(path), reason, stem))
+                found.report(path, reason, stem)
             else:
                 found.records.append(ImageRecord(stem, path, match["patient"], label))
     return found
@@ -471,29 +478,26 @@ def _list_covidx(list_file: Path, roots: Sequence[Path]) -> Listing:
     by_stem: dict[str, list[Path]] = defaultdict(list)
     for root in roots:
         if not root.is_dir():
-            found.problems.append(Problem("layout", str(root), "there is no such folder"))
+            found.report(root, "there is no such folder")
         for path in _image_files(root):
             by_stem[path.stem].append(path)
 
     listed: Counter[str] = Counter()
     for number, (file_name, label) in enumerate(_list_entries(list_file, found), start=1):
-        source = f"{list_file}, entry {number}"
+        source, name = f"{list_file}, entry {number}", slice_name(file_name)
         below = [root / file_name for root in roots if (root / file_name).is_file()]
-        places = below or by_stem.get(slice_name(file_name), [])
+        places = below or by_stem.get(name, [])
         listed[file_name] += 1
         if label is None or label >= len(IMAGE_CLASSES):
-            reason = f"{file_name} has no class 0, 1 or 2; write FILENAME CLASS XMIN YMIN XMAX YMAX"
-            found.problems.append(Problem("class unknown", source, reason))
+            found.report(source, f"{file_name} has no class 0, 1 or 2; write FILENAME CLASS XMIN YMIN XMAX YMAX")
         elif not places:
-            reason = f"{file_name} is not in {', '.join(map(str, roots))}; correct the list or add the image"
-            found.problems.append(Problem("listed but missing", source, reason))
+            where = ", ".join(map(str, roots))
+            found.report(source, f"{file_name} is not in {where}; correct the list or add the image")
         elif len(places) > 1:
-            reason = f"{file_name} may be {places[0]} or {places[1]}; keep one"
-            found.problems.append(Problem("duplicate", source, reason))
+            found.report(source, f"{file_name} may be {places[0]} or {places[1]}; keep one")
         elif listed[file_name] > 1:
-            found.problems.append(Problem("duplicate", source, f"{file_name} is listed twice; remove one"))
+            found.report(source, f"{file_name} is listed twice; remove one")
         else:
-            name = slice_name(file_name)
             found.records.append(ImageRecord(name, places[0], patient_of(name), label))
     return found
 
@@ -506,7 +510,7 @@ def _list_class_folders(roots: Sequence[Path]) -> Listing:
     found = Listing("classification", "class folders", list(roots), class_names)
     for root in roots:
         if not folders[root]:
-            found.problems.append(_wrong_layout(root, "classification"))
+            found.report(root, _wrong_layout(root, "classification"))
         for folder in folders[root]:
             for path in _image_files(folder, deep=True):
                 # A folder between class and image is a patient's; p1 of one class is not p1 of another.
@@ -520,14 +524,14 @@ def class_folder_names(folders: Iterable[str]) -> tuple[dict[str, int], tuple[st
     """Number class folders: their labels, and the class names in order.
 
     Names that all mean one of control, pneumonia and COVID-19 (`IMAGE_CLASS_WORDS`, or 0, 1, 2) get these
-    numbers, whichever are present. Whole numbers are their own labels. Other names are numbered as they
+    numbers, whichever are present. Whole numbers below 1000 are their own labels. Other names are numbered as they
     sort, with a word for control, if there is one, at 0.
     """
     names = sorted(set(folders))
     known = [image_class_of(name) for name in names]
     if None not in known:
         return {name: cast(int, label) for name, label in zip(names, known, strict=True)}, IMAGE_CLASSES
-    if all(name.isdigit() for name in names):
+    if all(re.fullmatch("[0-9]{1,3}", name) for name in names):
         numbers = {name: int(name) for name in names}
         return numbers, tuple(str(number) for number in range(max(numbers.values()) + 1))
     names.sort(key=lambda name: image_class_of(name) != 0)
@@ -547,7 +551,10 @@ def _list_classification(paths: list[Path]) -> Listing:
     lists = [path for path in paths if path.suffix == ".txt" and path.is_file()]
     by_folder = [path for path in paths if path not in lists and not _image_files(path) and _class_folders(path)]
     by_name = [path for path in paths if path not in lists and path not in by_folder]
-    parts = [_list_covidx(path, _list_image_folders(path)) for path in lists]
+    parts = []
+    for path in lists:
+        images = path.parent / "images"
+        parts.append(_list_covidx(path, [images if images.is_dir() else path.parent]))
     if by_name:
         parts.append(_list_file_names(by_name))
     if by_folder:
@@ -568,7 +575,7 @@ def _join(parts: Sequence[Listing]) -> Listing:
                 f"its classes are {', '.join(part.class_names)}, those of {first.sources[0]} "
                 f"{', '.join(first.class_names)}; give both the same"
             )
-            found.problems.append(Problem("layout", str(part.sources[0]), reason))
+            found.report(part.sources[0], reason)
     return found
 
 
@@ -585,22 +592,19 @@ def _finish(found: Listing, names: Names | None = None) -> Listing:
         found.problems = [problem for problem in found.problems if problem.name is None or problem.name in wanted]
         where = ", ".join(map(str, found.sources))
         for name in sorted(wanted - there):
-            reason = f"{name} is listed but not in {where}; correct the list or add the file"
-            found.problems.append(Problem("listed but missing", source, reason))
+            found.report(source, f"{name} is listed but not in {where}; correct the list or add the file")
     counts = Counter(record.name for record in found.records)
     if any(count > 1 for count in counts.values()):
-        files = Counter(record.image.resolve() for record in found.records)
+        files = Counter(os.path.realpath(record.image) for record in found.records)
         for path, count in files.items():
             if count > 1:
-                reason = f"this file is in the data {count} times; pass every folder once"
-                found.problems.append(Problem("duplicate", str(path), reason))
+                found.report(path, f"this file is in the data {count} times; pass every folder once")
         found.records = [
             replace(record, name=record.image.as_posix()) if counts[record.name] > 1 else record
             for record in found.records
         ]
     if not found.records and not found.problems:
-        where = ", ".join(map(str, found.sources))
-        found.problems.append(Problem("empty", where, "no slices found; is it the right folder?"))
+        found.report(", ".join(map(str, found.sources)), "no slices found; is it the right folder?")
     return found
 
 
@@ -629,8 +633,8 @@ def _by_stem(files: Iterable[Path], found: Listing) -> dict[str, Path]:
     by_stem: dict[str, Path] = {}
     for path in files:
         if path.stem in by_stem:
-            reason = f"same name as {by_stem[path.stem].name} in the same folder; keep one of the two"
-            found.problems.append(Problem("duplicate", str(path), reason, path.stem))
+            other = by_stem[path.stem].name
+            found.report(path, f"same name as {other} in the same folder; keep one of the two", path.stem)
         else:
             by_stem[path.stem] = path
     return by_stem
@@ -647,17 +651,18 @@ def _class_folders(root: Path) -> list[Path]:
 def _list_entries(list_file: Path, found: Listing) -> list[tuple[str, int | None]]:
     """File names of a list and, where it says them, classes. Empty lines and comments (#) are skipped."""
     try:
-        # A name that is no Unicode is a name all the same.
-        lines = list_file.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError as error:
-        found.problems.append(Problem("layout", str(list_file), f"not a readable list of names ({error})"))
+        with open_file(str(list_file)) as stream:
+            # A name that is no Unicode is a name all the same.
+            lines = stream.read().decode("utf-8", errors="surrogateescape").splitlines()
+    except CTMaskNetError as error:
+        found.report(list_file, f"not a readable list of names ({error})")
         return []
     entries: list[tuple[str, int | None]] = []
     for line in map(str.strip, lines):
         if not line or line.startswith("#"):
             continue
         # From the right, because names may hold blanks.
-        match = re.fullmatch(r"(.+?)\s+(\d+)(?:\s+-?\d+){4}", line) or re.fullmatch(r"(\S+)\s+(\d+)", line)
+        match = re.fullmatch(r"(.+?)\s+(\d{1,9})(?:\s+-?\d+){4}", line) or re.fullmatch(r"(\S+)\s+(\d{1,9})", line)
         entries.append((match[1], int(match[2])) if match else (line, None))
     return entries
 
@@ -668,18 +673,21 @@ def _tells_classes(list_file: Path) -> bool:
     return any(label is not None for _, label in entries)
 
 
-def _patient_index(root: Path) -> dict[str, str]:
+def _patient_index(root: Path, found: Listing) -> dict[str, str]:
     """Patients by name from index.csv in `root` or the folder that holds it; empty without one."""
-    for path in (root / "index.csv", root.resolve().parent / "index.csv"):
-        if not path.is_file():
-            continue
-        with path.open(newline="", encoding="utf-8") as file:
+    home = root.absolute()
+    path = next((path for path in (home / "index.csv", home.parent / "index.csv") if path.is_file()), None)
+    if path is None:
+        return {}
+    try:
+        with reading(str(path), "index of patients", DataError), path.open(newline="", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row.get("name") and row.get("patient")]
-        splits = {row.get("split") for row in rows}
-        mine = [row for row in rows if root.resolve().name not in splits or row["split"] == root.resolve().name]
-        nobody = {"unknown", "none", "nan", "-", "?"}
-        return {slice_name(row["name"]): row["patient"] for row in mine if row["patient"].lower() not in nobody}
-    return {}
+    except DataError as error:
+        found.report(path, str(error).removeprefix(f"{path}: "))
+        return {}
+    of_split = [row for row in rows if row.get("split") == home.name]
+    nobody = {"unknown", "none", "nan", "-", "?"}
+    return {slice_name(row["name"]): row["patient"] for row in of_split or rows if row["patient"].lower() not in nobody}
 
 
 def _coco_file(path: Path) -> Path | None:
@@ -692,57 +700,46 @@ def _coco_file(path: Path) -> Path | None:
     return files[0] if len(files) == 1 else None
 
 
-def _list_image_folders(list_file: Path) -> list[Path]:
-    images = list_file.parent / "images"
-    return [images] if images.is_dir() else [list_file.parent]
-
-
-def _wrong_layout(root: Path, task: Task) -> Problem:
+def _wrong_layout(root: Path, task: Task) -> str:
     """Why `root` is none of the layouts of `task`, and what may be meant."""
     if not root.exists():
-        return Problem("layout", str(root), "there is no such file or folder")
+        return "there is no such file or folder"
     if not root.is_dir():
-        kinds = "a COCO .json" if task == "segmentation" else "a COVIDx-CT .txt list"
-        return Problem("layout", str(root), f"neither a folder nor {kinds}")
+        return f"neither a folder nor {'a COCO .json' if task == 'segmentation' else 'a COVIDx-CT .txt list'}"
     inside = sorted(path.name for path in root.iterdir())
     if not inside:
-        return Problem("empty", str(root), "the folder is empty")
+        return "the folder is empty"
     splits = [name for name in inside if name.lower() in _SPLIT_FOLDERS]
     if splits:
-        return Problem("layout", str(root), f"holds several splits; pass one of them, such as {root / splits[0]}")
+        return f"holds several splits; pass one of them, such as {root / splits[0]}"
     if task == "segmentation":
-        reason = "no CNCB folders (imgs/ and masks/) and no COCO .json in it"
-    elif "masks" in inside:
-        reason = "holds lesion masks, which train a segmentation variant; classification needs an image class"
-    else:
-        reason = (
-            "no images in it; classification takes images named [Class]_[PatientID]_[ScanNum]_[SliceNum], "
-            "class folders, or a COVIDx-CT list"
-        )
-    return Problem("layout", str(root), reason)
+        return "no CNCB folders (imgs/ and masks/) and no COCO .json in it"
+    if "masks" in inside:
+        return "holds lesion masks, which train a segmentation variant; classification needs an image class"
+    return (
+        "no images in it; classification takes images named [Class]_[PatientID]_[ScanNum]_[SliceNum], "
+        "class folders, or a COVIDx-CT list"
+    )
 
 
-def _annotation_problem(annotation: Any, images: set[Any], labels: dict[Any, int], json_path: Path) -> Problem | None:
-    if not isinstance(annotation, dict):
-        return Problem("annotation", str(json_path), f"an annotation is {annotation!r}, not an object")
-    source = f"{json_path}: annotation {annotation.get('id')}"
+def _annotation_problem(annotation: Any, images: Container[Any], labels: Container[Any]) -> str:
+    """What is wrong with an annotation, "" if nothing is."""
     if annotation.get("image_id") not in images:
-        reason = f"belongs to image {annotation.get('image_id')}, which the file does not list"
-        return Problem("annotation", source, reason)
+        return f"belongs to image {annotation.get('image_id')}, which the file does not list"
     if annotation.get("category_id") not in labels:
-        reason = f"has category {annotation.get('category_id')}, which the file does not list"
-        return Problem("annotation", source, reason)
+        return f"has category {annotation.get('category_id')}, which the file does not list"
     box = annotation.get("bbox")
-    if box is not None and not (
-        isinstance(box, list) and len(box) == 4 and all(isinstance(side, int | float) for side in box)
-    ):
-        return Problem("annotation", source, f"its box {box} is not [x, y, width, height]")
-    if box is not None and (box[2] <= 0 or box[3] <= 0):
-        return Problem(FLAT_ANNOTATION, source, f"its box {box} has no width or height")
+    if box is not None:
+        if not (isinstance(box, list) and len(box) == 4 and all(isinstance(side, int | float) for side in box)):
+            return f"its box {box} is not [x, y, width, height]"
+        if box[2] <= 0 or box[3] <= 0:
+            return f"its box {box} {NO_EXTENT}"
     if not annotation.get("segmentation"):
-        reason = "has no segmentation; Mask R-CNN needs polygons or RLE, a box alone is not enough"
-        return Problem("annotation", source, reason)
-    return None
+        return "has no segmentation; Mask R-CNN needs polygons or RLE, a box alone is not enough"
+    return ""
+
+
+NO_EXTENT = "has no width or height"
 
 
 def decode_segmentation(segmentation: Any, size: tuple[int, int], source: str) -> np.ndarray:
@@ -755,8 +752,13 @@ def decode_segmentation(segmentation: Any, size: tuple[int, int], source: str) -
     height, width = size
     try:
         if not isinstance(segmentation, dict):
-            if not all(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in segmentation):
-                raise ValueError("a polygon needs an even number of coordinates, at least 6")
+            for polygon in segmentation:
+                corners = np.array(polygon, np.float64).reshape(-1, 2)
+                outline = np.abs(np.diff(corners, axis=0, append=corners[:1])).max(axis=1).sum()
+                if len(corners) < 3:
+                    raise ValueError("a polygon needs an even number of coordinates, at least 6")
+                if not (outline <= MAX_OUTLINE and np.abs(corners).max() <= MAX_OUTLINE):
+                    raise ValueError(f"a polygon reaches over {MAX_OUTLINE:,} pixels")
             coco = import_extra("pycocotools.mask", "train", "decoding COCO polygons")
             return coco.decode(coco.merge(coco.frPyObjects(segmentation, height, width)))
         if list(segmentation["size"]) != [height, width]:

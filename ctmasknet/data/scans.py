@@ -7,12 +7,14 @@ picture and the back below, and a mask drawn on it returns to the very voxels it
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,17 +22,19 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from ctmasknet.data.dicom import Floats, Group, find_frames, find_series, is_dicom, is_dicom_head, place
+from ctmasknet.data.dicom import Floats, find_series, is_dicom, place
 from ctmasknet.data.slices import (
     NIFTI_MAGIC,
     NIFTI_SUFFIXES,
     Slice,
     check_units,
     hu_offset,
+    is_dicom_head,
     not_hu,
     of_the_middle,
     open_file,
     pixels_of_frame,
+    read_dicom,
     reading,
     require_chest_hu,
     require_finite,
@@ -43,6 +47,9 @@ from ctmasknet.errors import ConfigError, InputError, import_extra
 READ_AHEAD = 8  # slices
 NOT_SQUARE = 1.2  # ratio of the sides of a pixel; less, the models take in their stride
 TILTED = 15.0  # degrees; a gantry is seldom tilted further
+MAX_VOXELS = 1 << 31  # of a scan; 2048 slices of 1024 x 1024, and their mask takes 2 GB
+
+Spacing = tuple[float, float, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,45 +124,35 @@ class Volume:
         Raises:
             InputError: the slice is damaged, or does not hold HU of a chest; the text names the file.
         """
-        name = self.names[index]
-        pixels = self._view(self.plane(index))
-        require_size(pixels.shape[0], pixels.shape[1], name)
+        name, plane, (transposed, flipped) = self.names[index], self.plane(index), self._turn
+        pixels = np.flip(plane.T if transposed else plane, flipped)
+        require_size(*pixels.shape, name)
         return Slice(np.ascontiguousarray(pixels, np.float32), name, self.kind, self.units)
 
     def slices(self) -> Iterator[tuple[int, Slice | InputError]]:
         """Every slice with its index, in the order of the grid, or why it cannot be read; read a little ahead."""
-        yield from read_ahead(self._read_or_reason, sorted(self.names), threads=self.threads, depth=READ_AHEAD)
 
-    def _read_or_reason(self, index: int) -> Slice | InputError:
-        try:
-            return self.read(index)
-        except InputError as error:
-            return error
+        def read(index: int) -> Slice | InputError:
+            try:
+                return self.read(index)
+            except InputError as error:
+                return error
+
+        yield from read_ahead(read, sorted(self.names), threads=self.threads, depth=READ_AHEAD)
 
     def to_grid(self, image: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """A (H, W) picture of a slice -> its plane of the grid, the inverse of how `read` turns it."""
-        for axis in self._flipped:
-            image = np.flip(image, axis)
-        return image.T if self._transposed else image
-
-    def _view(self, plane: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        if self._transposed:
-            plane = plane.T
-        for axis in self._flipped:
-            plane = np.flip(plane, axis)
-        return plane
+        transposed, flipped = self._turn
+        image = np.flip(image, flipped)
+        return image.T if transposed else image
 
     @cached_property
-    def _transposed(self) -> bool:
-        """Does the first axis of a plane run from side to side, so that it must become the columns?"""
-        in_plane = [int(self.orientation[axis, 0]) for axis in range(3) if axis != self.axial_axis]
-        return in_plane == [0, 1]
-
-    @cached_property
-    def _flipped(self) -> tuple[int, ...]:
-        """Picture axes to reverse, once transposed: rows run to the back, columns to the patient's left."""
-        sign = {int(body): int(direction) for body, direction in self.orientation}
-        return tuple(picture for picture, body in ((0, 1), (1, 0)) if sign[body] > 0)
+    def _turn(self) -> tuple[bool, list[int]]:
+        """Must a plane be transposed to have columns from side to side? Then, which axes of the picture to reverse."""
+        axes, signs = self.orientation.T.tolist()
+        in_plane = [body for body in axes if body != 2]
+        # Rows run to the back, columns to the patient's left.
+        return in_plane == [0, 1], [picture for picture, body in ((0, 1), (1, 0)) if signs[axes.index(body)] > 0]
 
     def mask_image(self, mask: npt.NDArray[np.uint8]) -> Any:
         """A mask over the grid, of `shape`, as a nibabel image with this scan's geometry, bit for bit for NIfTI."""
@@ -180,23 +177,18 @@ class Volume:
         return (nibabel.Nifti2Image if two else nibabel.Nifti1Image)(mask, None, header)
 
 
-def report_units(units: str | None, problems: list[str], name: str) -> None:
-    """Say that values declared to be HU were put right."""
-    if units == "hu+1024":
-        problems.append(f"{name}: its values are HU + 1024, not HU; 1024 was subtracted")
-
-
-def report_shape(affine: Floats, axis: int, problems: list[str], name: str) -> None:
-    """Say what the models were not trained on: pixels that are not square, slices that are not axial."""
-    lengths = np.linalg.norm(affine[:3, :3], axis=0)
-    first, second = (float(lengths[index]) for index in range(3) if index != axis)
-    if max(first, second) > NOT_SQUARE * min(first, second):
-        problems.append(f"{name}: pixels of an axial slice are {first:.3g} x {second:.3g} mm, not square")
-    others = [affine[:3, index] for index in range(3) if index != axis]
-    normal = np.cross(others[0], others[1])
+def _caveats(volume: Volume) -> Iterator[str]:
+    """What the models were not trained on, or what was put right."""
+    first, second = (volume.affine[:3, index] for index in range(3) if index != volume.axial_axis)
+    lengths = sorted([float(np.linalg.norm(first)), float(np.linalg.norm(second))])
+    if lengths[1] > NOT_SQUARE * lengths[0]:
+        yield f"{volume.source}: pixels of an axial slice are {lengths[0]:.3g} x {lengths[1]:.3g} mm, not square"
+    normal = np.cross(first, second)
     tilt = math.degrees(math.acos(min(1.0, abs(float(normal[2])) / float(np.linalg.norm(normal)))))
     if tilt > TILTED:
-        problems.append(f"{name}: its slices are tilted by {tilt:.0f} degrees from axial; they are not resampled")
+        yield f"{volume.source}: its slices are tilted by {tilt:.0f} degrees from axial; they are not resampled"
+    if volume.units == "hu+1024":
+        yield f"{volume.source}: its values are HU + 1024, not HU; 1024 was subtracted"
 
 
 def open_volume(
@@ -204,7 +196,7 @@ def open_volume(
     *,
     units: str | None = None,
     series: str | None = None,
-    spacing: tuple[float, float, float] | None = None,
+    spacing: Spacing | None = None,
 ) -> Volume:
     """Find out what a scan consists of; its pixels are read later, slice by slice.
 
@@ -227,18 +219,17 @@ def open_volume(
     import_extra("nibabel", "io", "reading whole scans")
     name = os.fsdecode(path)
     if Path(name).is_dir():
-        group, problems = find_series(name, units, series)
-        return _open_dicom(name, group, problems, units, spacing, None)
-    with open_file(name) as stream:
-        head = stream.read(348)
-    if is_dicom_head(head, name):
-        with reading(name, "DICOM"):
-            dataset = import_extra("pydicom", "io", "reading DICOM files").dcmread(name, force=True)
-        group, problems = find_frames(dataset, name, units)
-        return _open_dicom(name, group, problems, units, spacing, dataset)
-    if name.lower().endswith(NIFTI_SUFFIXES) or head.startswith(NIFTI_MAGIC):
-        return open_nifti(name, units, spacing)
-    raise InputError(f"{name}: not a scan. Give a folder with a DICOM series, a DICOM file, or a NIfTI file.")
+        volume = _open_dicom(name, units, spacing, series, None)
+    else:
+        with open_file(name) as stream:
+            head = stream.read(348)
+        if is_dicom_head(head, name):
+            volume = _open_dicom(name, units, spacing, None, read_dicom(name))
+        elif name.lower().endswith(NIFTI_SUFFIXES) or head.startswith(NIFTI_MAGIC):
+            volume = _open_nifti(name, units, spacing)
+        else:
+            raise InputError(f"{name}: not a scan. Give a folder with a DICOM series, a DICOM file, or a NIfTI file.")
+    return replace(volume, problems=(*volume.problems, *_caveats(volume)))
 
 
 def is_scan(path: Path) -> bool:
@@ -247,47 +238,35 @@ def is_scan(path: Path) -> bool:
         return True
     if not is_dicom(path):
         return False
-    pydicom = import_extra("pydicom", "io", "reading DICOM files")
     with reading(str(path), "DICOM"):
-        header = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=["NumberOfFrames"])
+        header = read_dicom(str(path), stop_before_pixels=True, specific_tags=["NumberOfFrames"])
         return int(header.get("NumberOfFrames") or 1) > 1
 
 
-def _open_dicom(
-    name: str,
-    group: Group,
-    problems: list[str],
-    units: str | None,
-    spacing: tuple[float, float, float] | None,
-    dataset: Any,
-) -> Volume:
-    """Frames of the files they lie in, or of one `dataset`."""
+def _open_dicom(name: str, units: str | None, spacing: Spacing | None, series: str | None, dataset: Any) -> Volume:
+    """A folder, or the frames of one `dataset`."""
+    group, problems = find_series(name, units, series, dataset)
     planes, affine = place(group, problems, name, spacing)
+    indices, (rows, columns) = sorted(planes), group.size
+    shape = _bounded((columns, rows, indices[-1] + 1), name)
 
     def read(index: int, offset: float | None) -> tuple[npt.NDArray[np.float32], float]:
         plane = planes[index]
         with reading(plane.name, "DICOM"):
-            if dataset is not None:
-                return pixels_of_frame(dataset, plane.name, units, plane.frame, offset)
-            with open_file(plane.path) as stream:
-                file = import_extra("pydicom", "io", "reading DICOM files").dcmread(stream, force=True)
+            file = read_dicom(plane.path) if dataset is None else dataset
             return pixels_of_frame(file, plane.name, units, plane.frame, offset)
 
-    indices = sorted(planes)
-    offset = of_the_middle(len(indices), lambda number: read(indices[number], None)[1]) if units == "hu" else None
-    report_shape(affine, 2, problems, name)
-    report_units(taken_for(units, offset or 0), problems, name)
-    rows, columns = group.size
+    offset = of_the_middle(len(indices), lambda number: read(indices[number], None)[1]) if units == "hu" else 0.0
     return Volume(
         source=name,
         kind="dicom series" if dataset is None else "dicom",
-        shape=(columns, rows, indices[-1] + 1),
+        shape=shape,
         affine=affine,
         names={index: plane.name for index, plane in planes.items()},
         problems=tuple(problems),
         header=None,
         threads=2,
-        units=taken_for(units, offset or 0),
+        units=taken_for(units, offset),
         plane=lambda index: read(index, offset)[0].T,
     )
 
@@ -295,45 +274,65 @@ def _open_dicom(
 _TO_MM = {"meter": 1000.0, "micron": 0.001}
 
 
-def open_nifti(name: str, units: str | None, spacing: tuple[float, float, float] | None) -> Volume:
+def _bounded(shape: tuple[int, int, int], name: str) -> tuple[int, int, int]:
+    if math.prod(shape) > MAX_VOXELS:
+        size = " x ".join(map(str, shape))
+        raise InputError(f"{name}: {size} voxels are too many. A scan has at most {MAX_VOXELS:,}: split it.")
+    return shape
+
+
+def _open_nifti(name: str, units: str | None, spacing: Spacing | None) -> Volume:
     nibabel = import_extra("nibabel", "io", "reading NIfTI files")
     with reading(name, "NIfTI"):
-        # Kept open, a gzip stream read in order is decompressed once.
-        image = nibabel.load(name, keep_file_open=True)
+        image = nibabel.load(name)
         if not isinstance(image, nibabel.Nifti1Pair):
             raise InputError(f"{name}: {type(image).__name__}, not NIfTI. Convert it to .nii.gz.")
-        shape = image.shape
+        shape, dtype = image.shape, image.get_data_dtype()
         if len(shape) < 2 or any(length > 1 for length in shape[3:]):
             raise InputError(f"{name}: shape {shape}, one volume (X, Y, Z) is expected. Split it and give one.")
         if min(shape) < 1:
             raise InputError(f"{name}: shape {shape} holds no voxel. Export it again.")
-        if image.get_data_dtype().kind not in "iuf":
-            raise InputError(f"{name}: dtype {image.get_data_dtype()} is not a CT scan. Export it again.")
+        if dtype.kind not in "iuf":
+            raise InputError(f"{name}: dtype {dtype} is not a CT scan. Export it again.")
         problems: list[str] = []
         affine = _nifti_affine(image, spacing, problems, name)
         header = image.header.copy()
-        grid = (int(shape[0]), int(shape[1]), int(shape[2]) if len(shape) > 2 else 1)
+        grid = _bounded((int(shape[0]), int(shape[1]), int(shape[2]) if len(shape) > 2 else 1), name)
         header.set_data_shape(grid)
-    axis = int(np.flatnonzero(nibabel.orientations.io_orientation(affine)[:, 0] == 2)[0])
-    first, second = (length for index, length in enumerate(grid) if index != axis)
-    require_size(first, second, name)
-    values_of = _nifti_planes(image, grid, axis, name)
+        axis = int(np.flatnonzero(nibabel.orientations.io_orientation(affine)[:, 0] == 2)[0])
+        require_size(*(length for index, length in enumerate(grid) if index != axis), name)
+        stored, slope, inter = _stored(image, grid, name), image.dataobj.slope, image.dataobj.inter
+    if stored.shape != grid and axis != 2:
+        raise InputError(f"{name}: the file is cut off. Copy or export it again.")
+    planes = np.moveaxis(stored, axis, 0)
 
-    def hu_of_plane(index: int) -> float:
+    def values_of(index: int) -> Floats:
+        if index >= len(planes):
+            raise InputError(f"{name}[{index}]: the file is cut off before it. Copy or export it again.")
+        values: Floats = planes[index].astype(np.float64) * slope + inter
+        require_finite(values, f"{name}[{index}]")
+        return values
+
+    def offset_of(index: int) -> float:
         values = values_of(index)
         if units == "hu":
             return hu_offset(values, name)
         require_chest_hu(values.ravel(), values, name, False)
         return 0.0
 
-    low, high = _range(values_of, grid[axis], name) if units == "range" else (0.0, 0.0)
-    offset = 0.0 if units == "range" else of_the_middle(grid[axis], hu_of_plane)
-    report_shape(affine, axis, problems, name)
-    report_units(taken_for(units, offset), problems, name)
+    offset = 0.0 if units == "range" else of_the_middle(grid[axis], offset_of)
+    extremes: list[float] = []
+    for index in range(grid[axis]) if units == "range" else ():
+        with contextlib.suppress(InputError):  # reported when its turn comes
+            values = values_of(index)
+            extremes += [float(values.min()), float(values.max())]
+    if units == "range" and not extremes:
+        raise InputError(not_hu(name, "no slice can be read"))
 
     def plane_of(index: int) -> npt.NDArray[np.float32]:
         values = values_of(index)
         if units == "range":
+            low, high = min(extremes), max(extremes)
             return np.clip((values - low) / ((high - low) or 1), 0, 1).astype(np.float32)
         return window(values - offset)
 
@@ -345,13 +344,13 @@ def open_nifti(name: str, units: str | None, spacing: tuple[float, float, float]
         names={index: f"{name}[{index}]" for index in range(grid[axis])},
         problems=tuple(problems),
         header=header,
-        threads=1,  # one stream
+        threads=2,
         units=taken_for(units, offset),
         plane=plane_of,
     )
 
 
-def _nifti_affine(image: Any, spacing: tuple[float, float, float] | None, problems: list[str], name: str) -> Floats:
+def _nifti_affine(image: Any, spacing: Spacing | None, problems: list[str], name: str) -> Floats:
     """The affine of an image, in mm; `spacing` goes into a header that has none."""
     header = image.header
     if int(header["sform_code"]) == 0 and int(header["qform_code"]) == 0:
@@ -375,46 +374,26 @@ def _nifti_affine(image: Any, spacing: tuple[float, float, float] | None, proble
     return np.diag([scale, scale, scale, 1.0]) @ affine
 
 
-def _nifti_planes(image: Any, grid: tuple[int, int, int], axis: int, name: str) -> Callable[[int], Floats]:
-    """Index along `axis` -> the plane there, float64, scaled as the header says."""
-    proxy = image.dataobj
-    whole: npt.NDArray[Any] | None = None
-    if axis != 2 and str(image.file_map["image"].filename).endswith((".gz", ".bz2", ".zst")):
-        # Planes lie scattered over the stream, which cannot be sought: hold it, in its stored dtype.
-        with reading(name, "NIfTI"):
-            whole = proxy.get_unscaled().reshape(grid)
-    where: list[Any] = [slice(None)] * len(proxy.shape)
-    for extra in range(3, len(proxy.shape)):
-        where[extra] = 0
+def _stored(image: Any, grid: tuple[int, int, int], name: str) -> npt.NDArray[Any]:
+    """The voxels as stored, of shape `grid`, or of fewer planes along its last axis if the file is cut off.
 
-    def values_of(index: int) -> Floats:
-        with reading(f"{name}[{index}]", "NIfTI"):
-            if whole is not None:
-                values = np.take(whole, index, axis).astype(np.float64) * proxy.slope + proxy.inter
-            elif len(proxy.shape) == 2:
-                values = np.asarray(proxy[:, :], np.float64)
-                values = np.take(values[:, :, None], index, axis)
-            else:
-                here = list(where)
-                here[axis] = index
-                values = np.asarray(proxy[tuple(here)], np.float64)
-            require_finite(values, f"{name}[{index}]")
-            return values
-
-    return values_of
-
-
-def _range(values_of: Callable[[int], Floats], count: int, name: str) -> tuple[float, float]:
-    extremes = []
-    for index in range(count):
-        try:
-            values = values_of(index)
-        except InputError:  # reported when its turn comes
-            continue
-        extremes.append((float(values.min()), float(values.max())))
-    if not extremes:
-        raise InputError(not_hu(name, "no slice can be read"))
-    return min(low for low, _ in extremes), max(high for _, high in extremes)
+    A .nii.gz is decompressed whole, with its checksum; other files stay on disk.
+    """
+    proxy, file = image.dataobj, os.fspath(image.file_map["image"].filename)
+    end = proxy.offset + math.prod(grid) * proxy.dtype.itemsize
+    if file.lower().endswith(".gz"):
+        data = np.empty(end + 1, np.uint8)  # takes memory as it is filled
+        filled = 0
+        with gzip.open(file) as stream:
+            while count := stream.readinto(data[filled : filled + (1 << 20)]):
+                filled += count
+        if filled < end:
+            raise InputError(f"{name}: the file is cut off. Copy or export it again.")
+    else:
+        data = np.memmap(file, np.uint8, "r")
+    plane = grid[0] * grid[1] * proxy.dtype.itemsize
+    planes = max(min((len(data) - proxy.offset) // plane, grid[2]), 0)
+    return data[proxy.offset : proxy.offset + planes * plane].view(proxy.dtype).reshape((*grid[:2], planes), order="F")
 
 
 Item = TypeVar("Item")

@@ -30,6 +30,7 @@ from ctmasknet.errors import ConfigError, CTMaskNetError, InputError, import_ext
 LUNG_WINDOW = (-1350.0, 150.0)  # HU
 MIN_SIDE = 32  # pixels; two cells of the models' stride 16, less cannot be a chest
 MAX_SIDE = 4096  # pixels; eight times a CT slice, more is a mistake or an attack
+MAX_RLE = 1 << 24  # bytes of a frame; they decode to 64 times as many at most
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 
 # What a chest CT in HU must look like; see require_chest_hu and hu_offset.
@@ -51,34 +52,26 @@ IMAGE_PLUGINS: dict[str, type[ImageFile.ImageFile]] = {
     "webp": WebPImageFile,
     "tiff": TiffImageFile,
 }
-DISPLAY_NAMES = {"png": "PNG", "jpeg": "JPEG", "webp": "WebP", "tiff": "TIFF", "dicom": "DICOM"}
 
-JPEG_SYNTAXES = (  # baseline, extended, lossless, lossless with first-order prediction
-    "1.2.840.10008.1.2.4.50",
-    "1.2.840.10008.1.2.4.51",
-    "1.2.840.10008.1.2.4.57",
-    "1.2.840.10008.1.2.4.70",
-)
-
-FUNCTIONAL_GROUPS = (
-    "PlanePositionSequence",
-    "PlaneOrientationSequence",
-    "PixelMeasuresSequence",
-    "PixelValueTransformationSequence",
-)
+JPEG_LOSSLESS = ("1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70")
+DECODERS = {  # transfer syntax: pydicom's plugin, and the module it needs
+    "1.2.840.10008.1.2.5": ("pydicom", "pydicom"),  # RLE
+    "1.2.840.10008.1.2.4.50": ("pillow", "PIL"),  # JPEG of 8 bits
+    "1.2.840.10008.1.2.4.51": ("pillow", "PIL"),
+    **dict.fromkeys(JPEG_LOSSLESS, ("gdcm", "gdcm")),
+    "1.2.840.10008.1.2.4.80": ("pyjpegls", "jpeg_ls"),  # JPEG-LS
+    "1.2.840.10008.1.2.4.81": ("pyjpegls", "jpeg_ls"),
+    "1.2.840.10008.1.2.4.90": ("pylibjpeg", "openjpeg"),  # JPEG 2000
+    "1.2.840.10008.1.2.4.91": ("pylibjpeg", "openjpeg"),
+}
 
 REFUSED_MAGIC = {
     b"GIF8": "GIF",
     b"BM": "BMP",
     b"\x00\x00\x00\x0cjP  ": "JPEG 2000",
-    b"\xff\x4f\xff\x51": "JPEG 2000",
-    b"8BPS": "Photoshop",
-    b"\x00\x00\x01\x00": "ICO",
     b"%PDF": "PDF",
     b"PK\x03\x04": "ZIP",
     b"\x1f\x8b": "gzip",
-    b"\x93NUMPY": "NumPy",
-    b"NRRD": "NRRD",
 }
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz", ".hdr", ".img")
@@ -170,10 +163,10 @@ def window(hu: np.ndarray) -> np.ndarray:
 def _read_file(name: str, units: str | None) -> Slice:
     """Find out what the file is by its first bytes and hand it to its reader."""
     with open_file(name) as stream:
-        kind = _kind_of(stream.read(132), name)
+        kind = _kind_of(stream.read(140), name)
         stream.seek(0)
         if kind == "dicom":
-            return _read_dicom(stream, name, units)
+            return _read_dicom(name, units)
         return _read_image(_open_image(stream, kind, name), name, kind, units)
 
 
@@ -182,25 +175,21 @@ def open_file(name: str) -> BinaryIO:
         status = Path(name).stat()
         if stat.S_ISREG(status.st_mode) and status.st_size > 0:
             return Path(name).open("rb")
-    except FileNotFoundError as error:
-        raise InputError(f"{name}: no such file. Check the path.") from error
-    except PermissionError as error:
-        raise InputError(f"{name}: no permission to read it. Change its permissions or copy it.") from error
     except (OSError, ValueError) as error:  # ValueError: a null byte, or not encodable
-        raise InputError(f"{name!r}: cannot be opened ({_reason(error)}). Check the path.") from error
+        reason = _reason(error).lower()
+        raise InputError(f"{name!r}: cannot be opened ({reason}). Check the path and its permissions.") from error
     if stat.S_ISDIR(status.st_mode):
         raise InputError(
             f"{name}: a directory, not a slice. Give one image or DICOM file inside it, or predict a folder with a "
             "DICOM series as a scan: Predictor.volume(path)."
         )
-    if stat.S_ISREG(status.st_mode):
-        raise InputError(f"{name}: the file is empty. Copy or export it again.")
     # Opening a pipe would wait for ever.
-    raise InputError(f"{name}: not a regular file. Give an image or a DICOM file.")
+    what = "the file is empty" if stat.S_ISREG(status.st_mode) else "not a regular file"
+    raise InputError(f"{name}: {what}. Give an image or a DICOM file.")
 
 
 def _kind_of(head: bytes, name: str) -> str:
-    """Name the format by the first 132 bytes; `name` decides only for DICOM files without preamble."""
+    """Name the format by the first bytes; `name` decides only for DICOM files without preamble."""
     if head.startswith(b"\x89PNG\r\n\x1a\n"):
         return "png"
     if head.startswith(b"\xff\xd8\xff"):
@@ -209,27 +198,22 @@ def _kind_of(head: bytes, name: str) -> str:
         return "webp"
     if head[:4] in (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+") and head[128:132] != b"DICM":
         return "tiff"
-    if head[128:132] == b"DICM" or name.lower().endswith(".dcm"):
+    if is_dicom_head(head, name):
         return "dicom"
     if name.lower().endswith(NIFTI_SUFFIXES) or head.startswith(NIFTI_MAGIC):
         raise InputError(f"{name}: NIfTI holds a whole scan, not a slice. Predict it as one: Predictor.volume(path).")
-    for magic, refused in REFUSED_MAGIC.items():
-        if head.startswith(magic):
-            raise InputError(
-                f"{name}: {refused} files are not supported. Give one axial slice as PNG, JPEG, WebP, TIFF or DICOM."
-            )
-    suffix = Path(name).suffix.lower().lstrip(".")
-    expected = {"jpg": "jpeg", "tif": "tiff"}.get(suffix, suffix)
-    missing = f"{DISPLAY_NAMES[expected]} header missing" if expected in DISPLAY_NAMES else "unknown format"
+    known = next((refused for magic, refused in REFUSED_MAGIC.items() if head.startswith(magic)), None)
+    suffix = Path(name).suffix.lower()
+    missing = f"{suffix[1:].upper()} header missing" if suffix in (*PICTURE_SUFFIXES, ".dcm") else "unknown format"
     raise InputError(
-        f"{name}: not a readable image ({missing}). Give a PNG, JPEG, WebP, TIFF or DICOM file; "
-        "a DICOM file without preamble must be named .dcm."
+        f"{name}: not a readable image ({f'{known} files are not supported' if known else missing}). Give a PNG, JPEG, "
+        "WebP, TIFF or DICOM file; a DICOM file without preamble must be named .dcm."
     )
 
 
 def _open_image(stream: BinaryIO, kind: str, name: str) -> Image.Image:
     """Open an image file, its pixels not yet decoded."""
-    with reading(name, DISPLAY_NAMES[kind]):
+    with reading(name, kind.upper()):
         image = IMAGE_PLUGINS[kind](stream)
         require_size(image.height, image.width, name)
         if kind == "png":
@@ -244,12 +228,11 @@ def _read_image(image: Image.Image, source: str, kind: str, units: str | None) -
     """A PIL image, decoded or not -> the slice."""
     require_size(image.height, image.width, source)
     with reading(source, "image"):
-        frames = getattr(image, "n_frames", 1)
+        # Pillow walks through all pages of a TIFF to count them, round and round if they are a loop.
+        several = image.tag_v2.next if isinstance(image, TiffImageFile) else getattr(image, "n_frames", 1) > 1
+        if several:
+            raise InputError(f"{source}: several pages or frames, one slice is expected. Split them.")
         image.load()
-    if frames > 1:
-        raise InputError(f"{source}: {frames} pages or frames, one slice is expected. Split them.")
-    if isinstance(image, TiffImageFile) and image.tag_v2.next:  # Pillow goes round once and counts one
-        raise InputError(f"{source}: damaged TIFF, its pages lead back to themselves. Copy or export it again.")
     if image.mode in ("L", "LA", "RGB", "RGBX", "RGBA", "P", "PA"):
         if units == "hu":
             raise InputError(
@@ -291,22 +274,16 @@ def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
 
 def _read_array(values: np.ndarray, source: str, units: str | None) -> Slice:
     """An array of a supported shape and any dtype -> the slice."""
-    shape = tuple(values.shape)
-    if values.ndim == 3 and shape[-1] in (1, 3, 4):
-        height, width = shape[:2]
-    elif values.ndim == 3 and shape[0] in (1, 3):
-        height, width = shape[1:]
-    elif values.ndim == 2:
-        height, width = shape
-    else:
+    shape = values.shape
+    if values.ndim == 3 and shape[-1] not in (1, 3, 4) and shape[0] in (1, 3):
+        values = np.moveaxis(values, 0, -1)
+    if values.ndim != 2 and not (values.ndim == 3 and values.shape[-1] in (1, 3, 4)):
         raise InputError(
             f"{source}: shape {shape} is not one slice. Give (H, W), (H, W, 1|3|4), (1, H, W) or (3, H, W)."
         )
-    require_size(height, width, source)
+    require_size(*values.shape[:2], source)
     if values.dtype.kind not in "uif":
         raise InputError(f"{source}: dtype {values.dtype} is not an image. Give uint8, or float in 0..1.")
-    if values.ndim == 3 and (height, width) != shape[:2]:
-        values = values.transpose(1, 2, 0)
     require_finite(values, source)
     if units is not None:
         return _slice(_grey(values), source, source, units)
@@ -354,14 +331,10 @@ def taken_for(units: str | None, offset: float) -> str | None:
     return "hu+1024" if offset else units
 
 
-def _read_dicom(stream: BinaryIO, name: str, units: str | None) -> Slice:
+def _read_dicom(name: str, units: str | None) -> Slice:
     """A single-frame DICOM file -> the slice."""
-    pydicom = import_extra("pydicom", "io", "reading DICOM files")
     with reading(name, "DICOM"):
-        if not starts_as_dicom(stream.read(140)):
-            raise InputError(f"{name}: not a DICOM file (it does not begin as one). Copy or export it again.")
-        stream.seek(0)
-        header = pydicom.dcmread(stream, stop_before_pixels=True, force=True)
+        header = read_dicom(name, stop_before_pixels=True)
         if "Rows" not in header or "Columns" not in header:
             raise InputError(f"{name}: no image in this DICOM file (or no DICOM file at all). Give an image file.")
         frames = int(header.get("NumberOfFrames") or 1)
@@ -370,26 +343,48 @@ def _read_dicom(stream: BinaryIO, name: str, units: str | None) -> Slice:
                 f"{name}: {frames} frames, one slice is expected. Predict it as a scan: Predictor.volume(path)."
             )
         require_dicom_slice(header, name, units)
-        stream.seek(0)
-        pixels, offset = pixels_of_frame(pydicom.dcmread(stream, force=True), name, units)
+        pixels, offset = pixels_of_frame(read_dicom(name), name, units)
         return Slice(pixels, name, "dicom", taken_for(units, offset))
 
 
-def starts_as_dicom(head: bytes) -> bool:
-    """Is the first element one that DICOM files begin with, with or without preamble?
+def read_dicom(name: str, **options: Any) -> Any:
+    """A pydicom dataset; `options` are dcmread's."""
+    pydicom = import_extra("pydicom", "io", "reading DICOM files")
+    with reading(name, "DICOM"), open_file(name) as stream:
+        return pydicom.dcmread(stream, force=True, **options)
+
+
+def is_dicom_head(head: bytes, name: str) -> bool:
+    """Do these 140 bytes begin a DICOM file, with a preamble or, by its name, without?
 
     pydicom reads on through anything: gigabytes of zeros are hundreds of millions of elements to it.
     """
-    first = head[132:134] if head[128:132] == b"DICM" else head[:2]
-    return first in (b"\x02\x00", b"\x08\x00", b"\x00\x08")  # file meta, identification (either byte order)
+    preamble = head[128:132] == b"DICM"
+    first = head[132:134] if preamble else head[:2]
+    # File meta information, or identification in either byte order.
+    return (preamble or name.lower().endswith(".dcm")) and first in (b"\x02\x00", b"\x08\x00", b"\x00\x08")
 
 
 def require_dicom_slice(header: Any, name: str, units: str | None, frame: int = 0) -> None:
     """Refuse, by the header alone, what is too large, in colour, or (without `units`) not a CT slice in HU."""
     require_size(int(header.Rows), int(header.Columns), name)
     is_monochrome1(header, name)
-    if units is None:
-        require_ct(header, rescale_of(header, frame), name)
+    if units is not None:
+        return
+    modality, kind = str(header.get("Modality") or "missing"), str(header.get("RescaleType") or "HU").strip()
+    if modality != "CT":
+        raise InputError(not_hu(name, f"DICOM modality is {modality}, not CT, so the values may not be HU"))
+    if is_localizer(header):
+        raise InputError(f"{name}: a localizer (scout view), not an axial slice. Give an axial slice of the series.")
+    if rescale_of(header, frame) is None:
+        raise InputError(not_hu(name, "no usable rescale slope and intercept, so the values may not be HU"))
+    if kind != "HU":
+        raise InputError(not_hu(name, f"rescale type is {kind}, so the values are not HU"))
+
+
+def is_localizer(header: Any) -> bool:
+    words = header.get("ImageType") or []
+    return "LOCALIZER" in ([words] if isinstance(words, str) else words)
 
 
 def pixels_of_frame(
@@ -409,7 +404,7 @@ def pixels_of_frame(
         InputError: damaged pixels, not finite, all padding, or no HU of a chest.
     """
     inverted = is_monochrome1(dataset, name)
-    stored = _decode(import_extra("pydicom", "io", "reading DICOM files"), dataset, name, frame)
+    stored = _decode(dataset, name, frame)
     slope, intercept = rescale_of(dataset, frame) or (1.0, 0.0)
     values = stored.astype(np.float64) * slope + intercept
     require_finite(values, name)
@@ -449,34 +444,17 @@ def rescale_of(header: Any, frame: int = 0) -> tuple[float, float] | None:
 def numbers_of(header: Any, frame: int, keyword: str, count: int) -> np.ndarray | None:
     """`count` finite numbers of a frame, (count,) float64, or None; Enhanced CT keeps them in functional groups."""
     own = (header.get("PerFrameFunctionalGroupsSequence") or [])[frame : frame + 1]
-    shared = header.get("SharedFunctionalGroupsSequence") or []
-    items = [item for group in (*own, *shared) for name in FUNCTIONAL_GROUPS for item in group.get(name) or []]
+    groups = [*own, *(header.get("SharedFunctionalGroupsSequence") or [])]
+    items = [item for group in groups for element in group if element.VR == "SQ" for item in element.value]
     for holder in (header, *items):
         value = holder.get(keyword)
-        if value is None or value == "":
-            continue
         try:
-            numbers = np.atleast_1d(np.asarray(value, np.float64))
+            numbers = np.atleast_1d(np.asarray(value, np.float64))  # None is NaN
         except (TypeError, ValueError):
             continue
         if numbers.shape == (count,) and np.isfinite(numbers).all():
             return numbers
     return None
-
-
-def require_ct(header: Any, rescale: tuple[float, float] | None, name: str) -> None:
-    """Refuse what the header says is not a CT slice in HU."""
-    modality = str(header.get("Modality") or "missing")
-    kind = str(header.get("RescaleType") or "HU").strip()
-    image_type = header.get("ImageType") or []
-    if modality != "CT":
-        raise InputError(not_hu(name, f"DICOM modality is {modality}, not CT, so the values may not be HU"))
-    if "LOCALIZER" in ([image_type] if isinstance(image_type, str) else image_type):
-        raise InputError(f"{name}: a localizer (scout view), not an axial slice. Give an axial slice of the series.")
-    if rescale is None:
-        raise InputError(not_hu(name, "no usable rescale slope and intercept, so the values may not be HU"))
-    if kind != "HU":
-        raise InputError(not_hu(name, f"rescale type is {kind}, so the values are not HU"))
 
 
 def require_chest_hu(image: np.ndarray, values: np.ndarray, name: str, monochrome1: bool) -> None:
@@ -514,11 +492,7 @@ def hu_offset(values: np.ndarray, name: str) -> float:
 
 
 def of_the_middle(count: int, judge: Callable[[int], float]) -> float:
-    """What `judge` says of a slice near the middle of `count`, since the ends of a scan may be blank.
-
-    Raises:
-        InputError: three slices are refused; the reason is that of the middle one.
-    """
+    """What `judge` says of a slice near the middle, since the ends of a scan may be blank; an InputError if of none."""
     refusals = []
     for index in sorted({count // 2, count // 4, 3 * count // 4}, key=lambda index: abs(index - count // 2)):
         try:
@@ -542,79 +516,81 @@ def not_hu(name: str, what: str) -> str:
     )
 
 
-def _decode(pydicom: Any, dataset: Any, name: str, index: int = 0) -> np.ndarray:
+def _decode(dataset: Any, name: str, index: int) -> np.ndarray:
     """Stored values of one frame, (H, W), integer or float, before rescale."""
-    frames = int(dataset.get("NumberOfFrames") or 1)
-    meta = getattr(dataset, "file_meta", None)
-    if meta is None:
-        meta = dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    pydicom = import_extra("pydicom", "io", "reading DICOM files")
+    meta, rows, columns = dataset.file_meta, int(dataset.Rows), int(dataset.Columns)
     if "TransferSyntaxUID" not in meta:
         implicit, little_endian = dataset.original_encoding
-        if little_endian is False:
-            meta.TransferSyntaxUID = pydicom.uid.ExplicitVRBigEndian
-        else:
-            meta.TransferSyntaxUID = (
-                pydicom.uid.ExplicitVRLittleEndian if implicit is False else pydicom.uid.ImplicitVRLittleEndian
-            )
-    if meta.TransferSyntaxUID in JPEG_SYNTAXES:
-        frame = pydicom.encaps.get_frame(dataset.PixelData, index, number_of_frames=frames)
-        if not _is_sound_jpeg(frame, int(dataset.Rows), int(dataset.Columns)):
-            raise InputError(f"{name}: the JPEG data in this DICOM file is damaged. Copy or export it again.")
+        explicit = pydicom.uid.ExplicitVRLittleEndian if little_endian else pydicom.uid.ExplicitVRBigEndian
+        meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian if implicit else explicit
+    syntax, plugin = meta.TransferSyntaxUID, ""
+    if syntax.is_encapsulated:
+        if syntax not in DECODERS:
+            raise InputError(f"{name}: pixels compressed as {syntax.name} are not supported. Save it uncompressed.")
+        plugin, module = DECODERS[syntax]
+        import_extra(module, "io", f"{name}: decoding {syntax.name}")
+        frame = pydicom.encaps.get_frame(
+            dataset.PixelData, index, number_of_frames=int(dataset.get("NumberOfFrames") or 1)
+        )
+        if not _is_sound(frame, rows, columns, syntax):
+            raise InputError(f"{name}: its pixels ({syntax.name}) are damaged. Copy or export it again.")
     try:
-        stored = np.asarray(pydicom.pixels.pixel_array(dataset, index=index))
-    except (
-        RuntimeError,
-        NotImplementedError,
-    ):  # how pydicom says that no decoder is there, or that it failed
-        if meta.TransferSyntaxUID.is_compressed:
-            import_extra("gdcm", "io", f"{name}: decoding {meta.TransferSyntaxUID.name}")
-        raise
-    if stored.shape != (int(dataset.Rows), int(dataset.Columns)):
+        stored = np.asarray(pydicom.pixels.pixel_array(dataset, index=index, decoding_plugin=plugin))
+    except RuntimeError as error:  # its text holds a traceback
+        raise InputError(f"{name}: its pixels ({syntax.name}) are damaged. Copy or export it again.") from error
+    if stored.shape != (rows, columns):
         raise InputError(f"{name}: pixels have shape {stored.shape}, one (H, W) slice is expected. Export it again.")
     return stored
 
 
-def _is_sound_jpeg(frame: bytes, rows: int, columns: int) -> bool:
-    """Are the segments before the pixels (ITU-T T.81, B.2) sound, for one grey component of this size?
+def _is_sound(frame: bytes, rows: int, columns: int, syntax: str) -> bool:
+    """Does a compressed frame say itself that it is one grey component of this size?
 
-    GDCM ends the whole process, not with an exception, on some that are not.
+    Decoders allocate what it says. GDCM ends the whole process on unsound Huffman tables.
     """
-    if frame[:2] != b"\xff\xd8":
+    if DECODERS[syntax][0] == "pydicom":  # RLE holds no size, and expands at most 64 times
+        return len(frame) <= min(5 * rows * columns + 64, MAX_RLE)
+    try:
+        if frame[:4] == b"\xff\x4f\xff\x51":  # ITU-T T.800, A.5.1: ends, starts, tiles, components, sampling
+            right, bottom, left, top, width, height, *rest = struct.unpack_from(">8IHxBB", frame, 8)
+            sizes = (bottom, right, left, top, *rest) == (rows, columns, 0, 0, 0, 0, 1, 1, 1)
+            return sizes and width * height >= MIN_SIDE**2  # smaller tiles are a great many
+        return frame[:2] == b"\xff\xd8" and _is_sound_jpeg(frame, rows, columns, syntax in JPEG_LOSSLESS)
+    except struct.error:
         return False
-    place, tables, component, lossless = 2, set(), None, False
+
+
+def _is_sound_jpeg(frame: bytes, rows: int, columns: int, lossless: bool) -> bool:
+    """As `_is_sound`, of the segments before the pixels (ITU-T T.81, B.2; T.87, C.2)."""
+    place, tables, component = 2, set(), None
     while True:
         marker, length = struct.unpack_from(">HH", frame, place)
         body = frame[place + 4 : place + 2 + length]
         if length < 2 or len(body) != length - 2:
             return False
-        if marker in (0xFFC0, 0xFFC1, 0xFFC3):  # start of frame: baseline, extended, lossless
-            precision, height, width, components, component = struct.unpack_from(">BHHBB", body)
-            lossless = marker == 0xFFC3
+        if marker in ((0xFFC3,) if lossless else (0xFFC0, 0xFFC1, 0xFFC2, 0xFFF7)):  # start of frame
+            precision, height, width, components, component, sampling = struct.unpack_from(">BHHBBB", body)
             if (height, width, components, len(body)) != (rows, columns, 1, 9) or not 2 <= precision <= 16:
                 return False
-            if not (1 <= body[7] >> 4 <= 4 and 1 <= body[7] & 0x0F <= 4):  # sampling factors
+            if not (1 <= sampling >> 4 <= 4 and 1 <= sampling & 0x0F <= 4):
                 return False
-        elif marker == 0xFFC4:  # Huffman tables
+        elif marker == 0xFFC4 and lossless:  # Huffman tables
             while body:
                 counts, symbols = body[1:17], body[17 : 17 + sum(body[1:17])]
                 codes = sum(count << (16 - bits) for bits, count in enumerate(counts, start=1))
-                if len(symbols) != sum(counts) or not symbols or codes > 1 << 16:
-                    return False
-                if lossless and max(symbols) > 16:
+                if len(symbols) != sum(counts) or not symbols or codes > 1 << 16 or max(symbols) > 16:
                     return False
                 tables.add(body[0])
                 body = body[17 + len(symbols) :]
         elif marker == 0xFFDA:  # start of scan
             if component is None or len(body) != 6 or body[0] != 1 or body[1] != component:
                 return False
-            dc_table, ac_table = body[2] >> 4, 0x10 | body[2] & 0x0F
-            if lossless:
-                return dc_table in tables and 1 <= body[3] <= 7
-            return dc_table in tables and ac_table in tables
+            return not lossless or (body[2] >> 4 in tables and 1 <= body[3] <= 7)
         elif marker == 0xFFE0 and body[:5] == b"JFIF\0":
             if body[5:6] != b"\x01":  # major version; GDCM stops at others
                 return False
-        elif not (0xFFE0 <= marker <= 0xFFEF or marker in (0xFFDB, 0xFFDD, 0xFFFE)):
+        elif not (0xFFE0 <= marker <= 0xFFEF or marker in (0xFFC4, 0xFFDB, 0xFFDD, 0xFFF8, 0xFFFE)):
             return False
         place += 2 + length
 
@@ -633,14 +609,10 @@ def _padding_of(dataset: Any, stored: np.ndarray) -> np.ndarray:
 
 
 def require_size(height: int, width: int, source: str) -> None:
-    if min(height, width) < MIN_SIDE:
+    if min(height, width) < MIN_SIDE or max(height, width) > MAX_SIDE:
+        wrong = "small" if min(height, width) < MIN_SIDE else "large"
         raise InputError(
-            f"{source}: {width} x {height} pixels is too small. A slice has at least {MIN_SIDE} on each side."
-        )
-    if max(height, width) > MAX_SIDE:
-        raise InputError(
-            f"{source}: {width} x {height} pixels is too large. A slice has at most {MAX_SIDE} on each side: "
-            "give the original slice, or make it smaller."
+            f"{source}: {width} x {height} pixels is too {wrong}. A slice has {MIN_SIDE} to {MAX_SIDE} on each side."
         )
 
 
@@ -651,19 +623,20 @@ def require_finite(values: np.ndarray, source: str) -> None:
 
 
 @contextmanager
-def reading(source: str, what: str) -> Iterator[None]:
-    """Turn whatever a decoder raises on damaged bytes (struct.error, SyntaxError, …) into InputError."""
+def reading(source: str, what: str, kind: type[CTMaskNetError] = InputError) -> Iterator[None]:
+    """Turn whatever a parser raises on damaged or hostile bytes into one error of ours."""
     try:
         yield
     except CTMaskNetError:
         raise
     except Exception as error:
-        raise InputError(
-            f"{source}: not a readable {what} ({_reason(error)}). It is damaged or incomplete: copy or export it again."
-        ) from error
+        reason = f"{source}: not a readable {what} ({_reason(error)}). It is damaged or incomplete"
+        raise kind(f"{reason}: copy or export it again.") from error
 
 
 def _reason(error: Exception) -> str:
     """The exception's text on one line."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    if isinstance(error, KeyError):
+        text += " is missing"
     return " ".join(text.split())[:200] or type(error).__name__
