@@ -127,8 +127,7 @@ def _group_of(groups: list[Group], header: Any, plane: Plane, refusal: str | Non
         if (group.series, group.size, group.refusal is None) == key:
             turned = np.abs(group.planes[0].directions - plane.directions).max() > SAME_DIRECTION
             # A spacing that is missing is like another that is missing, and like none that is not.
-            spacings = [spacing or (0.0, 0.0) for spacing in (group.pixel_spacing, pixel_spacing)]
-            if not turned and np.allclose(*spacings, rtol=1e-3):
+            if not turned and np.allclose(group.pixel_spacing or (0, 0), pixel_spacing or (0, 0), rtol=1e-3):
                 return group
     distances = (numbers_of(header, plane.frame, tag, 1) for tag in ("SpacingBetweenSlices", "SliceThickness"))
     distance = next((float(value[0]) for value in distances if value is not None and value[0] > 0), None)

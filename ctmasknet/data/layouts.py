@@ -297,7 +297,7 @@ def read_class_mask(path: Path) -> np.ndarray:
     """
     with reading(str(path), "mask", DataError), open_file(str(path)) as stream:
         image = PngImageFile(stream)
-        require_size(image.height, image.width, str(path))
+        require_size((image.height, image.width), str(path))
         pixels = np.asarray(image)
     if pixels.dtype == bool:  # its 1 would pass for lung
         raise DataError(f"{path}: a mask of 1 bit has no class codes; save it with 8 bits, lesions as 2")
@@ -359,11 +359,12 @@ def list_slices(
         raise ConfigError(f"unknown task {task!r}: use 'segmentation' or 'classification'")
     check_target_options(classes, min_area)
     paths = _as_paths(data)
-    if task == "segmentation":
-        return _finish(_list_segmentation(paths, classes, min_area), names)
-    if isinstance(names, str | os.PathLike) and _tells_classes(Path(names)):
-        return _finish(_list_covidx(Path(names), paths))
-    return _finish(_list_classification(paths), names)
+    with reading(", ".join(map(str, paths)), "data set", DataError):
+        if task == "segmentation":
+            return _finish(_list_segmentation(paths, classes, min_area), names)
+        if isinstance(names, str | os.PathLike) and _tells_classes(Path(names)):
+            return _finish(_list_covidx(Path(names), paths))
+        return _finish(_list_classification(paths), names)
 
 
 def guess_task(data: PathLike | Sequence[PathLike]) -> Task:
@@ -421,7 +422,7 @@ def _list_coco(json_path: Path, min_area: int) -> Listing:
             images = {}
             for entry in content["images"]:
                 size = (typed("height", entry["height"], int), typed("width", entry["width"], int))
-                require_size(*size, f"{json_path}: image {entry['file_name']}")
+                require_size(size, f"{json_path}: image {entry['file_name']}")
                 images[entry["id"]] = (str(entry["file_name"]), size)
             for annotation in content["annotations"]:
                 if annotation.get("iscrowd"):
@@ -437,7 +438,7 @@ def _list_coco(json_path: Path, min_area: int) -> Listing:
         found.report(json_path, str(error).removeprefix(f"{json_path}: "))
         return found
 
-    homes = (json_path.parent, json_path.absolute().parent.parent)
+    homes = (json_path.parent, Path(os.path.realpath(json_path)).parent.parent)
     folders = [folder for home in homes for folder in (home, home / "images", home / "imgs")]
     for identifier, (file_name, size) in images.items():
         name = slice_name(file_name)
@@ -675,7 +676,7 @@ def _tells_classes(list_file: Path) -> bool:
 
 def _patient_index(root: Path, found: Listing) -> dict[str, str]:
     """Patients by name from index.csv in `root` or the folder that holds it; empty without one."""
-    home = root.absolute()
+    home = Path(os.path.realpath(root))
     path = next((path for path in (home / "index.csv", home.parent / "index.csv") if path.is_file()), None)
     if path is None:
         return {}

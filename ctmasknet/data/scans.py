@@ -126,7 +126,7 @@ class Volume:
         """
         name, plane, (transposed, flipped) = self.names[index], self.plane(index), self._turn
         pixels = np.flip(plane.T if transposed else plane, flipped)
-        require_size(*pixels.shape, name)
+        require_size(pixels.shape, name)
         return Slice(np.ascontiguousarray(pixels, np.float32), name, self.kind, self.units)
 
     def slices(self) -> Iterator[tuple[int, Slice | InputError]]:
@@ -147,12 +147,13 @@ class Volume:
         return image.T if transposed else image
 
     @cached_property
-    def _turn(self) -> tuple[bool, list[int]]:
+    def _turn(self) -> tuple[bool, tuple[int, ...]]:
         """Must a plane be transposed to have columns from side to side? Then, which axes of the picture to reverse."""
         axes, signs = self.orientation.T.tolist()
         in_plane = [body for body in axes if body != 2]
         # Rows run to the back, columns to the patient's left.
-        return in_plane == [0, 1], [picture for picture, body in ((0, 1), (1, 0)) if signs[axes.index(body)] > 0]
+        reversed_axes = (picture for picture, body in ((0, 1), (1, 0)) if signs[axes.index(body)] > 0)
+        return in_plane == [0, 1], tuple(reversed_axes)
 
     def mask_image(self, mask: npt.NDArray[np.uint8]) -> Any:
         """A mask over the grid, of `shape`, as a nibabel image with this scan's geometry, bit for bit for NIfTI."""
@@ -300,7 +301,7 @@ def _open_nifti(name: str, units: str | None, spacing: Spacing | None) -> Volume
         grid = _bounded((int(shape[0]), int(shape[1]), int(shape[2]) if len(shape) > 2 else 1), name)
         header.set_data_shape(grid)
         axis = int(np.flatnonzero(nibabel.orientations.io_orientation(affine)[:, 0] == 2)[0])
-        require_size(*(length for index, length in enumerate(grid) if index != axis), name)
+        require_size(np.delete(grid, axis).tolist(), name)
         stored, slope, inter = _stored(image, grid, name), image.dataobj.slope, image.dataobj.inter
     if stored.shape != grid and axis != 2:
         raise InputError(f"{name}: the file is cut off. Copy or export it again.")
@@ -385,7 +386,7 @@ def _stored(image: Any, grid: tuple[int, int, int], name: str) -> npt.NDArray[An
         data = np.empty(end + 1, np.uint8)  # takes memory as it is filled
         filled = 0
         with gzip.open(file) as stream:
-            while count := stream.readinto(data[filled : filled + (1 << 20)]):
+            while count := stream.readinto(data.data[filled : filled + (1 << 20)]):
                 filled += count
         if filled < end:
             raise InputError(f"{name}: the file is cut off. Copy or export it again.")

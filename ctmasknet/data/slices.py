@@ -11,7 +11,7 @@ import os
 import stat
 import struct
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +54,7 @@ IMAGE_PLUGINS: dict[str, type[ImageFile.ImageFile]] = {
 }
 
 JPEG_LOSSLESS = ("1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70")
+DEFLATED = "1.2.840.10008.1.2.1.99"
 DECODERS = {  # transfer syntax: pydicom's plugin, and the module it needs
     "1.2.840.10008.1.2.5": ("pydicom", "pydicom"),  # RLE
     "1.2.840.10008.1.2.4.50": ("pillow", "PIL"),  # JPEG of 8 bits
@@ -215,7 +216,7 @@ def _open_image(stream: BinaryIO, kind: str, name: str) -> Image.Image:
     """Open an image file, its pixels not yet decoded."""
     with reading(name, kind.upper()):
         image = IMAGE_PLUGINS[kind](stream)
-        require_size(image.height, image.width, name)
+        require_size((image.height, image.width), name)
         if kind == "png":
             # Decoding does not look at checksums; verify() does, and uses the image up.
             image.verify()
@@ -226,7 +227,7 @@ def _open_image(stream: BinaryIO, kind: str, name: str) -> Image.Image:
 
 def _read_image(image: Image.Image, source: str, kind: str, units: str | None) -> Slice:
     """A PIL image, decoded or not -> the slice."""
-    require_size(image.height, image.width, source)
+    require_size((image.height, image.width), source)
     with reading(source, "image"):
         # Pillow walks through all pages of a TIFF to count them, round and round if they are a loop.
         several = image.tag_v2.next if isinstance(image, TiffImageFile) else getattr(image, "n_frames", 1) > 1
@@ -281,7 +282,7 @@ def _read_array(values: np.ndarray, source: str, units: str | None) -> Slice:
         raise InputError(
             f"{source}: shape {shape} is not one slice. Give (H, W), (H, W, 1|3|4), (1, H, W) or (3, H, W)."
         )
-    require_size(*values.shape[:2], source)
+    require_size(values.shape[:2], source)
     if values.dtype.kind not in "uif":
         raise InputError(f"{source}: dtype {values.dtype} is not an image. Give uint8, or float in 0..1.")
     require_finite(values, source)
@@ -350,7 +351,13 @@ def _read_dicom(name: str, units: str | None) -> Slice:
 def read_dicom(name: str, **options: Any) -> Any:
     """A pydicom dataset; `options` are dcmread's."""
     pydicom = import_extra("pydicom", "io", "reading DICOM files")
+    reader = pydicom.filereader
     with reading(name, "DICOM"), open_file(name) as stream:
+        reader.read_preamble(stream, True)
+        meta = reader.read_dataset(stream, False, True, stop_when=lambda tag, vr, length: tag >> 16 != 2)
+        if meta.get("TransferSyntaxUID") == DEFLATED:  # pydicom would decompress it without bound
+            raise InputError(f"{name}: deflated DICOM is not supported. Save it in another transfer syntax.")
+        stream.seek(0)
         return pydicom.dcmread(stream, force=True, **options)
 
 
@@ -367,7 +374,7 @@ def is_dicom_head(head: bytes, name: str) -> bool:
 
 def require_dicom_slice(header: Any, name: str, units: str | None, frame: int = 0) -> None:
     """Refuse, by the header alone, what is too large, in colour, or (without `units`) not a CT slice in HU."""
-    require_size(int(header.Rows), int(header.Columns), name)
+    require_size((int(header.Rows), int(header.Columns)), name)
     is_monochrome1(header, name)
     if units is not None:
         return
@@ -608,7 +615,8 @@ def _padding_of(dataset: Any, stored: np.ndarray) -> np.ndarray:
     return (stored >= low) & (stored <= high)
 
 
-def require_size(height: int, width: int, source: str) -> None:
+def require_size(size: Sequence[int], source: str) -> None:
+    height, width = size
     if min(height, width) < MIN_SIDE or max(height, width) > MAX_SIDE:
         wrong = "small" if min(height, width) < MIN_SIDE else "large"
         raise InputError(
