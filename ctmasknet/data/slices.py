@@ -638,8 +638,8 @@ def reading(source: str, what: str, kind: type[CTMaskNetError] = InputError) -> 
     except CTMaskNetError:
         raise
     except Exception as error:
-        reason = f"{source}: not a readable {what} ({_reason(error)}). It is damaged or incomplete"
-        raise kind(f"{reason}: copy or export it again.") from error
+        problem = f"{source}: not a readable {what} ({_reason(error)})"
+        raise kind(f"{problem}. It is damaged or incomplete: copy or export it again.") from error
 
 
 def _reason(error: Exception) -> str:
