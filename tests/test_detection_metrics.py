@@ -37,14 +37,23 @@ def strip(*spans: tuple[int, int], width: int = 100) -> np.ndarray:
     return masks
 
 
+def lesions_of(*images: dict[str, Any]) -> SegmentationMetrics:
+    return SegmentationMetrics([row for image in images for row in segmentation_rows(**image)])
+
+
+def coco_of(*images: dict[str, Any]) -> CocoMetrics:
+    return CocoMetrics([coco_row(**image) for image in images])
+
+
 def ap(gt: np.ndarray, pred: np.ndarray, scores: list[float], iou: float = 0.5, **labels: list[int]) -> float:
-    target = {"masks": gt, "labels": np.array(labels.get("gt_labels", [1] * len(gt)))}
-    found = {"masks": pred, "labels": np.array(labels.get("pred_labels", [1] * len(pred))), "scores": np.array(scores)}
-    return float(released_average_precision(target, found, [iou])[0])
+    gt_labels, pred_labels = (
+        np.array(labels.get(f"{name}_labels", [1] * len(masks))) for name, masks in (("gt", gt), ("pred", pred))
+    )
+    return float(released_average_precision(mask_iou(pred, gt), gt_labels, pred_labels, np.array(scores), [iou])[0])
 
 
 def random_image(seed: int, instances: int, predictions: int, size: int = 64) -> dict[str, Any]:
-    """Blocky lesions and noisy copies of them, in the keyword arguments of `CocoMetrics.update`."""
+    """Blocky lesions and noisy copies of them, in the keyword arguments of `coco_row`."""
     rng = np.random.default_rng(seed)
 
     def block(x: int, y: int, w: int, h: int) -> np.ndarray:
@@ -104,28 +113,23 @@ def test_mask_iou_of_empty_masks_is_zero() -> None:
 # --- released protocol ---
 
 
-def golden_case(index: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray, np.ndarray]:
-    with np.load(GOLDEN) as data:
-        case = {name: data[f"{name}_{index}"] for name in GOLDEN_NAMES}
-        for name in ("gt_masks", "pred_masks"):
-            case[name] = np.unpackbits(case[name], axis=-1).astype(bool)
-        gt_masks, gt_labels, pred_masks, pred_labels, scores = case.values()
-        found = {"masks": pred_masks, "labels": pred_labels, "scores": scores}
-        return {"masks": gt_masks, "labels": gt_labels}, found, data["iou_thresholds"], data["ap"][index]
-
-
 @pytest.mark.parametrize("index", range(40))
 def test_released_ap_equals_the_released_code(index: int) -> None:
-    target, found, thresholds, expected = golden_case(index)
-    result = released_average_precision(target, found, thresholds)
+    with np.load(GOLDEN) as data:
+        case = {name: data[f"{name}_{index}"] for name in GOLDEN_NAMES}
+        thresholds, expected = data["iou_thresholds"], data["ap"][index]
+    gt_masks, pred_masks = (np.unpackbits(case[f"{k}_masks"], axis=-1).astype(bool) for k in ("gt", "pred"))
+    iou = mask_iou(pred_masks, gt_masks)
+    result = released_average_precision(iou, case["gt_labels"], case["pred_labels"], case["scores"], thresholds)
     assert result.dtype == np.float64
     np.testing.assert_allclose(result, expected, rtol=0, atol=1e-6)
 
 
-def test_released_ap_takes_tensors() -> None:
-    *case, thresholds, expected = golden_case(9)
-    result = released_average_precision(*({k: torch.from_numpy(v) for k, v in d.items()} for d in case), thresholds)
-    np.testing.assert_allclose(result, expected, rtol=0, atol=1e-6)
+def test_rows_are_the_same_of_arrays_and_tensors() -> None:
+    image = random_image(9, 3, 8)
+    tensors = {part: {k: torch.from_numpy(v) for k, v in given.items()} for part, given in image.items()}
+    assert segmentation_rows(**tensors) == segmentation_rows(**image)
+    assert coco_row(**tensors) == coco_row(**image)
 
 
 def test_released_ap_without_instances_or_predictions() -> None:
@@ -176,10 +180,10 @@ def test_released_ap_breaks_ties_as_the_released_code() -> None:
     ("part", "change", "message"),
     [
         ("found", {"masks": np.zeros((2, 1, 32, 32), bool)}, "shape"),
-        ("found", {"masks": np.zeros((2, 32, 32), np.float32)}, "soft masks"),
+        ("found", {"masks": np.zeros((2, 32, 32), np.float32)}, "found: expected bool masks"),
         ("found", {"masks": np.zeros((2, 16, 32), bool)}, "different image sizes"),
-        ("found", {"labels": np.array([1])}, "labels found"),
-        ("target", {"labels": np.array([0.5])}, "target labels"),
+        ("found", {"labels": np.array([1])}, "found: expected 2 integer labels"),
+        ("target", {"labels": np.array([0.5])}, "target: expected 1 integer labels"),
         ("found", {"scores": np.array([0.1])}, "scores"),
         ("found", {"scores": np.array([0.1, np.nan])}, "scores"),
     ],
@@ -194,24 +198,23 @@ def test_ill_fitting_input_is_named(part: str, change: dict[str, np.ndarray], me
         },
     }
     with pytest.raises(DataError, match=message):
-        released_average_precision(**{**good, part: good[part] | change})
+        segmentation_rows(**{**good, part: good[part] | change})
 
 
 # --- segmentation metrics ---
 
 
 def test_segmentation_metrics_equal_numbers_worked_out_by_hand() -> None:
-    metrics = SegmentationMetrics()
     # Lesions of 10 and 20 px; the first found with IoU 0.8 and again with 0.6, the second with 0.5 only.
     lesions, found = strip((0, 10), (50, 70)), strip((0, 8), (0, 6), (50, 60))
     nothing = {"masks": strip(), "labels": np.zeros(0, int), "scores": np.zeros(0)}
-    metrics.update(
-        {"masks": lesions, "labels": [1, 1]}, {"masks": found, "labels": [1, 1, 1], "scores": [0.9, 0.8, 0.7]}
-    )
+    first = {
+        "target": {"masks": lesions, "labels": [1, 1]},
+        "found": {"masks": found, "labels": [1, 1, 1], "scores": [0.9, 0.8, 0.7]},
+    }
     # Nothing there, one false alarm of 6 px; and a clean slice.
-    metrics.update(nothing, {"masks": strip((0, 6)), "labels": [1], "scores": [0.9]})
-    metrics.update(nothing, nothing)
-    result = metrics.compute()
+    second = {"target": nothing, "found": {"masks": strip((0, 6)), "labels": [1], "scores": [0.9]}}
+    result = lesions_of(first, second, {"target": nothing, "found": nothing}).compute()
     assert result["ap50"] == pytest.approx((0.5 + 0 + 1) / 3)
     assert result["ap75"] == pytest.approx((0.5 + 0 + 1) / 3)
     assert result["ap"] == pytest.approx((0.5 * 6 / 10 + 0 + 1) / 3)  # IoU 0.8 passes 0.5 … 0.75
@@ -223,35 +226,19 @@ def test_segmentation_metrics_equal_numbers_worked_out_by_hand() -> None:
     assert result["images"] == 3
 
 
-def test_segmentation_metrics_merge_to_the_same_figures_in_any_order() -> None:
+def test_rows_of_several_processes_give_the_same_figures_in_any_order() -> None:
     images = [random_image(seed, seed % 4, 3 + seed) for seed in range(9)]
-    whole, first, second = SegmentationMetrics(), SegmentationMetrics(), SegmentationMetrics()
-    for index, image in enumerate(images):
-        whole.update(**image, image_id=str(index))
-        (first, second)[index % 2].update(**image, image_id=str(index))
-    second.add(json.loads(json.dumps(first.rows)))
-    assert second.compute() == pytest.approx(whole.compute(), abs=1e-12)
-
-
-def test_an_image_cannot_count_twice() -> None:
-    image = random_image(0, 2, 3)
-    metrics = SegmentationMetrics()
-    metrics.update(**image, image_id="a.png")
-    with pytest.raises(DataError, match=r"a\.png"):
-        metrics.update(**image, image_id="a.png")
-    with pytest.raises(DataError, match=r"a\.png"):
-        metrics.add(metrics.rows)
-    metrics.update(**image)
-    metrics.update(**image)  # unnamed images are taken as they come
+    for metrics, kind in ((lesions_of(*images), SegmentationMetrics), (coco_of(*images), CocoMetrics)):
+        sent = json.loads(json.dumps([*metrics.rows[1::2], *metrics.rows[::2]]))
+        assert kind(sent).compute() == pytest.approx(metrics.compute(), abs=1e-9)
+        assert kind(sent[:4]).compute() != metrics.compute()
 
 
 def test_no_images_and_no_lesions() -> None:
     with pytest.raises(DataError, match="empty"):
-        SegmentationMetrics().compute()
-    metrics = SegmentationMetrics()
+        SegmentationMetrics([]).compute()
     nothing = {"masks": torch.zeros(0, 8, 8), "labels": torch.zeros(0), "scores": torch.zeros(0)}
-    metrics.update(nothing, nothing)
-    result = metrics.compute()
+    result = lesions_of({"target": nothing, "found": nothing}).compute()
     assert result["lesion_sensitivity"] is None
     assert result["dice_pooled"] == result["iou_pooled"] == result["ap"] == 1
 
@@ -306,62 +293,35 @@ def test_coco_metrics_equal_pycocotools(ties: bool) -> None:
         if ties:
             for image in images:
                 image["found"]["scores"] = image["found"]["scores"].round(1).clip(min=np.float32(0.1))
-        metrics = CocoMetrics()
-        for image in images:
-            metrics.update(**image)
         expected = coco_figures(images)
         assert 0.1 < expected["mask_ap50"] < 1
-        assert metrics.compute() == pytest.approx(expected, abs=1e-12)
+        assert coco_of(*images).compute() == pytest.approx(expected, abs=1e-12)
 
 
 def test_coco_metrics_count_the_hundred_best_of_a_class_as_pycocotools_does() -> None:
     images = [random_image(seed, 4, 300, size=48) for seed in range(2)]
-    metrics = CocoMetrics()
-    for image in images:
-        metrics.update(**image)
-    assert metrics.compute() == pytest.approx(coco_figures(images), abs=1e-12)
+    assert coco_of(*images).compute() == pytest.approx(coco_figures(images), abs=1e-12)
 
 
 def test_weights_count_like_repeated_images() -> None:
     images = [random_image(seed, seed % 5, 3 + seed) for seed in range(8)]
     weights = np.array([0, 2, 1, 3, 0, 1, 1, 2])
     repeated = [image for image, count in zip(images, weights, strict=True) for _ in range(count)]
-    coco, lesions, again = CocoMetrics(), SegmentationMetrics(), SegmentationMetrics()
-    for image in images:
-        coco.update(**image)
-        lesions.update(**image)
-    for image in repeated:
-        again.update(**image)
-    assert coco.statistic()(weights.astype(float)) == pytest.approx(coco_figures(repeated), abs=1e-12)
-    expected = again.compute()
+    found = coco_of(*images).statistic()(weights.astype(float))
+    assert found == pytest.approx(coco_figures(repeated), abs=1e-12)
+    expected = lesions_of(*repeated).compute()
     assert expected.pop("images") == 10
-    assert lesions.statistic()(weights.astype(float)) == pytest.approx(expected)
-
-
-def test_coco_metrics_merge() -> None:
-    images = [random_image(seed, seed % 5, 2 + seed) for seed in range(12)]
-    whole, first, second = CocoMetrics(), CocoMetrics(), CocoMetrics()
-    for index, image in enumerate(images):
-        whole.update(**image)
-        (first, second)[index % 2].update(**image)
-    before = first.compute()
-    first.add(json.loads(json.dumps(second.rows)))
-    assert first.compute() == pytest.approx(whole.compute(), abs=1e-9)
-    assert first.compute() != before
+    assert lesions_of(*images).statistic()(weights.astype(float)) == pytest.approx(expected)
 
 
 def test_coco_metrics_ignore_scores_up_to_the_threshold() -> None:
     image = random_image(1, 3, 3)
-    metrics = CocoMetrics()
-    metrics.update(image["target"], image["found"] | {"scores": np.full(3, 0.05, np.float32)})
-    assert metrics.compute()["mask_ap50"] == 0
+    image["found"]["scores"] = np.full(3, 0.05, np.float32)
+    assert coco_of(image).compute()["mask_ap50"] == 0
 
 
 def test_coco_metrics_without_lesions_are_not_available() -> None:
-    metrics = CocoMetrics()
-    metrics.update(**random_image(0, 0, 3))
-    metrics.update(**random_image(0, 0, 0))
-    assert set(metrics.compute().values()) == {None}
+    assert set(coco_of(random_image(0, 0, 3), random_image(0, 0, 0)).compute().values()) == {None}
 
 
 # --- operating point ---
@@ -377,24 +337,22 @@ def at_point(image: dict[str, Any], score_threshold: float, nms_threshold: float
     return image | {"found": {key: value[keep[survivors]] for key, value in found.items()}}
 
 
-def search_row(image: dict[str, Any], name: str) -> dict[str, Any]:
+def search_row(image: dict[str, Any]) -> dict[str, Any]:
     """What `operating_points` takes of an image whose detections saw no NMS."""
     points = []
     for nms in NMS_THRESHOLDS:
         kept = at_point(image, -1, nms)
         points.append(segmentation_rows(**kept, score_thresholds=SCORE_THRESHOLDS))
-    return {"image_id": name, "points": points, "coco": []}
+    return {"points": points}
 
 
 def test_every_operating_point_has_the_figures_of_a_run_at_that_point() -> None:
     images = [random_image(seed, seed % 4, 5 * (seed % 5)) for seed in range(10)]
-    table = operating_points([search_row(image, str(index)) for index, image in enumerate(images)])
+    table = operating_points([search_row(image) for image in images])
     assert len(table) == len(NMS_THRESHOLDS) * len(SCORE_THRESHOLDS)
     for point in table[::5]:
-        reference = SegmentationMetrics()
-        for image in images:
-            reference.update(**at_point(image, point["score_threshold"], point["nms_threshold"]))
-        expected = reference.compute()
+        kept = [at_point(image, point["score_threshold"], point["nms_threshold"]) for image in images]
+        expected = lesions_of(*kept).compute()
         assert {key: point[key] for key in expected} == pytest.approx(expected, abs=1e-12)
         assert point["objective"] == pytest.approx(point["ap50"] + point["dice_pooled"])
     assert table[0]["objective"] == max(point["objective"] for point in table)
@@ -408,7 +366,7 @@ def test_the_best_operating_point_drops_the_false_alarm() -> None:
         "scores": np.array([0.72, 0.71, 0.48], np.float32),
     }
     image = {"target": {"masks": strip((0, 10)), "labels": np.array([1])}, "found": found}
-    best = operating_points([search_row(image, "a")])[0]
+    best = operating_points([search_row(image)])[0]
     assert best["score_threshold"] == 0.7  # the highest of the equally good ones
     assert best["objective"] == 2
 

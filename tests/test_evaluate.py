@@ -29,7 +29,7 @@ from ctmasknet.data.datasets import (
     open_dataset,
 )
 from ctmasknet.data.layouts import list_slices
-from ctmasknet.evaluation.metrics import SegmentationMetrics, operating_points, patient_intervals
+from ctmasknet.evaluation.metrics import SegmentationMetrics, operating_points, patient_intervals, segmentation_rows
 from ctmasknet.evaluation.rows import search_rows
 from ctmasknet.models import Model
 from ctmasknet.models.inference import Inference
@@ -73,6 +73,16 @@ def input_of(image: torch.Tensor) -> torch.Tensor:
     return (image.float() / 255).expand(3, -1, -1)
 
 
+def figures_of(model: Model, data: Any) -> dict[str, Any]:
+    """The figures of what a model's own forward finds."""
+    rows = []
+    for image, target, _ in data:
+        with torch.inference_mode():
+            found = model([input_of(image)])[0]
+        rows += segmentation_rows(target, found | {"masks": found["masks"][:, 0] > 0.5})
+    return SegmentationMetrics(rows).compute()
+
+
 # --- score maps ---------------------------------------------------------------------------------------------
 
 
@@ -81,12 +91,7 @@ def test_one_pass_gives_every_candidate_the_figures_of_a_run_at_it(lesions: Path
     table = operating_points(search_rows(Inference(seeing_segmenter()), data))
     for point in table[:: len(table) // 4]:
         model = seeing_segmenter(box_score_thresh=point["score_threshold"], box_nms_thresh=point["nms_threshold"])
-        metrics = SegmentationMetrics()
-        for image, target, _ in data:
-            with torch.inference_mode():
-                found = model([input_of(image)])[0]
-            metrics.update(target, found | {"masks": found["masks"][:, 0] > 0.5})
-        expected = metrics.compute()
+        expected = figures_of(model, data)
         assert {key: point[key] for key in expected} == pytest.approx(expected)
 
 
@@ -145,12 +150,7 @@ def test_no_interval_under_five_or_with_unknown_patients(patients: list[str | No
 def test_segmenter_figures_are_those_of_the_collectors(lesions: Path) -> None:
     model = seeing_segmenter(box_score_thresh=0.2, box_nms_thresh=0.5)
     result = evaluate(model, lesions, min_area=5)
-    metrics = SegmentationMetrics()
-    for image, target, name in open_dataset("segmentation", lesions, min_area=5):
-        with torch.inference_mode():
-            found = model([input_of(image)])[0]
-        metrics.update(target, found | {"masks": found["masks"][:, 0] > 0.5}, image_id=name)
-    assert result.metrics["operating_point"] == metrics.compute()
+    assert result.metrics["operating_point"] == figures_of(model, open_dataset("segmentation", lesions, min_area=5))
     assert result.metrics["operating_point"]["dice_pooled"] > 0
     assert result.metrics["operating_point"] != result.metrics["paper"]
     assert set(result.metrics["coco"]) >= {"box_ap", "mask_ap50"}
@@ -165,13 +165,13 @@ def test_what_is_measured_is_what_predict_gives_whatever_the_batch(lesions: Path
         for index, path in enumerate(sorted((lesions / folder).iterdir())):
             with Image.open(path) as image:  # half of the slices have another shape
                 image.crop((0, 0, 128 - 32 * (index % 2), 128)).save(tmp_path / folder / path.name)
-    predictor, metrics = Predictor(seeing_segmenter(), None), SegmentationMetrics()
+    predictor, rows = Predictor(seeing_segmenter(), None), []
     for _, target, name in open_dataset("segmentation", tmp_path, min_area=5):
         found = predictor(tmp_path / "imgs" / f"{name}.png")
-        metrics.update(target, {"masks": found.masks, "labels": found.labels, "scores": found.scores}, image_id=name)
+        rows += segmentation_rows(target, {"masks": found.masks, "labels": found.labels, "scores": found.scores})
     for batch_size in (1, 6):
         result = evaluate(seeing_segmenter(), tmp_path, min_area=5, samples=0, batch_size=batch_size)
-        assert result.metrics["operating_point"] == pytest.approx(metrics.compute(), abs=1e-9)
+        assert result.metrics["operating_point"] == pytest.approx(SegmentationMetrics(rows).compute(), abs=1e-9)
     assert result.metrics["operating_point"]["dice_pooled"] > 0
 
 
@@ -521,7 +521,7 @@ def test_duplicate_names_are_refused(coco_files: tuple[Path, Path], lesions: Pat
         evaluate(tmp_path / "theirs.json", lesions)
     twice = Fragile(open_dataset("segmentation", lesions), None)
     twice.names = [*twice.names[:-1], twice.names[0]]
-    with pytest.raises(DataError, match="slice0: two slices of this name"):
+    with pytest.raises(DataError, match="slice0: 2 slices of this name"):
         evaluate(segmenter(), twice)
 
 
@@ -541,8 +541,8 @@ def test_probabilities_twice_missing_or_impossible_are_refused(slices: Path, tmp
     rows = [{"image_id": name, "probabilities": [0.2, 0.3, 0.5]} for name in data.names]
     file = tmp_path / "p.json"
     for changed, message in (
-        ([*rows, rows[0]], "is predicted twice"),
-        (rows[1:], f"no prediction for image {data.names[0]}"),
+        ([*rows, rows[0]], f"2 predictions for image {data.names[0]}"),
+        (rows[1:], f"0 predictions for image {data.names[0]}"),
         ([rows[0] | {"probabilities": [0.2, 0.3, 0.9]}], "add up to 1"),
         ([rows[0] | {"probabilities": [0.5, 0.5]}], "expected 3 numbers"),
     ):
@@ -628,12 +628,8 @@ def test_thresholds_count_for_models_each_by_itself(lesions: Path) -> None:
     for point in ({"score_threshold": 0.75}, {"nms_threshold": 0.9}, {"score_threshold": 0.1}):
         both = {"score_threshold": score, "nms_threshold": nms} | point
         model = seeing_segmenter(box_score_thresh=both["score_threshold"], box_nms_thresh=both["nms_threshold"])
-        metrics = SegmentationMetrics()
-        for image, target, _ in open_dataset("segmentation", lesions, min_area=5):
-            with torch.inference_mode():
-                f = model([input_of(image)])[0]
-            metrics.update(target, f | {"masks": f["masks"][:, 0] > 0.5})
-        assert found(**point)["operating_point"] == pytest.approx(metrics.compute())
+        expected = figures_of(model, open_dataset("segmentation", lesions, min_area=5))
+        assert found(**point)["operating_point"] == pytest.approx(expected)
 
 
 def test_a_class_without_slices_is_none_not_nan(slices: Path) -> None:

@@ -48,7 +48,7 @@ from ctmasknet.data.datasets import open_dataset
 from ctmasknet.data.layouts import instances
 from ctmasknet.engine.setup import speed_up
 from ctmasknet.evaluation.evaluate import Table
-from ctmasknet.evaluation.metrics import released_average_precision
+from ctmasknet.evaluation.metrics import segmentation_rows
 from ctmasknet.models import Model
 from ctmasknet.models.inference import Inference, Protocol
 from ctmasknet.registry import DEFAULT_SEGMENTER, VARIANTS
@@ -300,9 +300,8 @@ def agree(plain: Plain, ours: Predictor, slices: Iterable[Any], *, same_box: flo
 
 def _ap50(target: dict[str, Tensor], found: dict[str, np.ndarray], threshold: float) -> float:
     """AP@0.5 of one slice by the released protocol, of what scores above `threshold`."""
-    kept = found["scores"] > threshold
-    said = {key: found[key][kept] for key in ("masks", "labels", "scores")}
-    return float(released_average_precision(target | {"masks": target["masks"] != 0}, said, [0.5])[0])
+    (row,) = segmentation_rows(target, found, [threshold])
+    return float(row["ap"][0])
 
 
 def _same_classes(plain: Plain, ours: Predictor, slices: Iterable[Any]) -> dict[str, Any]:

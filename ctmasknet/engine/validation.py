@@ -22,8 +22,9 @@ from ctmasknet.evaluation.metrics import (
     Row,
     SegmentationMetrics,
     operating_points,
+    segmentation_rows,
 )
-from ctmasknet.evaluation.rows import found_on, search_rows
+from ctmasknet.evaluation.rows import classification_row, found_on, search_rows
 from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN
 from ctmasknet.models.inference import Inference, Protocol
 from ctmasknet.predictor import Predictor
@@ -44,11 +45,11 @@ def validate_segmenter(
     """
     inference = Inference(model)
     protocol = replace(Protocol.of(model), score_threshold=score_threshold, nms_threshold=nms_threshold)
-    own = SegmentationMetrics()
+    rows = []
     for sample in samples:
         ((found,),) = found_on(inference, [sample], protocol)
-        own.update(sample.target, found, image_id=sample.name)
-    results = SegmentationMetrics(_all(own.rows, gather)).compute()
+        rows += segmentation_rows(sample.target, found)
+    results = SegmentationMetrics(_all(rows, gather)).compute()
     values = {key: value for key, value in results.items() if value is not None}
     return values | {"score": values["ap50"] + values["dice_pooled"]}
 
@@ -71,7 +72,7 @@ def final_figures(
     score = best.pop("objective")
     point = {key: best.pop(key) for key in ("score_threshold", "nms_threshold")}
     nms = NMS_THRESHOLDS.index(point["nms_threshold"])
-    coco = CocoMetrics([{"image_id": row["image_id"]} | row["coco"][nms] for row in rows]).compute()
+    coco = CocoMetrics([row["coco"][nms] for row in rows]).compute()
     figures = best | {f"coco_{key}": value for key, value in coco.items()} | {"score": score}
     return point, {key: value for key, value in figures.items() if value is not None}
 
@@ -91,16 +92,15 @@ def validate_classifier(
     Args:
         model: a classifier, or its module S alone, whose samples are RoIs.
     """
-    metrics = ClassificationMetrics(class_names)
+    rows = []
     inference = Inference(model) if isinstance(model, COVIDCTMaskNet) else None
     model.eval()
     device = next(model.parameters()).device
-    for image, label, name in samples:
-        images = [model_input(image, device)]
+    for sample in samples:
+        images = [model_input(sample.image, device)]
         found = model(images)[0] if inference is None else inference.classify(inference.read(images)[0])
-        probabilities = found["probabilities"]
-        metrics.update(probabilities[None].cpu(), torch.tensor([label]), [name])
-    results = ClassificationMetrics(class_names, _all(metrics.rows, gather)).compute()
+        rows.append(classification_row(sample, found["probabilities"].tolist()))
+    results = ClassificationMetrics(class_names, _all(rows, gather)).compute()
     values = {"accuracy": results["accuracy"], "images": results["n"]}
     for figure in ("sensitivity", "auc"):
         for name, value in results[figure].items():

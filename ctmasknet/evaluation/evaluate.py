@@ -8,7 +8,8 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,19 +17,20 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from ctmasknet.batch import process_device, process_shard
 from ctmasknet.data.datasets import SliceDataset, open_dataset
 from ctmasknet.data.layouts import LesionClasses, Names, classes_of, same_names
-from ctmasknet.errors import ConfigError, DataError, import_extra
+from ctmasknet.errors import ConfigError, DataError
 from ctmasknet.evaluation.metrics import (
     MIN_PATIENTS,
     ClassificationMetrics,
     CocoMetrics,
-    Collector,
     Figures,
+    Metrics,
     Row,
     SegmentationMetrics,
     nested,
@@ -38,9 +40,9 @@ from ctmasknet.evaluation.rows import (
     ClassifierSubject,
     ImportedDetections,
     ImportedProbabilities,
+    Predictions,
     SegmenterSubject,
     Subject,
-    task_of_predictions,
 )
 from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN, Model
 from ctmasknet.models.inference import Precision
@@ -96,14 +98,17 @@ class Evaluation:
         Raises:
             OutputError: they cannot be written.
         """
-        flat = [_flat_row(row) for row in self.rows]
+        flat = []
+        for row in self.rows:
+            inner = {f"{g}_{k}": v for g in ("paper", "operating_point") for k, v in row.get(g, {}).items()}
+            flat.append({key: value for key, value in row.items() if not isinstance(value, dict)} | inner)
         columns = list(dict.fromkeys(key for row in flat for key in row))
-        slices = csv_text([columns, *([row.get(key) for key in columns] for row in flat)])
+        cells = ([json.dumps(v) if isinstance(v := row.get(key), list) else v for key in columns] for row in flat)
         return write_files(
             {
                 Path(out) / EVALUATION: json_bytes(self.to_dict(), indent=2),
                 Path(out) / "evaluation.md": self.table().markdown().encode(),
-                Path(out) / "slices.csv": slices.encode(),
+                Path(out) / "slices.csv": csv_text([columns, *cells]).encode(),
             }
         )
 
@@ -123,11 +128,11 @@ class Evaluation:
                 if name in ("confusion", "images", "n", "mixed_patients"):
                     continue
                 spread = self.intervals.get(group, {}).get(name)
-                if isinstance(value, dict):
-                    for label, number in value.items():
-                        rows.append((_GROUPS[group], f"{name} {label}", number, _span(spread, label)))
-                else:
-                    rows.append((_GROUPS[group], name, value, _span(spread, None)))
+                by_class = isinstance(value, dict)
+                for label, number in value.items() if by_class else [("", value)]:
+                    bounds = spread and (spread[label] if by_class else spread)
+                    interval = bounds and f"{bounds[0]:.4f} to {bounds[1]:.4f}"
+                    rows.append((_GROUPS[group], f"{name} {label}".rstrip(), number, interval))
         who = "unknown patients" if self.patients is None else f"{self.patients} patients"
         notes = [f"{self.images} slices, {who}; {', '.join(self.data)}."]
         if self.task == "segmentation":
@@ -137,9 +142,9 @@ class Evaluation:
             notes.append(f"Dice: {DICE} (mask > 0.5), of the union of the masks; not averaged over grey levels.")
         if self.patients is None or self.patients < MIN_PATIENTS:
             notes.append(f"Intervals are N/A: they need {MIN_PATIENTS} known patients or more.")
-        for group in ("slice", "patient"):
-            if group in self.metrics and "confusion" in self.metrics[group]:
-                notes.append(f"Confusion ({group}s; rows true, columns called): {self.metrics[group]['confusion']}.")
+        for group, figures in self.metrics.items():
+            if "confusion" in figures:
+                notes.append(f"Confusion ({group}s; rows true, columns called): {figures['confusion']}.")
         columns = (("protocol", "s"), ("figure", "s"), ("value", ".4f"), ("95% interval", "s"))
         return Table(f"Evaluation of {self.model}", columns, tuple(rows), tuple(notes))
 
@@ -221,11 +226,7 @@ def evaluate(
     if out is not None:
         require_writable(Path(out) / EVALUATION)
     where = choose_device(process_device() if device is None else device)
-    rank, world = process_shard()
-    gather = _gatherer(world, cpu=where.type == "cpu")
-    subject, source, data_names = _opened(
-        model, data, classes, min_area, names, (score_threshold, nms_threshold), precision, where
-    )
+    subject, source = _opened(model, data, classes, min_area, names, (score_threshold, nms_threshold), precision, where)
     if subject.task == "classification" and (score_threshold, nms_threshold) != (None, None):
         raise ConfigError("score_threshold and nms_threshold are for segmentation, not for classification")
     chosen = _draw(source, limit, per_class, seed)
@@ -240,46 +241,45 @@ def evaluate(
     }
     if subject.task == "segmentation":
         settings["dice"] = DICE
-    rows = _measure(
-        subject,
-        source,
-        chosen,
-        settings | {"slices": _digest([source.names[index] for index in chosen])},
-        share=(rank, world),
-        gather=gather,
-        out=out,
-        batch_size=batch_size or (1 if where.type == "cpu" else 8),
-        workers=workers,
-        progress=progress,
-    )
-    patients = [source.patients[index] for index in chosen]
-    rows = [row | {"patient": patient} for row, patient in zip(rows, patients, strict=True)]
-    collected, mixed = _collected(rows, subject.task, subject.class_names)
-    metrics: dict[str, Figures] = {group: metric.compute() for group, (metric, _) in collected.items()}
+    loading = {"batch_size": batch_size or (1 if where.type == "cpu" else 8), "num_workers": workers}
+    rows = _measure(subject, source, chosen, settings, out, loading, progress)
+    rows = [row | {"patient": source.patients[index]} for row, index in zip(rows, chosen, strict=True)]
+    patients = [row["patient"] for row in rows]
+    known = None not in patients
+    # Per group its figures, and the patient of each of the rows they are of.
+    groups: dict[str, tuple[Metrics, list[str | None]]] = {}
+    mixed = 0
+    if subject.task == "segmentation":
+        for group in ("paper", "operating_point"):
+            groups[group] = SegmentationMetrics([row[group] for row in rows]), patients
+        groups["coco"] = CocoMetrics([row["coco"] for row in rows]), patients
+    else:
+        groups["slice"] = ClassificationMetrics(subject.class_names, rows), patients
+        by_patient, mixed = _by_patient(rows) if known else ([], 0)
+        if by_patient:
+            one_each = [row["patient"] for row in by_patient]
+            groups["patient"] = ClassificationMetrics(subject.class_names, by_patient), one_each
+    metrics: dict[str, Figures] = {group: own.compute() for group, (own, _) in groups.items()}
     if mixed:
         metrics.setdefault("patient", {})["mixed_patients"] = mixed
-    intervals = {
-        group: nested(
-            patient_intervals([row["patient"] for row in own], metric.statistic(), samples=samples, seed=seed)
-        )
-        for group, (metric, own) in collected.items()
-    }
-    known = None if any(patient is None for patient in patients) else len(set(patients))
     evaluation = Evaluation(
         task=subject.task,
         model=subject.name,
-        data=tuple(data_names),
+        data=_shown(data),
         images=len(rows),
-        patients=known,
+        patients=len(set(patients)) if known else None,
         class_names=subject.class_names,
         metrics=metrics,
-        intervals=intervals,
+        intervals={
+            group: nested(patient_intervals(whose, own.statistic(), samples=samples, seed=seed))
+            for group, (own, whose) in groups.items()
+        },
         settings=settings | {"bootstrap_samples": samples},
         training_minutes=subject.training_minutes,
         seconds=time.monotonic() - began,
         rows=rows,
     )
-    if out is not None and rank == 0:
+    if out is not None and process_shard()[0] == 0:
         evaluation.save(out)
     return evaluation
 
@@ -300,18 +300,33 @@ def _opened(
     thresholds: tuple[float | None, float | None],
     precision: Precision,
     device: torch.device,
-) -> tuple[Subject, SliceDataset[Any], list[str]]:
-    """What is to be measured, the slices, and where they are from; arguments as of `evaluate`."""
+) -> tuple[Subject, SliceDataset[Any]]:
+    """What is to be measured, and the slices; arguments as of `evaluate`."""
+
+    def slices(task: Task, classes: LesionClasses) -> SliceDataset[Any]:
+        source: SliceDataset[Any]
+        if isinstance(data, SliceDataset):
+            source = data
+        else:
+            source = open_dataset(task, data, classes=classes, min_area=min_area, names=names)
+        if source.task != task:
+            raise ConfigError(f"the data are for {source.task}, the model or the predictions for {task}")
+        if not len(source):
+            raise DataError(f"{', '.join(_shown(data))}: no slices to evaluate on")
+        (name, count), *_ = Counter(source.names).most_common(1)
+        if count > 1:
+            raise DataError(f"{name}: {count} slices of this name; every slice needs its own")
+        return source
+
     score, nms = thresholds
     if not isinstance(model, LesionMaskRCNN | COVIDCTMaskNet) and str(model).lower().endswith(".json"):
-        path = Path(model)
-        task = task_of_predictions(path)
-        source, shown = _open(data, task, classes or "merge", min_area, names)
-        if task == "classification":
-            return ImportedProbabilities(path, source), source, shown
+        predictions = Predictions.read(Path(model))
+        source = slices(predictions.task, classes or "merge")
+        if predictions.task == "classification":
+            return ImportedProbabilities(predictions, source), source
         if nms is not None:
             raise ConfigError("nms_threshold is for models: predictions keep the NMS they were made with")
-        return ImportedDetections(path, source, 0.5 if score is None else score), source, shown
+        return ImportedDetections(predictions, source, 0.5 if score is None else score), source
     opened = open_model(model, device=device)
     name = title_of(model, opened)
     subject: Subject
@@ -319,7 +334,7 @@ def _opened(
         subject = SegmenterSubject(opened, name, score, nms, precision)
     else:
         subject = ClassifierSubject(opened, name, precision)
-    source, shown = _open(data, subject.task, classes or classes_of(subject.class_names), min_area, names)
+    source = slices(subject.task, classes or classes_of(subject.class_names))
     # Weights that do not name their classes are what the caller says they are.
     said = classes is not None or subject.class_names[0] == "class 0"
     if "classes" not in opened.metadata and said and len(subject.class_names) == len(source.class_names):
@@ -327,32 +342,17 @@ def _opened(
     if not same_names(source.class_names, subject.class_names):
         fix = "give classes='merge', 'both' or 'ggo', or data" if subject.task == "segmentation" else "give data"
         raise DataError(
-            f"{', '.join(shown)}: classes {', '.join(source.class_names)}, but {subject.name} tells "
+            f"{', '.join(_shown(data))}: classes {', '.join(source.class_names)}, but {subject.name} tells "
             f"{', '.join(subject.class_names)} apart; {fix} of the model's classes, by name and in their order"
         )
-    return subject, source, shown
+    return subject, source
 
 
-def _open(
-    data: PathLike | Sequence[PathLike] | SliceDataset[Any],
-    task: Any,
-    classes: LesionClasses,
-    min_area: int,
-    names: Names | None,
-) -> tuple[SliceDataset[Any], list[str]]:
+def _shown(data: PathLike | Sequence[PathLike] | SliceDataset[Any]) -> tuple[str, ...]:
+    """Where slices are from, in words."""
     if isinstance(data, SliceDataset):
-        if data.task != task:
-            raise ConfigError(f"the data are for {data.task}, the model or the predictions for {task}")
-        source, shown = data, [type(data).__name__]
-        if len(set(data.names)) != len(data.names):
-            twice = next(name for name in data.names if data.names.count(name) > 1)
-            raise DataError(f"{twice}: two slices of this name; every slice needs its own")
-    else:
-        source = open_dataset(task, data, classes=classes, min_area=min_area, names=names)
-        shown = [str(path) for path in ([data] if isinstance(data, str | os.PathLike) else data)]
-    if not len(source):
-        raise DataError(f"{', '.join(shown)}: no slices to evaluate on")
-    return source, shown
+        return (type(data).__name__,)
+    return tuple(str(path) for path in ([data] if isinstance(data, str | os.PathLike) else data))
 
 
 def _draw(source: SliceDataset[Any], limit: int | None, per_class: int | None, seed: int) -> list[int]:
@@ -362,15 +362,14 @@ def _draw(source: SliceDataset[Any], limit: int | None, per_class: int | None, s
         if source.task != "classification":
             raise ConfigError("per_class is for classification; use limit")
         labels = np.array([source.labels_of(index)[0] for index in range(len(source))])
-        found = {label: np.flatnonzero(labels == label) for label in np.unique(labels).tolist()}
-        count = min([per_class, *map(len, found.values())])
+        members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+        count = min([per_class, *map(len, members)])
         if count < per_class:
             warnings.warn(f"{per_class} slices per class asked for, {count} taken: more there are not", stacklevel=3)
-        drawn = [generator.choice(indices, count, replace=False) for indices in found.values()]
-        return sorted(np.concatenate(drawn).tolist())
+        return sorted(np.concatenate([generator.choice(own, count, replace=False) for own in members]).tolist())
+    if limit is not None and limit > len(source):
+        warnings.warn(f"{limit} slices asked for, but there are {len(source)}: all are taken", stacklevel=3)
     if limit is None or limit >= len(source):
-        if limit is not None and limit > len(source):
-            warnings.warn(f"{limit} slices asked for, but there are {len(source)}: all are taken", stacklevel=3)
         return list(range(len(source)))
     return sorted(generator.choice(len(source), limit, replace=False).tolist())
 
@@ -380,53 +379,69 @@ def _measure(
     source: SliceDataset[Any],
     chosen: list[int],
     settings: dict[str, Any],
-    *,
-    share: tuple[int, int],
-    gather: Callable[[Any], list[Any]],
     out: PathLike | None,
-    batch_size: int,
-    workers: int,
+    loading: dict[str, Any],
     progress: bool,
 ) -> list[Row]:
-    """Rows of the chosen slices, in their order; this process computes its share of those that are not on disk."""
-    rank, world = share
+    """Rows of the chosen slices, in their order; this process computes its share of those that are not in `out`."""
+    rank, world = process_shard()
     done: dict[str, Row] = {}
-    log = None
     if out is not None:
-        _settle(Path(out), settings)
+        names = "\n".join(source.names[index] for index in chosen)
+        _settle(Path(out), settings | {"slices": hashlib.sha256(names.encode()).hexdigest()[:16]})
         done = {row["image_id"]: row for row in read_logs(sorted(Path(out).glob("rows-*.jsonl")), "image_id")}
-    gather(None)
-    if out is not None:  # after every process has read
-        log = Log(Path(out) / f"rows-{rank}.jsonl", "image_id")
-    missing = [index for index in chosen if source.names[index] not in done]
-    own = missing[rank::world]
-    loader = DataLoader(Subset(source, own), batch_size=batch_size, num_workers=workers, collate_fn=list, shuffle=False)
+    _gather(None)  # every process has read before one writes
+    own = [index for index in chosen if source.names[index] not in done][rank::world]
+    loader = DataLoader(Subset(source, own), collate_fn=list, **loading)
     fresh: list[Row] = []
     hidden = not progress or rank != 0 or not sys.stderr.isatty()
-    with tqdm(total=len(own), unit="slice", desc=subject.name, disable=hidden) as bar, log or nullcontext():
+    with (
+        nullcontext() if out is None else Log(Path(out) / f"rows-{rank}.jsonl", "image_id") as log,
+        tqdm(total=len(own), unit="slice", desc=subject.name, disable=hidden) as bar,
+    ):
         for samples in loader:
             rows = subject.rows(samples)
             if log is not None:
                 log.append(*rows)
             fresh += rows
             bar.update(len(rows))
-    for rows in gather(fresh):
+    for rows in _gather(fresh):
         done |= {row["image_id"]: row for row in rows}
     return [done[source.names[index]] for index in chosen]
 
 
-def _collected(
-    rows: list[Row], task: Task, class_names: tuple[str, ...]
-) -> tuple[dict[str, tuple[Collector, list[Row]]], int]:
-    """Per group of figures the metrics and the rows they are of; and the number of patients left out."""
-    if task == "segmentation":
-        kinds = {"paper": SegmentationMetrics, "operating_point": SegmentationMetrics, "coco": CocoMetrics}
-        own = {group: [row[group] | {"image_id": row["image_id"]} for row in rows] for group in kinds}
-        return {group: (kind(own[group]), rows) for group, kind in kinds.items()}, 0
-    groups, mixed = {"slice": rows}, 0
-    if all(row["patient"] is not None for row in rows):
-        groups["patient"], mixed = _by_patient(rows)
-    return {group: (ClassificationMetrics(class_names, own), own) for group, own in groups.items() if own}, mixed
+def _gather(value: Any) -> list[Any]:
+    """A value of each process, once all have come here."""
+    world = process_shard()[1]
+    if world == 1:
+        return [value]
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+    shares: list[Any] = [None] * world
+    torch.distributed.all_gather_object(shares, value)
+    return shares
+
+
+def _settle(folder: Path, settings: dict[str, Any]) -> None:
+    """Write down what an evaluation in `folder` depends on, or see that it is the same as before.
+
+    Raises:
+        ConfigError: the folder holds rows of an evaluation with other settings.
+        OutputError: it cannot be written.
+    """
+    path, wanted = folder / "settings.json", json.loads(json.dumps(settings))
+    if not path.exists():
+        write_files({path: json_bytes(wanted, indent=2)})
+        return
+    try:
+        before = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: not readable JSON ({error}); delete the folder or choose another") from None
+    differ = sorted(key for key in {*before, *wanted} if before.get(key) != wanted.get(key))
+    if differ:
+        raise ConfigError(
+            f"{folder}: holds an evaluation with another {', '.join(differ)}; choose another folder or delete it"
+        )
 
 
 def _by_patient(rows: list[Row]) -> tuple[list[Row], int]:
@@ -438,31 +453,8 @@ def _by_patient(rows: list[Row]) -> tuple[list[Row], int]:
     for patient, own in slices.items():
         if len({row["label"] for row in own}) == 1:
             mean = np.mean([row["probabilities"] for row in own], axis=0).tolist()
-            patients.append({"image_id": patient, "patient": patient, "label": own[0]["label"], "probabilities": mean})
+            patients.append({"patient": patient, "label": own[0]["label"], "probabilities": mean})
     return patients, len(slices) - len(patients)
-
-
-def _span(value: Any, label: str | None) -> str | None:
-    found = value.get(label) if isinstance(value, dict) else value
-    return None if found is None else f"{found[0]:.4f} to {found[1]:.4f}"
-
-
-def _flat_row(row: Row) -> Row:
-    flat: Row = {}
-    for key, value in row.items():
-        if key in ("paper", "operating_point"):
-            flat |= {f"{key}_{name}": _cell(inner) for name, inner in value.items()}
-        elif key != "coco":
-            flat[key] = _cell(value)
-    return flat
-
-
-def _cell(value: Any) -> Any:
-    return json.dumps(value) if isinstance(value, list) else value
-
-
-def _digest(names: list[str]) -> str:
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
 
 
 MISSING = "N/A"
@@ -486,9 +478,12 @@ class Table:
 
     def cells(self) -> list[list[str]]:
         """Formatted values, without the header."""
-        return [
-            [_formatted(value, spec) for value, (_, spec) in zip(row, self.columns, strict=True)] for row in self.rows
-        ]
+
+        def text(value: Any, spec: str) -> str:
+            return MISSING if value is None else value if isinstance(value, str) else format(value, spec)
+
+        specs = [spec for _, spec in self.columns]
+        return [[text(value, spec) for value, spec in zip(row, specs, strict=True)] for row in self.rows]
 
     def markdown(self) -> str:
         """GitHub's table syntax under the title, notes below."""
@@ -513,61 +508,12 @@ class Table:
         return write_files({Path(folder) / f"{name}.{kind}": text.encode() for kind, text in contents.items()})
 
     def __str__(self) -> str:
-        header = [name for name, _ in self.columns]
-        cells = self.cells()
-        widths = [max(len(row[index]) for row in [header, *cells]) for index in range(len(header))]
-
-        def line(row: list[str]) -> str:
-            aligned = [
-                cell.ljust(width) if spec == "s" else cell.rjust(width)
-                for cell, width, (_, spec) in zip(row, widths, self.columns, strict=True)
-            ]
-            return "  ".join(aligned).rstrip()
-
-        rule = "  ".join("-" * width for width in widths)
-        return "\n".join(
-            [self.title, "", line(header), rule, *map(line, cells), *([""] if self.notes else []), *self.notes]
-        )
-
-
-def _formatted(value: Any, spec: str) -> str:
-    if value is None:
-        return MISSING
-    return str(value) if isinstance(value, str) else format(value, spec)
-
-
-def _settle(folder: Path, settings: dict[str, Any]) -> None:
-    """Write down what an evaluation in `folder` depends on, or see that it is the same as before.
-
-    Raises:
-        ConfigError: the folder holds rows of an evaluation with other settings.
-        OutputError: it cannot be written.
-    """
-    path, wanted = folder / "settings.json", json.loads(json.dumps(settings))
-    if not path.exists():
-        write_files({path: json_bytes(wanted, indent=2)})
-        return
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not readable JSON ({error}); delete the folder or choose another") from None
-    if before != wanted:
-        known = before if isinstance(before, dict) else {}
-        differ = sorted(key for key in {*known, *wanted} if known.get(key) != wanted.get(key))
-        raise ConfigError(
-            f"{folder}: holds an evaluation with another {', '.join(differ)}; choose another folder or delete it"
-        )
-
-
-def _gatherer(world: int, *, cpu: bool) -> Callable[[Any], list[Any]]:
-    """A function that collects a value of each of the `world` processes, and returns when all have called it.
-
-    Raises:
-        MissingExtraError: several processes, but accelerate is not installed.
-    """
-    if world == 1:
-        return lambda value: [value]
-    accelerate = import_extra("accelerate", "train", "evaluation in several processes")
-    accelerate.PartialState(cpu=cpu)
-    operations = import_extra("accelerate.utils", "train", "evaluation in several processes")
-    return lambda value: operations.gather_object([value])
+        lines = [[name for name, _ in self.columns], *self.cells()]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        lines.insert(1, ["-" * width for width in widths])
+        pads = [str.ljust if spec == "s" else str.rjust for _, spec in self.columns]
+        text = [self.title, ""]
+        for line in lines:
+            cells = (pad(cell, width) for pad, cell, width in zip(pads, line, widths, strict=True))
+            text.append("  ".join(cells).rstrip())
+        return "\n".join([*text, *([""] if self.notes else []), *self.notes])
