@@ -459,10 +459,12 @@ def test_imported_probabilities(slices: Path, tmp_path: Path) -> None:
     [
         ({"image_id": 99}, "theirs.json: prediction 0: image_id 99 is no slice of the data"),
         ({"category_id": 3}, r"prediction 0: category_id 3 is none of \[7\]"),
+        ({"image_id": [1]}, r"prediction 0: image_id=\[1\]: a whole number or text is needed"),
+        ({"category_id": [1]}, r"prediction 0: category_id=\[1\]: a whole number or text is needed"),
         ({"score": 1.5}, "prediction 0: score 1.5 is no number in 0..1"),
-        ({"score": float("nan")}, "prediction 0: score nan is no number"),
+        ({"score": float("nan")}, "prediction 0: score=nan: a finite number is needed"),
         ({"segmentation": None}, "prediction 0: no segmentation"),
-        ({"bbox": [1, 2, 3]}, r"prediction 0: bbox \[1, 2, 3\] is not"),
+        ({"bbox": [1, 2, 3]}, "prediction 0: bbox .* is not"),
         ({"segmentation": {"size": [4, 4], "counts": [16]}}, "prediction 0: no usable mask"),
     ],
 )
@@ -505,7 +507,7 @@ def test_predictions_keep_the_nms_they_were_made_with(coco_files: tuple[Path, Pa
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{}", "[1]", '{"annotations": 3}', '[{"category_id": 1}]', '[{"image_id": "a", "category_id": [1]}]'],
+    ["", "{}", "[1]", '{"annotations": 3}', '[{"category_id": 1}]'],
 )
 def test_what_is_no_results_file_is_refused(lesions: Path, tmp_path: Path, content: str) -> None:
     (tmp_path / "theirs.json").write_text(content)
@@ -544,7 +546,7 @@ def test_probabilities_twice_missing_or_impossible_are_refused(slices: Path, tmp
         ([*rows, rows[0]], f"2 predictions for image {data.names[0]}"),
         (rows[1:], f"0 predictions for image {data.names[0]}"),
         ([rows[0] | {"probabilities": [0.2, 0.3, 0.9]}], "add up to 1"),
-        ([rows[0] | {"probabilities": [0.5, 0.5]}], "expected 3 numbers"),
+        ([rows[0] | {"probabilities": [0.5, 0.5]}], "3 numbers that add up to 1 are needed"),
     ):
         file.write_text(json.dumps(changed))
         with pytest.raises(DataError, match=message):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,8 +21,8 @@ from ctmasknet.results import RoIBatch
 FOR, AGAINST, INK = "#E69F00", "#56B4E9", "#222222"
 """Colours of Okabe and Ito, which colour-blind people tell apart."""
 
-_FONT = {"font.family": "DejaVu Sans", "font.size": 8, "axes.titlesize": 8.5, "axes.labelsize": 8}
-_FONT |= {"xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7, "axes.linewidth": 0.6}
+FONT = {"font.family": "DejaVu Sans", "font.size": 8, "axes.titlesize": 8.5, "axes.labelsize": 8}
+FONT |= {"xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7, "axes.linewidth": 0.6}
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,67 +102,41 @@ def contribution_figure(
     for part in ("figure", "patches", "lines", "patheffects"):
         import_extra(f"matplotlib.{part}", "plots", "drawing contributions")
     largest = max(float(np.abs(contributions.contributions).max(initial=0)), 1e-9)
-    strongest = [np.argsort(-np.abs(values), kind="stable")[:shown] for values in contributions.contributions.T]
-    left, top, right, bottom = _around(contributions.boxes[np.unique(np.concatenate(strongest))], image.shape)
-    with matplotlib.rc_context(_FONT):
+    strongest = np.argsort(-np.abs(contributions.contributions), axis=0, kind="stable")[:shown]
+    # Every panel shows the square with all drawn boxes in it.
+    corners = contributions.boxes[strongest].reshape(-1, 2) if len(strongest) else np.array([(0, 0), image.shape[::-1]])
+    low, high = corners.min(axis=0), corners.max(axis=0)
+    (x, y), half = (low + high) / 2, 0.55 * (high - low).max() + 4
+    with matplotlib.rc_context(FONT):
         figure = matplotlib.figure.Figure(figsize=(2.4 * len(class_names), 4.1), layout="constrained")
         grid = figure.subplots(2, len(class_names), squeeze=False, gridspec_kw={"height_ratios": (2.4, 1)})
         for column, name in enumerate(class_names):
-            values = contributions.contributions[:, column]
-            order = strongest[column]
-            axis = grid[0, column]
+            order, (axis, bars) = strongest[:, column], grid[:, column]
+            values = contributions.contributions[order, column]
             axis.imshow(image, cmap="gray", vmin=0, vmax=1)
-            for index in order[::-1]:
-                _contribution_box(matplotlib, axis, contributions.boxes[index], values[index], largest)
-            for rank, index in enumerate(order[:5], start=1):
-                x1, y1, x2, y2 = contributions.boxes[index]
-                # Corners in turn: the strongest RoIs often share one.
-                x, y = ((x1, y1), (x2, y1), (x2, y2), (x1, y2), ((x1 + x2) / 2, y1))[rank - 1]
-                text = axis.text(x, y, str(rank), color="white", fontsize=6.5, ha="center", va="center")
-                text.set_path_effects([matplotlib.patheffects.withStroke(linewidth=1.6, foreground="black")])
-            axis.set(xticks=[], yticks=[], xlim=(left, right), ylim=(bottom, top))
+            for rank in reversed(range(len(order))):
+                x1, y1, x2, y2 = contributions.boxes[order[rank]].tolist()
+                share = abs(float(values[rank])) / largest
+                box = matplotlib.patches.Rectangle((x1, y1), max(x2 - x1, 1), max(y2 - y1, 1), fill=False)
+                colour, line = (FOR, "-") if values[rank] > 0 else (AGAINST, (0, (3, 1.5)))
+                box.set(edgecolor=colour, linestyle=line, linewidth=0.5 + 2 * share, alpha=0.35 + 0.65 * share)
+                axis.add_patch(box)
+                if rank < 5:
+                    # Corners in turn: the strongest RoIs often share one.
+                    corner = ((x1, y1), (x2, y1), (x2, y2), (x1, y2), ((x1 + x2) / 2, y1))[rank]
+                    text = axis.text(*corner, str(rank + 1), color="white", fontsize=6.5, ha="center", va="center")
+                    text.set_path_effects([matplotlib.patheffects.withStroke(linewidth=1.6, foreground="black")])
+            axis.set(xticks=[], yticks=[], xlim=(x - half, x + half), ylim=(y + half, y - half), facecolor="black")
             axis.set_title(f"{class_title(name)}: logit {contributions.logits[column]:.2f}")
-            bars = grid[1, column]
-            best = order[:8]
-            colours = [FOR if values[index] > 0 else AGAINST for index in best]
-            drawn = bars.bar(range(1, len(best) + 1), values[best], color=colours, edgecolor=INK, linewidth=0.5)
-            for bar, index in zip(drawn, best, strict=True):
-                bar.set_hatch("" if values[index] > 0 else "///")
+            for rank, value in enumerate(values[:8], start=1):
+                colour, hatch = (FOR, "") if value > 0 else (AGAINST, "///")
+                bars.bar(rank, value, color=colour, hatch=hatch, edgecolor=INK, linewidth=0.5)
             bars.axhline(0, color=INK, linewidth=0.6)
             bars.set(xlabel="RoI, by size of contribution", ylim=(-1.1 * largest, 1.1 * largest))
-            bars.set_xticks(range(1, len(best) + 1))
+            bars.set_xticks(range(1, len(values[:8]) + 1))
             bars.spines[["top", "right"]].set_visible(False)
         grid[1, 0].set_ylabel("gradient x input")
         lines = matplotlib.lines.Line2D
         keys = [lines([], [], color=FOR, linewidth=2), lines([], [], color=AGAINST, linewidth=2, linestyle="--")]
         figure.legend(keys, ["for the class", "against it"], loc="outside lower center", ncols=2, frameon=False)
     return figure
-
-
-def _contribution_box(matplotlib: ModuleType, axis: Any, box: np.ndarray, value: float, largest: float) -> None:
-    x1, y1, x2, y2 = box.tolist()
-    share = abs(float(value)) / largest
-    colour, line = (FOR, "-") if value > 0 else (AGAINST, (0, (3, 1.5)))
-    axis.add_patch(
-        matplotlib.patches.Rectangle(
-            (x1, y1),
-            max(x2 - x1, 1.0),
-            max(y2 - y1, 1.0),
-            fill=False,
-            edgecolor=colour,
-            linestyle=line,
-            linewidth=0.5 + 2 * share,
-            alpha=0.35 + 0.65 * share,
-        )
-    )
-
-
-def _around(boxes: np.ndarray, size: Sequence[int]) -> tuple[float, float, float, float]:
-    """Left, top, right, bottom of a square part of an image with all boxes in it; the whole image without boxes."""
-    height, width = size
-    if not len(boxes):
-        return 0, 0, width, height
-    low, high = boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)
-    half = 0.55 * float((high - low).max()) + 4
-    x, y = ((low + high) / 2).tolist()
-    return max(x - half, 0), max(y - half, 0), min(x + half, width), min(y + half, height)

@@ -159,7 +159,6 @@ class SegmentationMetrics(Metrics):
         return super().compute() | {"images": len(self.rows)}
 
     def statistic(self) -> Statistic:
-        """As `Metrics.statistic`."""
         keys = ("intersection", "pred_pixels", "gt_pixels", "lesions", "lesions_found", "false_positives")
         both, found, true, lesions, hits, alarms = (np.array([r[k] for r in self.rows], np.float64) for k in keys)
         ap = np.array([row["ap"] for row in self.rows], np.float64)
@@ -229,7 +228,6 @@ class CocoMetrics(Metrics):
     """
 
     def statistic(self) -> Statistic:
-        """As `Metrics.statistic`."""
         images = [row["classes"] for row in self.rows]
         # Per class: (N,) lesions of each image; of its P detections in falling order of score (P,) which image each is
         # of, and (P, T) whether it is right.
@@ -270,8 +268,10 @@ def coco_row(target: Instances, found: Instances) -> Row:
         DataError: shapes or types that do not fit together.
     """
     gt, pred, scores, iou = _compare(target, found)
-    theirs, true = (torch.from_numpy(_boxes(given)) for given in (found, target))
-    overlap = {"box": box_iou(theirs, true).nan_to_num().numpy(), "mask": iou}
+    boxes = (torch.as_tensor(given["boxes"]).double().cpu() for given in (found, target))
+    overlap = {"box": box_iou(*boxes).nan_to_num().numpy(), "mask": iou}
+    if overlap["box"].shape != iou.shape:
+        raise DataError(f"boxes: one per mask is needed, but they are {overlap['box'].shape} to masks {iou.shape}")
     counts = scores.astype(np.float32) > np.float32(COCO_SCORE)
     classes = {}
     for label in np.union1d(pred.labels[counts], gt.labels).tolist():
@@ -337,7 +337,6 @@ class ClassificationMetrics(Metrics):
         return super().compute() | {"n": len(self.rows), "confusion": confusion}
 
     def statistic(self) -> Statistic:
-        """As `Metrics.statistic`."""
         ranked = []
         for index in range(len(self.class_names)):
             scores = self._probabilities[:, index]
@@ -479,13 +478,6 @@ def _instances(given: Instances, name: str) -> _Instances:
     if labels.shape != masks.shape[:1] or (len(labels) and labels.dtype.kind not in "ui"):
         raise DataError(f"{name}: expected {len(masks)} integer labels, got {labels.dtype} of shape {labels.shape}")
     return _Instances(masks != 0, labels.astype(np.int64))
-
-
-def _boxes(instances: Instances) -> np.ndarray:
-    boxes = _numpy(instances["boxes"]).astype(np.float64)
-    if boxes.shape != (len(instances["labels"]), 4):
-        raise DataError(f"boxes: expected shape ({len(instances['labels'])}, 4), one per mask, got {boxes.shape}")
-    return boxes
 
 
 def _numpy(value: Array) -> np.ndarray:

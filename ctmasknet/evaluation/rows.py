@@ -14,11 +14,12 @@ file, in the `coco_images.json` beside a `coco_results.json`, or in the COCO fil
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -50,8 +51,8 @@ Found = dict[str, Tensor]
 """Detections of an image on the CPU: boxes (N, 4), masks (N, H, W) bool, labels (N,), scores (N,)."""
 
 
-class Subject(Protocol):
-    """What `evaluate` needs to know of anything it evaluates.
+class Subject:
+    """What `evaluate` measures: a model, or predictions somebody else made.
 
     Attributes:
         task, name, class_names: what it is.
@@ -60,23 +61,23 @@ class Subject(Protocol):
     """
 
     task: Task
-    name: str
-    class_names: tuple[str, ...]
-    facts: dict[str, Any]
-    training_minutes: float | None
+    training_minutes: float | None = None
+
+    def __init__(self, name: str, class_names: tuple[str, ...], facts: dict[str, Any]) -> None:
+        self.name, self.class_names, self.facts = name, class_names, facts
 
     def rows(self, samples: Sequence[Any]) -> list[Row]:
         """One row per sample."""
-        ...
+        raise NotImplementedError
 
 
-class _ModelSubject:
+class _ModelSubject(Subject):
     def __init__(self, model: Model, name: str, precision: Precision) -> None:
-        self.name, self.class_names = name, class_names(model)
-        self.training_minutes: float | None = model.metadata.get("training", {}).get("minutes")
-        self._inference = Inference(model, precision)
         digest = state_digest(model.state_dict())[:16]
-        self.facts: dict[str, Any] = {"weights": digest, "config": model.config.to_dict(), "precision": precision}
+        facts = {"weights": digest, "config": model.config.to_dict(), "precision": precision}
+        super().__init__(name, class_names(model), facts)
+        self.training_minutes = model.metadata.get("training", {}).get("minutes")
+        self._inference = Inference(model, precision)
 
 
 class SegmenterSubject(_ModelSubject):
@@ -85,7 +86,7 @@ class SegmenterSubject(_ModelSubject):
     The operating point is the model's own, but for a threshold that is given.
     """
 
-    task: Task = "segmentation"
+    task = "segmentation"
 
     def __init__(
         self,
@@ -114,7 +115,7 @@ class SegmenterSubject(_ModelSubject):
 class ClassifierSubject(_ModelSubject):
     """A classifier: class probabilities, and how many RoIs of its batch lie above each of `ROI_THRESHOLDS`."""
 
-    task: Task = "classification"
+    task = "classification"
 
     def __init__(self, model: COVIDCTMaskNet, name: str, precision: Precision = "float32") -> None:
         super().__init__(model, name, precision)
@@ -182,6 +183,15 @@ def _readings(inference: Inference, samples: Sequence[Any]) -> list[Reading]:
     return inference.read([(sample.image.to(device).float() / 255).expand(3, -1, -1) for sample in samples])
 
 
+_FIELDS = {
+    "image_id": int | str,
+    "category_id": int | str,
+    "score": float,
+    "bbox": list[float],
+    "probabilities": list[float],
+}
+
+
 class Predictions(NamedTuple):
     """A file of predictions somebody else made.
 
@@ -206,15 +216,15 @@ class Predictions(NamedTuple):
         entries: Any = outer.get("annotations", outer.get("predictions")) if outer else content
         if not outer and path.name == COCO_RESULTS and beside.exists():  # as `ctmasknet predict --format coco` writes
             outer = _json(beside)
-        try:
-            entries = typed("predictions", entries, list[dict[str, Any]])
-            for entry in entries:
-                typed("image_id", entry["image_id"], int | str)
-                typed("category_id", entry.get("category_id", 0), int | str)
-        except (ConfigError, KeyError):
+        if not isinstance(entries, list) or not all(isinstance(e, dict) and "image_id" in e for e in entries):
             raise DataError(
                 f"{path}: not COCO results: a list of objects with image_id, category_id, score, segmentation"
-            ) from None
+            )
+        for number, entry in enumerate(entries):
+            try:
+                entry |= {key: typed(key, entry[key], kind) for key, kind in _FIELDS.items() if key in entry}
+            except ConfigError as error:
+                raise DataError(f"{path}: prediction {number}: {error}") from None
         return cls(path, entries, outer)
 
     @property
@@ -281,31 +291,32 @@ class Predictions(NamedTuple):
         return listed
 
 
-class ImportedDetections:
+class ImportedDetections(Subject):
     """Lesions that another model found.
 
     The paper's protocol counts those scored above 0.75, the operating point those above `score_threshold`; masks and
     NMS are theirs.
     """
 
-    task: Task = "segmentation"
-    training_minutes: float | None = None
+    task = "segmentation"
 
     def __init__(self, predictions: Predictions, data: SliceDataset[Any], score_threshold: float) -> None:
-        self.name, self.class_names = predictions.path.stem, data.class_names
+        point = {"operating_point": {"score_threshold": score_threshold}}
+        facts = {"predictions": sha256_of(predictions.path)[:16], "protocols": point}
+        super().__init__(predictions.path.stem, data.class_names, facts)
         self._thresholds = (PAPER.score_threshold, score_threshold, COCO_SCORE)
         self._of_slice, self._labels = predictions.by_slice(data), predictions.labels(data)
         for where, entry in (named for own in self._of_slice.values() for named in own):
-            category, score = entry.get("category_id"), entry.get("score")
+            category, score = entry.get("category_id"), entry.get("score", math.nan)
             if category not in self._labels:
                 known = sorted(self._labels)
                 raise DataError(f"{where}: category_id {category!r} is none of {known}; mend or leave it out")
-            if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
+            if not 0 <= score <= 1:
                 raise DataError(f"{where}: score {score!r} is no number in 0..1")
             if "segmentation" not in entry:
                 raise DataError(f"{where}: no segmentation; masks are needed (COCO's segm results)")
-        point = {"operating_point": {"score_threshold": score_threshold}}
-        self.facts = {"predictions": sha256_of(predictions.path)[:16], "protocols": point}
+            if len(entry.get("bbox", range(4))) != 4:
+                raise DataError(f"{where}: bbox {entry['bbox']!r} is not [x, y, width, height]")
 
     def rows(self, samples: Sequence[SegmentationSample]) -> list[Row]:
         rows = []
@@ -323,7 +334,8 @@ class ImportedDetections:
         for index, (where, entry) in enumerate(own):
             masks[index] = torch.from_numpy(decode_segmentation(entry["segmentation"], (height, width), where) != 0)
             if "bbox" in entry:
-                boxes[index] = _box(entry["bbox"], where)
+                x, y, box_width, box_height = entry["bbox"]
+                boxes[index] = torch.tensor([x, y, x + box_width, y + box_height])
             elif masks[index].any():
                 boxes[index] = half_open_boxes(masks[index : index + 1])[0]
         labels = torch.tensor([self._labels[entry["category_id"]] for _, entry in own], dtype=torch.int64)
@@ -331,15 +343,13 @@ class ImportedDetections:
         return {"boxes": boxes, "masks": masks, "labels": labels, "scores": scores}
 
 
-class ImportedProbabilities:
+class ImportedProbabilities(Subject):
     """Class probabilities that another model gave."""
 
-    task: Task = "classification"
-    training_minutes: float | None = None
+    task = "classification"
 
     def __init__(self, predictions: Predictions, data: SliceDataset[Any]) -> None:
-        self.name, self.class_names = predictions.path.stem, data.class_names
-        self.facts = {"predictions": sha256_of(predictions.path)[:16]}
+        super().__init__(predictions.path.stem, data.class_names, {"predictions": sha256_of(predictions.path)[:16]})
         self._path, self._of_slice = predictions.path, predictions.by_slice(data)
 
     def rows(self, samples: Sequence[ClassificationSample]) -> list[Row]:
@@ -349,7 +359,9 @@ class ImportedProbabilities:
             if len(own) != 1:
                 raise DataError(f"{self._path}: {len(own)} predictions for image {sample.name}; every slice needs one")
             ((where, entry),) = own
-            probabilities = _probabilities(entry.get("probabilities"), len(self.class_names), where)
+            probabilities, count = entry.get("probabilities", []), len(self.class_names)
+            if len(probabilities) != count or min(probabilities) < 0 or abs(sum(probabilities) - 1) > 1e-2:
+                raise DataError(f"{where}: probabilities {probabilities}: {count} numbers that add up to 1 are needed")
             rows.append(classification_row(sample, probabilities))
         return rows
 
@@ -361,22 +373,3 @@ def _json(path: Path) -> Any:
         raise DataError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not readable JSON ({error})") from None
-
-
-def _box(value: Any, where: str) -> Tensor:
-    """COCO (x, y, width, height) -> xyxy."""
-    try:
-        x, y, width, height = typed("bbox", value, list[float])
-    except ValueError:  # a ConfigError is one, too
-        raise DataError(f"{where}: bbox {value!r} is not [x, y, width, height]") from None
-    return torch.tensor([x, y, x + width, y + height], dtype=torch.float32)
-
-
-def _probabilities(value: Any, classes: int, where: str) -> list[float]:
-    try:
-        numbers = typed("probabilities", value, list[float])
-    except ConfigError:
-        numbers = []
-    if len(numbers) != classes or min(numbers) < 0 or abs(sum(numbers) - 1) > 1e-2:
-        raise DataError(f"{where}: probabilities {value!r}: expected {classes} numbers in 0..1 that add up to 1")
-    return numbers

@@ -13,10 +13,11 @@ from types import ModuleType
 from typing import Any, BinaryIO
 
 from ctmasknet.errors import import_extra
+from ctmasknet.evaluation import contributions
 from ctmasknet.output import write_files
 
-ORANGE, SKY, GREEN, BLUE, VERMILLION = "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00"
-INK, FAINT = "#222222", "#8A8A8A"
+ORANGE, SKY, GREEN, BLUE, VERMILLION = contributions.FOR, contributions.AGAINST, "#009E73", "#0072B2", "#D55E00"
+INK, FAINT = contributions.INK, "#8A8A8A"
 
 CLASS_STYLE = {
     "covid": (VERMILLION, "///", "o"),
@@ -26,9 +27,7 @@ CLASS_STYLE = {
 """Colour, hatching and marker of an image class."""
 
 _OTHER_STYLES = ((GREEN, "xx", "D"), (ORANGE, "\\\\", "v"), (BLUE, "--", "P"))
-FONT = {"font.family": "DejaVu Sans", "font.size": 8, "axes.titlesize": 8.5, "axes.labelsize": 8}
-FONT |= {"xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7, "axes.linewidth": 0.6}
-FONT |= {"svg.fonttype": "none", "pdf.fonttype": 42, "hatch.linewidth": 0.6}
+FONT = contributions.FONT | {"svg.fonttype": "none", "pdf.fonttype": 42, "hatch.linewidth": 0.6}
 
 
 def save_figure(
