@@ -157,13 +157,13 @@ def test_a_run_from_weights_says_how_they_did_and_which_epoch_is_best(
     result = train(segmenter_config(lesions, tmp_path / "run", weights=started, val=lesions, operating_point=True))
     start, *rows = result.history
     assert [start["epoch"], *(row["epoch"] for row in rows)] == [0, 1, 2]
-    rows = []
+    found_rows = []
     model = from_pretrained(started, box_score_thresh=0.3, box_nms_thresh=0.5)
     for image, target, _ in open_dataset("segmentation", lesions, min_area=5):
         with torch.no_grad():
             found = model([image.expand(3, -1, -1) / 255])[0]
-        rows += segmentation_rows(target, found | {"masks": found["masks"][:, 0] > 0.5})
-    expected = SegmentationMetrics(rows).compute()
+        found_rows += segmentation_rows(target, found | {"masks": found["masks"][:, 0] > 0.5})
+    expected = SegmentationMetrics(found_rows).compute()
     assert start["ap50"] == pytest.approx(expected["ap50"], abs=1e-4)
     assert start["dice_pooled"] == pytest.approx(expected["dice_pooled"], abs=1e-4)
 
