@@ -69,7 +69,8 @@ def test_weights_count_like_repeated_images() -> None:
     weights = np.random.default_rng(0).integers(0, 4, 40)
     expected = metrics(probabilities.repeat(weights, axis=0), labels.repeat(weights)).compute()
     found = metrics(probabilities, labels).statistic()(weights.astype(float))
-    assert found.pop("accuracy") == pytest.approx(expected["accuracy"])
+    for figure in ("accuracy", "brier", "ece"):
+        assert found.pop(figure) == pytest.approx(expected[figure])
     assert found == pytest.approx({f"{key}.{name}": expected[key][name] for key, name in (k.split(".") for k in found)})
 
 
@@ -80,6 +81,48 @@ def test_auc_equals_the_mann_whitney_statistic_of_scipy() -> None:
         score = probabilities[:, index]
         u = stats.mannwhitneyu(score[labels == index], score[labels != index]).statistic
         assert auc == pytest.approx(u / ((labels == index).sum() * (labels != index).sum()))
+
+
+def test_calibration_worked_out_by_hand() -> None:
+    # Confidence 0.8, 0.8, 0.6, 0.9; right, wrong, right, right.
+    probabilities = np.array([[0.8, 0.1, 0.1], [0.8, 0.2, 0.0], [0.2, 0.6, 0.2], [0.0, 0.1, 0.9]])
+    result = metrics(probabilities, np.array([0, 1, 1, 2])).compute()
+    assert result["brier"] == pytest.approx((0.06 + 1.28 + 0.24 + 0.02) / 4)
+    # Bins 0.7 to 0.8: 0.8 said, 0.5 right, two slices; 0.5 to 0.6: 0.6 and 1; 0.8 to 0.9: 0.9 and 1.
+    assert result["ece"] == pytest.approx((2 * 0.3 + 0.4 + 0.1) / 4)
+    assert result["reliability"]["control"] == [
+        {"n": 1, "probability": 0.0, "observed": 0.0},
+        {"n": 1, "probability": pytest.approx(0.2), "observed": 0.0},
+        {"n": 2, "probability": pytest.approx(0.8), "observed": 0.5},
+    ]
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_calibration_equals_its_definition_slice_by_slice(ties: bool) -> None:
+    probabilities, labels = random_batch(4, ties=ties)
+    result = metrics(probabilities, labels).compute()
+    squares, bins = 0.0, {}
+    for row, label in zip(probabilities, labels, strict=True):
+        squares += sum((p - (k == label)) ** 2 for k, p in enumerate(row))
+        confidence = max(row)
+        step = next(i for i in range(1, 11) if confidence <= i / 10)  # bins (0, 0.1], (0.1, 0.2] and so on
+        bins.setdefault(step, []).append((confidence, row.argmax() == label))
+    assert result["brier"] == pytest.approx(squares / len(labels))
+    gaps = [
+        len(found) * abs(np.mean([c for c, _ in found]) - np.mean([r for _, r in found])) for found in bins.values()
+    ]
+    assert result["ece"] == pytest.approx(sum(gaps) / len(labels))
+    for k, name in enumerate(CLASSES):
+        curve = result["reliability"][name]
+        assert sum(point["n"] for point in curve) == len(labels)
+        assert sum(point["n"] * point["observed"] for point in curve) == pytest.approx((labels == k).sum())
+        assert sum(point["n"] * point["probability"] for point in curve) == pytest.approx(probabilities[:, k].sum())
+
+
+def test_probabilities_that_are_always_right_are_calibrated() -> None:
+    labels = np.array([0, 1, 2, 2])
+    result = metrics(np.eye(3)[labels], labels).compute()
+    assert result["brier"] == result["ece"] == 0
 
 
 def test_what_is_undefined_is_none() -> None:

@@ -209,12 +209,30 @@ def test_a_finished_evaluation_is_saved_beside_its_rows(slices: Path, lesions: P
     assert lines[0].startswith("image_id,label")
     saved = json.loads((tmp_path / "classes" / "evaluation.json").read_text())
     assert saved == json.loads(json.dumps(result.to_dict()))
+    assert set(saved["metrics"]["patient"]["auc"]) == {"control", "pneumonia", "covid"}
+    table = (tmp_path / "classes" / "evaluation.md").read_text()
+    for group in ("slice", "patient"):
+        for figure in ("auc covid", "brier", "ece"):
+            assert f"| {group} | {figure} |" in table
     written = evaluate(segmenter(), lesions, limit=2, samples=0).save(tmp_path / "lesions")
     assert sorted(written) == sorted((tmp_path / "lesions").iterdir())
     text = (tmp_path / "lesions" / "evaluation.md").read_text()
     assert "binary Dice at 0.5" in text
     point = segmenter().metadata["operating_point"]
     assert f"score above {point['score_threshold']:g}, NMS at {point['nms_threshold']:g}" in text
+
+
+def test_the_reliability_curve_shows_the_bins_of_slices_and_patients(slices: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    result = evaluate(classifier(), slices, samples=0, out=tmp_path)
+    with Image.open(tmp_path / "reliability.png") as picture:
+        assert picture.width > picture.height > 400
+    panels = result.reliability_figure().axes
+    for panel, group in zip(panels, ("slice", "patient"), strict=True):
+        assert panel.get_title().startswith(f"6 {group}s: Brier score {result.metrics[group]['brier']:.3f}")
+        for line, bins in zip(panel.lines[1:], result.metrics[group]["reliability"].values(), strict=True):
+            np.testing.assert_array_equal(line.get_xdata(), [found["probability"] for found in bins])
+            np.testing.assert_array_equal(line.get_ydata(), [found["observed"] for found in bins])
 
 
 def test_limit_draws_the_same_slices_for_the_same_seed(lesions: Path) -> None:

@@ -10,8 +10,10 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, fields
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from tqdm import tqdm
 from ctmasknet.batch import process_device, process_shard
 from ctmasknet.data.datasets import SliceDataset, open_dataset
 from ctmasknet.data.layouts import LesionClasses, Names, classes_of, same_names
-from ctmasknet.errors import ConfigError, DataError
+from ctmasknet.errors import ConfigError, DataError, MissingExtraError, import_extra
 from ctmasknet.evaluation.metrics import (
     MIN_PATIENTS,
     ClassificationMetrics,
@@ -46,8 +48,8 @@ from ctmasknet.evaluation.rows import (
 )
 from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN, Model
 from ctmasknet.models.inference import Precision
-from ctmasknet.output import Log, PathLike, csv_text, json_bytes, read_logs, require_writable, write_files
-from ctmasknet.registry import VARIANTS, Task
+from ctmasknet.output import Content, Log, PathLike, csv_text, json_bytes, read_logs, require_writable, write_files
+from ctmasknet.registry import VARIANTS, Task, class_title
 from ctmasknet.zoo import choose_device, open_model
 
 
@@ -92,6 +94,8 @@ class Evaluation:
     def save(self, out: PathLike) -> list[Path]:
         """Write ``evaluation.json``, ``evaluation.md`` (the table) and ``slices.csv`` (figures per slice) into `out`.
 
+        Of a classifier ``reliability.png`` too, if matplotlib is installed (extra ``plots``).
+
         Returns:
             Their paths.
 
@@ -104,13 +108,44 @@ class Evaluation:
             flat.append({key: value for key, value in row.items() if not isinstance(value, dict)} | inner)
         columns = list(dict.fromkeys(key for row in flat for key in row))
         cells = ([json.dumps(v) if isinstance(v := row.get(key), list) else v for key in columns] for row in flat)
-        return write_files(
-            {
-                Path(out) / EVALUATION: json_bytes(self.to_dict(), indent=2),
-                Path(out) / "evaluation.md": self.table().markdown().encode(),
-                Path(out) / "slices.csv": csv_text([columns, *cells]).encode(),
-            }
-        )
+        contents: dict[Path, Content] = {
+            Path(out) / EVALUATION: json_bytes(self.to_dict(), indent=2),
+            Path(out) / "evaluation.md": self.table().markdown().encode(),
+            Path(out) / "slices.csv": csv_text([columns, *cells]).encode(),
+        }
+        if self.task == "classification":
+            with suppress(MissingExtraError):
+                contents[Path(out) / "reliability.png"] = partial(self.reliability_figure().savefig, dpi=140)
+        return write_files(contents)
+
+    def reliability_figure(self) -> Any:
+        """How often a class is true where the model gives it a probability; a panel for slices, one for patients.
+
+        Returns:
+            A matplotlib figure.
+
+        Raises:
+            ConfigError: not of a classifier.
+            MissingExtraError: matplotlib is not installed.
+        """
+        groups = {name: figures for name, figures in self.metrics.items() if "reliability" in figures}
+        if not groups:
+            raise ConfigError("a reliability curve is of a classifier")
+        matplotlib = import_extra("matplotlib.figure", "plots", "drawing a reliability curve")
+        figure = matplotlib.Figure(figsize=(4 * len(groups), 4), layout="constrained")
+        for axis, (group, figures) in zip(
+            figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True
+        ):
+            axis.plot([0, 1], [0, 1], color="#8A8A8A", linewidth=1, linestyle=":")
+            for (name, bins), (colour, line) in zip(figures["reliability"].items(), cycle(_CURVES)):
+                points = [[found[key] for found in bins] for key in ("probability", "observed")]
+                axis.plot(*points, line, color=colour, label=class_title(name), markersize=5)
+            axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="mean probability given", ylabel="fraction true")
+            axis.set_title(
+                f"{figures['n']} {group}s: Brier score {figures['brier']:.3f}, ECE {figures['ece']:.3f}", fontsize=9
+            )
+            axis.legend(loc="upper left", fontsize=8, frameon=False)
+        return figure
 
     def __repr__(self) -> str:
         """The first figures of each group; `table` has them all."""
@@ -125,7 +160,7 @@ class Evaluation:
         rows: list[tuple[Any, ...]] = []
         for group, figures in self.metrics.items():
             for name, value in figures.items():
-                if name in ("confusion", "images", "n", "mixed_patients"):
+                if name in ("confusion", "images", "mixed_patients", "n", "reliability"):
                     continue
                 spread = self.intervals.get(group, {}).get(name)
                 by_class = isinstance(value, dict)
@@ -153,6 +188,8 @@ EVALUATION = "evaluation.json"
 DICE = "binary Dice at 0.5"
 """The protocol of every Dice here; many papers average it over 256 thresholds of a grey map instead."""
 
+_CURVES = (("#555555", "^--"), ("#56B4E9", "s-."), ("#D55E00", "o-"))
+"""Colour, marker and line of each class, which also differ in grey."""
 _GROUPS = {
     "paper": "released AP protocol, paper's thresholds",
     "operating_point": "operating point",

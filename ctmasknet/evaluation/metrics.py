@@ -44,6 +44,7 @@ MIN_PATIENTS = 5
 _COCO_IOU = np.linspace(0.5, 0.95, 10)  # pycocotools' own: one differs from the decimal number by a rounding
 _COCO_RECALL = np.linspace(0, 1, 101)
 _COCO_DETECTIONS = 100  # per image and class
+_BIN_EDGES = np.linspace(0, 1, 11)[1:-1]  # of the bins of probability that calibration is measured in
 _DEFINED = 0.9  # share of the resamples in which a figure must be defined to get an interval
 
 
@@ -313,9 +314,16 @@ def operating_points(rows: Sequence[Row]) -> list[Figures]:
 class ClassificationMetrics(Metrics):
     """Slices classified (paper, Table 3); the class called is the one of highest probability (the first of equals).
 
-    Figures: ``accuracy``, the fraction called right; and per class, against the rest, ``sensitivity``, ``specificity``,
-    ``precision``, ``f1`` and ``auc`` (ROC), in 0..1 or None where undefined: sensitivity, F1 and AUC of a class without
-    images, specificity and AUC without images of other classes, precision of a class never called.
+    Figures:
+
+    - ``accuracy``: the fraction called right.
+    - ``brier``: mean over images of the squared differences between the probabilities and 1 for the true class, 0 for
+      the others, summed over the classes: 0 at best, 2 at worst.
+    - ``ece``: expected calibration error of the class called. Images are put into ten bins by its probability, each 0.1
+      wide; the difference between the mean probability and the fraction called right, averaged over the images.
+    - per class, against the rest, ``sensitivity``, ``specificity``, ``precision``, ``f1`` and ``auc`` (ROC), in 0..1 or
+      None where undefined: sensitivity, F1 and AUC of a class without images, specificity and AUC without images of
+      other classes, precision of a class never called.
     """
 
     def __init__(self, class_names: Sequence[str], rows: Sequence[Row]) -> None:
@@ -332,9 +340,21 @@ class ClassificationMetrics(Metrics):
         self._cells = self._labels * len(self.class_names) + self._probabilities.argmax(axis=1)
 
     def compute(self) -> Figures:
-        """The figures, ``n``, the number of rows, and ``confusion``: K lists of K counts, rows the true class."""
-        confusion = self._confusion(np.ones(len(self.rows), np.int64)).astype(int).tolist()
-        return super().compute() | {"n": len(self.rows), "confusion": confusion}
+        """The figures, and of all rows:
+
+        ``n``, their number; ``confusion``, K lists of K counts, rows the true class; ``reliability``, per class and bin
+        of its probability, as for `ece`, ``n`` images, their mean ``probability`` and the ``observed`` fraction of
+        the class among them; empty bins are left out.
+        """
+        figures = super().compute()
+        confusion = self._confusion(np.ones(len(self.rows))).astype(int).tolist()
+        reliability = {}
+        for index, name in enumerate(self.class_names):
+            probability = self._probabilities[:, index]
+            n, predicted, observed = _binned(probability, self._labels == index, np.ones(len(self.rows)))
+            bins = zip(n.astype(int).tolist(), (predicted / n).tolist(), (observed / n).tolist(), strict=True)
+            reliability[name] = [{"n": count, "probability": p, "observed": o} for count, p, o in bins]
+        return figures | {"n": len(self.rows), "confusion": confusion, "reliability": reliability}
 
     def statistic(self) -> Statistic:
         ranked = []
@@ -343,6 +363,9 @@ class ClassificationMetrics(Metrics):
             order = scores.argsort(kind="stable")
             edges = np.flatnonzero(np.diff(scores[order], prepend=-1.0))  # where a new score begins
             ranked.append((order, self._labels[order] == index, edges))
+        truth = np.eye(len(self.class_names))[self._labels]
+        squares = ((self._probabilities - truth) ** 2).sum(axis=1)
+        confidence, correct = self._probabilities.max(axis=1), self._probabilities.argmax(axis=1) == self._labels
 
         def figures(weights: np.ndarray) -> dict[str, float]:
             confusion = self._confusion(weights)
@@ -357,7 +380,12 @@ class ClassificationMetrics(Metrics):
                     "f1": np.where(positives > 0, 2 * right / (positives + called), math.nan),
                     "auc": [_auc(weights[order], positive, edges) for order, positive, edges in ranked],
                 }
-            found = {"accuracy": float(right.sum() / total)}
+            _, predicted, observed = _binned(confidence, correct, weights)
+            found = {
+                "accuracy": float(right.sum() / total),
+                "brier": float(weights @ squares / total),
+                "ece": float(abs(predicted - observed).sum() / total),
+            }
             for figure, values in by_class.items():
                 found |= {f"{figure}.{name}": float(v) for name, v in zip(self.class_names, values, strict=True)}
             return found
@@ -438,6 +466,15 @@ def _coco_average_precision(right: np.ndarray, weights: np.ndarray, lesions: flo
     envelope = _envelope(np.divide(hits, seen, out=np.zeros_like(hits), where=seen > 0))
     reached = [np.searchsorted(recall, _COCO_RECALL) for recall in (hits / lesions).T]
     return np.array([np.append(column, 0.0)[at].mean() for column, at in zip(envelope.T, reached, strict=True)])
+
+
+def _binned(
+    probability: np.ndarray, positive: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each bin that is not empty: the sum of the weights, of the probabilities, and of the positive ones."""
+    index = np.searchsorted(_BIN_EDGES, probability)  # an edge belongs to the bin below it
+    sums = [np.bincount(index, weights * values, len(_BIN_EDGES) + 1) for values in (1, probability, positive)]
+    return sums[0][sums[0] > 0], sums[1][sums[0] > 0], sums[2][sums[0] > 0]
 
 
 def _auc(weights: np.ndarray, positive: np.ndarray, edges: np.ndarray) -> float:
