@@ -23,22 +23,23 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torchvision
 from tqdm import tqdm
 
+from ctmasknet.data.dicom_out import require_frames
 from ctmasknet.data.layouts import slice_name
-from ctmasknet.data.scans import NIFTI_SUFFIXES, is_dicom, is_scan, read_ahead
+from ctmasknet.data.scans import NIFTI_SUFFIXES, is_dicom, is_scan, open_volume, read_ahead
 from ctmasknet.data.slices import PICTURE_SUFFIXES, Slice, read_slice
-from ctmasknet.errors import ConfigError, CTMaskNetError, DataError, InputError
+from ctmasknet.errors import ConfigError, CTMaskNetError, DataError, InputError, import_extra
 from ctmasknet.output import Log, OutputError, PathLike, join_logs, json_bytes, read_logs, write_files
 from ctmasknet.predictor import Predictor
 from ctmasknet.registry import __version__
 from ctmasknet.results import Prediction, VolumePrediction, counted
 
-Format = Literal["files", "jsonl", "coco"]
+Format = Literal["files", "dicom", "jsonl", "coco"]
 
 PREDICTIONS, RUN = "predictions.jsonl", "run.json"
 COCO_RESULTS, COCO_IMAGES = "coco_results.json", "coco_images.json"
@@ -178,8 +179,9 @@ def predict_files(
         names: only these of the inputs, by name without folder and picture suffix: a text file with one name per
             line, or a sequence of names. None: all.
         units, spacing, series: as `Predictor.volume` takes them.
-        format: ``"files"`` also writes JSON and overlay of every slice; ``"jsonl"`` writes the lines alone (scans
-            get their files all the same); ``"coco"`` also writes COCO results at the end.
+        format: ``"files"`` also writes JSON and overlay of every slice; ``"dicom"`` writes DICOM SEG and SR beside a
+            scan's files, and takes DICOM scans only (extra ``dicom``); ``"jsonl"`` writes the lines alone (scans get
+            their files all the same); ``"coco"`` also writes COCO results at the end.
         slices: take DICOM files in folders as single slices, not as scans.
         readers: threads that read ahead of the model.
         shard: (i, n): do every n-th file from the i-th on. `process_shard` takes it from torchrun's environment.
@@ -201,8 +203,12 @@ def predict_files(
         raise ConfigError(f"shard={rank}/{world}: the first number runs from 0 to the second minus 1")
     if readers < 1:
         raise ConfigError(f"readers={readers}: must be at least 1")
-    if format not in ("files", "jsonl", "coco"):
-        raise ConfigError(f"format={format!r}: use 'files', 'jsonl' or 'coco'")
+    if format not in get_args(Format):
+        raise ConfigError(f"format={format!r}: use 'files', 'dicom', 'jsonl' or 'coco'")
+    if format == "dicom":
+        import_extra("highdicom", "dicom", "writing DICOM")
+        if predictor.segmenter is None:
+            raise ConfigError('format="dicom": writes lesions, which no model looks for here. Give a segmenter.')
     if predictor.score_map and format != "files":
         raise ConfigError(f'score_map=True: a map is a file per slice, which needs format="files", not {format!r}')
     if restart and world > 1:
@@ -218,7 +224,7 @@ def predict_files(
     clock = time.monotonic()
     work = _my_work(given, names, folder, slices, shard, summary)
     # A single slice or scan needs no record of what is done: it is predicted anew each time.
-    several = len(work) > 1 or names is not None or world > 1 or format != "files" or restart
+    several = len(work) > 1 or names is not None or world > 1 or format not in ("files", "dicom") or restart
     with contextlib.ExitStack() as closing:
         log = None
         if several or any(path.exists() for path in _logs(folder)):
@@ -238,7 +244,7 @@ def predict_files(
         reading = {"units": units, "spacing": spacing, "series": series}
         write = partial(_write, out=folder, root=summary.root, format=format)
         try:
-            predicted = _predicted(predictor, todo, reading, readers, bar)
+            predicted = _predicted(predictor, todo, reading, format, readers, bar)
             for _, result in read_ahead(write, predicted, threads=WRITERS, depth=2 * WRITERS):
                 if log is not None and result.record is not None:
                     log.append(result.record)
@@ -396,7 +402,7 @@ def common_root(inputs: Iterable[str]) -> str | None:
 
 
 def _predicted(
-    predictor: Predictor, todo: list[Work], reading: Mapping[str, Any], readers: int, bar: Any
+    predictor: Predictor, todo: list[Work], reading: Mapping[str, Any], format: Format, readers: int, bar: Any
 ) -> Iterator[tuple[Work, Prediction | VolumePrediction | CTMaskNetError]]:
     """Read ahead and predict, in the order of `todo`."""
 
@@ -404,7 +410,11 @@ def _predicted(
         if one.error:
             return InputError(one.error)
         try:
-            return one if one.scan or is_scan(Path(one.name)) else read_slice(one.name, units=reading["units"])
+            if one.scan or is_scan(Path(one.name)):
+                return one
+            if format == "dicom":
+                return InputError(f"{one.name}: not a scan. DICOM SEG and SR need the folder with its series.")
+            return read_slice(one.name, units=reading["units"])
         except CTMaskNetError as error:
             return error
 
@@ -419,7 +429,10 @@ def _predicted(
         try:  # a scan brings its own slices
             if predictor.score_map:
                 raise InputError(f"{one.name}: a scan has no score map: predict it without score_map=True")
-            yield one, predictor.volume(one.name, **reading, progress=show)
+            volume = open_volume(one.name, **reading)
+            if format == "dicom":
+                require_frames(volume)
+            yield one, predictor.volume(volume, progress=show)
         except CTMaskNetError as error:
             yield one, error
 
@@ -431,12 +444,14 @@ def _write(
     if isinstance(result, CTMaskNetError):
         return FileResult(one.name, error=str(result))
     scan, paths = isinstance(result, VolumePrediction), []
+    place = place_of(one.name, root)
     try:
-        if scan or format == "files":
-            place = place_of(one.name, root)
+        if isinstance(result, VolumePrediction):
+            paths = result.save(out / place.parent, place.name or None, dicom=format == "dicom")
+        elif format == "files":
             paths = result.save(out / place.parent, place.name or None)
-    except OutputError as error:
-        if getattr(error.__cause__, "errno", None) not in _ONE_FILE_ONLY:
+    except InputError as error:
+        if isinstance(error, OutputError) and getattr(error.__cause__, "errno", None) not in _ONE_FILE_ONLY:
             raise
         return FileResult(one.name, error=str(error))
     # The RoI batch is in the file's own JSON; caveats are those of the run.
@@ -485,7 +500,8 @@ def _my_work(
 def _settings(predictor: Predictor, format: Format, **reading: Any) -> dict[str, Any]:
     names = ("score_threshold", "nms_threshold", "precision", "score_map")
     facts = {**predictor.models, **{name: getattr(predictor, name) for name in names}}
-    return json.loads(json.dumps({**facts, "file_per_slice": format == "files", **reading}))  # as run.json has them
+    files = {"file_per_slice": format == "files", "dicom": format == "dicom"}
+    return json.loads(json.dumps({**facts, **files, **reading}))  # as run.json has them
 
 
 def _environment(predictor: Predictor, shard: tuple[int, int]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from ctmasknet.data.dicom_out import LesionMask, dicom_files
 from ctmasknet.errors import CTMaskNetError, InputError
 from ctmasknet.output import Content, PathLike, csv_text, json_bytes, write_files
 from ctmasknet.overlay import Lesion, Tile, class_colour, montage, overlay
@@ -404,7 +405,7 @@ class VolumePrediction:
         """A montage: of each twelfth of the scan the slice with most lesion, or its middle one."""
         return montage(self.tiles, self.class_names, self.summary, self.caveats)
 
-    def save(self, directory: PathLike, name: str | None = None) -> list[Path]:
+    def save(self, directory: PathLike, name: str | None = None, *, dicom: bool = False) -> list[Path]:
         """Write mask, table, montage and record into `directory`, which is created if missing.
 
         `<name>.lesions.nii.gz` has the scan's geometry, `<name>.slices.csv` a row per slice, `<name>.montage.png`
@@ -413,23 +414,44 @@ class VolumePrediction:
         Args:
             directory: where to write.
             name: file name without a folder. Default: that of the scan.
+            dicom: also write `<name>.seg.dcm`, the mask as a DICOM SEG, and `<name>.sr.dcm`, the volumes as a DICOM SR,
+                before the JSON (extra ``dicom``). They belong to the scan's patient and study, names included.
 
         Returns:
             The paths, in that order.
 
         Raises:
-            InputError: `name` holds a folder, or the files cannot be written.
+            InputError: `name` holds a folder, or the files cannot be written; with `dicom`, the scan was not read from
+                DICOM, its headers do not allow it, or no segmenter ran.
         """
         stem = _target(directory, name, Path(self.source).resolve().name or "scan")
         picture = self.plot()
+        seg_and_sr = zip((stem(".seg.dcm"), stem(".sr.dcm")), self._dicom_files(), strict=True) if dicom else ()
         return write_files(
             {
                 # No time stamp: the same mask gives the same file.
                 stem(".lesions.nii.gz"): gzip.compress(self.volume.mask_image(self.mask).to_bytes(), 6, mtime=0),
                 stem(".slices.csv"): self.table().encode("utf-8", "backslashreplace"),
                 stem(".montage.png"): lambda stream: picture.save(stream, format="PNG"),
+                **dict(seg_and_sr),
                 stem(".json"): json_bytes(self.to_dict()),
             }
+        )
+
+    def _dicom_files(self) -> tuple[bytes, bytes]:
+        segmenter = self.models.get("segmenter")
+        if segmenter is None:
+            raise InputError(f"{self.source}: no segmenter ran, so there are no lesions to write as DICOM")
+        return dicom_files(
+            LesionMask(
+                volume=self.volume,
+                mask=self.mask,
+                class_names=self.class_names,
+                slices=[row.index for row in self.slices if not row.error],
+                variant=segmenter["variant"],
+                digest=segmenter["sha256"],
+                parameters={"weights_sha256": segmenter["sha256"], "score_threshold": str(self.score_threshold)},
+            )
         )
 
     def __repr__(self) -> str:

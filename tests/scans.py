@@ -114,3 +114,40 @@ def write_series(
         dicom_dataset(pixels, **{**place, **tags}).save_as(path, enforce_file_format=True)
         paths.append(path)
     return paths
+
+
+def enhanced(path: Path, slices: np.ndarray, order: list[int], **tags: Any) -> Path:
+    """A multi-frame CT: everything geometric in functional groups, frames in `order`."""
+
+    import pydicom
+
+    def item(**values: object) -> object:
+        made = pydicom.Dataset()
+        for keyword, value in values.items():
+            setattr(made, keyword, value)
+        return made
+
+    shared = item(
+        PixelMeasuresSequence=[item(PixelSpacing=[0.7, 0.8], SliceThickness="2")],
+        PlaneOrientationSequence=[item(ImageOrientationPatient=[1, 0, 0, 0, 1, 0])],
+    )
+    frames = [
+        item(
+            PlanePositionSequence=[item(ImagePositionPatient=[-100, -80, 40 + 2 * k])],
+            # Every frame has its own intercept.
+            PixelValueTransformationSequence=[item(RescaleSlope="1", RescaleIntercept=str(-k), RescaleType="HU")],
+        )
+        for k in order
+    ]
+    dataset = dicom_dataset(
+        np.stack([slices[k] + k for k in order]),
+        NumberOfFrames=len(order),
+        SharedFunctionalGroupsSequence=[shared],
+        PerFrameFunctionalGroupsSequence=frames,
+        **dict.fromkeys(
+            ("PixelSpacing", "SliceThickness", "ImageOrientationPatient", "RescaleSlope", "RescaleIntercept")
+        ),
+        **tags,
+    )
+    dataset.save_as(path, enforce_file_format=True)
+    return path

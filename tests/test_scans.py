@@ -29,7 +29,7 @@ from ctmasknet.data.slices import read_slice, window
 nibabel = pytest.importorskip("nibabel")
 pydicom = pytest.importorskip("pydicom")
 
-from scans import MARK, BlockPredictor, block_volume, dicom_dataset, write_series  # noqa: E402
+from scans import MARK, BlockPredictor, block_volume, dicom_dataset, enhanced, write_series  # noqa: E402
 
 SHARED = Path(__file__).parents[2] / "shared"
 SERIES = SHARED / "data" / "dicom" / "series"
@@ -396,40 +396,6 @@ def test_positions_rounded_in_the_header_are_no_gap(tmp_path):
     assert volume.shape == (48, 40, 30)
     assert volume.spacing[2] == pytest.approx(0.625, abs=0.005)
     assert volume.problems == ()
-
-
-def enhanced(path: Path, slices: np.ndarray, order: list[int], syntax: str | None = None) -> Path:
-    """A multi-frame CT: everything geometric in functional groups, frames in `order`."""
-
-    def item(**values: object) -> object:
-        made = pydicom.Dataset()
-        for keyword, value in values.items():
-            setattr(made, keyword, value)
-        return made
-
-    shared = item(
-        PixelMeasuresSequence=[item(PixelSpacing=[0.7, 0.8], SliceThickness="2")],
-        PlaneOrientationSequence=[item(ImageOrientationPatient=[1, 0, 0, 0, 1, 0])],
-    )
-    frames = [
-        item(
-            PlanePositionSequence=[item(ImagePositionPatient=[-100, -80, 40 + 2 * k])],
-            # Every frame has its own intercept.
-            PixelValueTransformationSequence=[item(RescaleSlope="1", RescaleIntercept=str(-k), RescaleType="HU")],
-        )
-        for k in order
-    ]
-    dataset = dicom_dataset(
-        np.stack([slices[k] + k for k in order]),
-        NumberOfFrames=len(order),
-        SharedFunctionalGroupsSequence=[shared],
-        PerFrameFunctionalGroupsSequence=frames,
-        **dict.fromkeys(
-            ("PixelSpacing", "SliceThickness", "ImageOrientationPatient", "RescaleSlope", "RescaleIntercept")
-        ),
-    )
-    dataset.save_as(path, enforce_file_format=True)
-    return path
 
 
 def test_a_multi_frame_file_equals_the_series_of_its_frames(tmp_path, predictor):

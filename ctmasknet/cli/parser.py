@@ -58,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
         "series as scans; folders and quoted wildcards for many of them. Writes\n"
         "  per slice  FILE.json (boxes, scores, masks as COCO RLE, class probabilities), FILE.overlay.png\n"
         "  per scan   .lesions.nii.gz (the mask), .slices.csv (a table), .montage.png, .json\n"
+        "             with --format dicom also .seg.dcm (the mask) and .sr.dcm (the volumes)\n"
         "  run.json   what was done, and how\n"
         "under each input's path from this folder, or for inputs elsewhere from the folder they share. With more than\n"
         "one input also predictions.jsonl: the same command again goes on where it was stopped. Files that cannot be\n"
@@ -77,9 +78,10 @@ def build_parser() -> argparse.ArgumentParser:
     predict.add_argument("--units", choices=("hu", "range"), help=_UNITS_HELP)
     predict.add_argument(
         "--format",
-        choices=("files", "jsonl", "coco"),
+        choices=("files", "dicom", "jsonl", "coco"),
         default="files",
-        help="files (default): JSON and overlay of each; jsonl: predictions.jsonl alone; coco: it and COCO results",
+        help="files (default): JSON and overlay of each; dicom: DICOM scans only, with DICOM SEG and SR (extra dicom); "
+        "jsonl: predictions.jsonl alone; coco: it and COCO results",
     )
     predict.add_argument("--annotations", type=Path, metavar="JSON", help="COCO annotations to take image ids from")
     predict.add_argument(

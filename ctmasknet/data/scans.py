@@ -69,6 +69,8 @@ class Volume:
         header: the header of the NIfTI file it was read from; None for DICOM.
         threads: how many threads may usefully call `read` at once.
         units: what its values were taken for, if the scan does not say it itself: see `Slice.units`.
+        plane: index -> the slice as it lies in the grid, in 0..1.
+        frames: index -> the DICOM file of a slice and the frame in it, counted from 0; empty for NIfTI.
     """
 
     source: str
@@ -81,6 +83,7 @@ class Volume:
     threads: int
     units: str | None
     plane: Callable[[int], npt.NDArray[np.float32]] = field(repr=False)
+    frames: dict[int, tuple[str, int]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def orientation(self) -> npt.NDArray[np.intp]:
@@ -269,6 +272,7 @@ def _open_dicom(name: str, units: str | None, spacing: Spacing | None, series: s
         threads=2,
         units=taken_for(units, offset),
         plane=lambda index: read(index, offset)[0].T,
+        frames={index: (plane.path, plane.frame) for index, plane in planes.items()},
     )
 
 
