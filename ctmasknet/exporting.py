@@ -412,7 +412,8 @@ class TraceableClassifier(Detector):
         matrix = torch.cat([matrix, matrix.new_zeros(slots, 5)])[:slots]
         logits = self.model.module_s(matrix[None])[0]
         boxes = rescale(batch.boxes, size, _size(image))
-        return logits, logits.softmax(-1), boxes, batch.scores, batch.labels, batch.deltas
+        probabilities = (logits / cast("COVIDCTMaskNet", self.model).temperature).softmax(-1)
+        return logits, probabilities, boxes, batch.scores, batch.labels, batch.deltas
 
 
 def traceable(model: LesionMaskRCNN | COVIDCTMaskNet) -> TraceableSegmenter | TraceableClassifier:

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from engine_data import lesion_folder
+from PIL import Image
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from ctmasknet.data.augment import Augmentation
 from ctmasknet.data.datasets import open_dataset
 from ctmasknet.engine import TrainConfig
-from ctmasknet.engine.batches import Batch, EpochBatches, TrainingSlices, make_loader, model_input, on_device
+from ctmasknet.engine.batches import Batch, EpochBatches, TrainingSlices, balanced, make_loader, model_input, on_device
 from ctmasknet.engine.setup import build_optimizer, learning_rate
 
 
@@ -41,6 +42,25 @@ def test_processes_share_out_the_batches_of_one() -> None:
 def test_accumulated_batches_are_whole_steps() -> None:
     order = batches(21, batch=2, accumulate=3)
     assert len(list(order)) == len(order) == 3 * order.steps == 12
+
+
+def test_balanced_draws_take_classes_and_their_patients_as_often(tmp_path: Path) -> None:
+    slices = {"0_a_1": 6, "0_b_1": 2, "2_b_1": 1, "2_c_1": 3, "1_d_1": 1}  # patient b has slices of two classes
+    for name, count in slices.items():
+        for number in range(count):
+            Image.new("L", (64, 64)).save(tmp_path / f"{name}_{number}.png")
+    data = open_dataset("classification", tmp_path)
+    weights = balanced(data)
+    share = {name: sum(w for w, n in zip(weights, data.names, strict=True) if n.startswith(name)) for name in slices}
+    assert share == pytest.approx({"0_a_1": 1 / 6, "0_b_1": 1 / 6, "2_b_1": 1 / 6, "2_c_1": 1 / 6, "1_d_1": 1 / 3})
+
+    config = TrainConfig("ctmasknet_resnet18_t1", "data", "out", batch_size=10)
+    order = EpochBatches(len(data), config, weights=weights)
+    drawn: Counter[int] = Counter()
+    for order.epoch in range(300):
+        drawn.update(index for batch in order for _, index in batch)
+    counts = [drawn[index] / drawn.total() for index in range(len(data))]
+    assert counts == pytest.approx(weights, abs=0.015), "6000 draws: four standard deviations are below 0.025"
 
 
 def test_an_interrupted_epoch_goes_on_where_it_stopped() -> None:

@@ -151,6 +151,37 @@ def test_best_has_a_golden_file_that_it_passes(segmented: TrainResult) -> None:
     from_pretrained(segmented.best, verify=True)
 
 
+def test_a_classifier_gets_the_temperature_that_fits_its_validation_data_best(classes: Path, tmp_path: Path) -> None:
+    val = class_folder(tmp_path / "val", 2)
+    result = train(classifier_config(classes, tmp_path / "run", val=val, lr=1e-2, epochs=3, balance=True))
+    model = from_pretrained(str(result.best), verify=True)
+    assert result.operating_point == {"temperature": model.metadata["temperature"]}
+    assert f"temperature {model.temperature:.3g}" in result.summary
+    losses: dict[float, float] = {}
+    with torch.no_grad():
+        found = [model([s.image.expand(3, -1, -1) / 255])[0] for s in open_dataset("classification", val)]
+    labels = torch.tensor([s.label for s in open_dataset("classification", val)])
+    logits = torch.stack([one["logits"] for one in found])
+    for temperature in (*torch.logspace(-1.3, 1.3, 200).tolist(), model.temperature):
+        losses[temperature] = float(torch.nn.functional.nll_loss((logits / temperature).log_softmax(-1), labels))
+    assert losses[model.temperature] <= min(losses.values()) + 1e-4
+    probabilities = torch.stack([one["probabilities"] for one in found])
+    torch.testing.assert_close(probabilities, (logits / model.temperature).softmax(-1))
+    # What is trained from these weights has no temperature of its own yet, and other values none at all.
+    again = train(classifier_config(classes, tmp_path / "again", weights=result.best, epochs=1))
+    assert "temperature" not in read_weights(str(again.best)).metadata
+
+
+def test_a_temperature_that_is_none_is_refused(tmp_path: Path) -> None:
+    folder = create_model(CLASSIFIER, **SMALL).save_pretrained(tmp_path)  # type: ignore[arg-type]
+    config = json.loads((folder / "config.json").read_text())
+    for wrong in (0.0, -1, "warm"):
+        config["metadata"]["temperature"] = wrong
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(WeightsError, match="temperature"):
+            from_pretrained(folder)
+
+
 def test_a_run_from_weights_says_how_they_did_and_which_epoch_is_best(
     started: Path, lesions: Path, tmp_path: Path
 ) -> None:

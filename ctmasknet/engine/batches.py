@@ -10,6 +10,7 @@ segmenter, and augmented slices repeat from a fixed number of views.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -62,7 +63,8 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
     """Batches of (epoch, index) for this process, a function of seed and epoch.
 
     All processes together go through one permutation of the data. Its end is filled up from its start, so that every
-    process takes the same number of full batches and the last step of an epoch is a whole one.
+    process takes the same number of full batches and the last step of an epoch is a whole one. With `weights` (N,), the
+    slices are drawn with these probabilities instead.
 
     Attributes:
         epoch: the epoch that the next iteration gives.
@@ -70,8 +72,10 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         per_step, steps: slices per step, all processes together; steps per epoch.
     """
 
-    def __init__(self, size: int, config: TrainConfig, *, rank: int = 0, world: int = 1) -> None:
-        self.size, self.batch_size, self.seed = size, config.batch_size, config.seed
+    def __init__(
+        self, size: int, config: TrainConfig, *, rank: int = 0, world: int = 1, weights: np.ndarray | None = None
+    ) -> None:
+        self.size, self.batch_size, self.seed, self.weights = size, config.batch_size, config.seed, weights
         self.rank, self.world = rank, world
         self.per_step = config.batch_size * config.accumulate * world
         self.steps = -(-size // self.per_step)
@@ -84,11 +88,23 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         generator = np.random.default_rng(np.random.SeedSequence([self.seed, self.epoch]))
-        order = np.resize(generator.permutation(self.size), self.steps * self.per_step)
+        if self.weights is None:
+            order = np.resize(generator.permutation(self.size), self.steps * self.per_step)
+        else:
+            order = generator.choice(self.size, self.steps * self.per_step, p=self.weights)
         # Neighbours in the permutation form a batch of all processes together.
         mine = order.reshape(-1, self.world, self.batch_size)[:, self.rank]
         for batch in mine[self.start :].tolist():
             yield [(self.epoch, index) for index in batch]
+
+
+def balanced(data: SliceDataset[Any]) -> np.ndarray:
+    """Probabilities (N,) that draw all classes as often, and in each all patients; the unknown ones count as one."""
+    groups = [(tuple(data.labels_of(index)), patient) for index, patient in enumerate(data.patients)]
+    slices = Counter(groups)
+    patients = Counter(labels for labels, _ in slices)
+    weights = np.array([1 / (len(patients) * patients[group[0]] * slices[group]) for group in groups])
+    return weights / weights.sum()
 
 
 class TrainingSlices(Dataset[tuple[Tensor, dict[str, Any], str]]):
@@ -164,11 +180,11 @@ class ModuleSOnRoIs(nn.Module):
         self.replicate = classifier.config.replicate
 
     def forward(self, rois: list[Tensor], targets: list[dict[str, Any]] | None = None) -> Any:
-        """``{"loss_image": ...}`` in training mode, else a list of dicts of logits and probabilities."""
+        """``{"loss_image": ...}`` in training mode, else a list of dicts of logits."""
         logits = self.module_s(torch.stack([self._filled(found) for found in rois]))
         if self.training and targets is not None:
             return {"loss_image": image_loss(logits, targets)}
-        return [{"logits": row, "probabilities": row.softmax(-1)} for row in logits]
+        return [{"logits": row} for row in logits]
 
     def _filled(self, found: Tensor) -> Tensor:
         nowhere, unknown = found.new_zeros(len(found), 4), torch.zeros(len(found), device=found.device)

@@ -110,6 +110,8 @@ class TrainConfig:
         weight_decay: (recipe) of the optimizer.
         schedule: (recipe) ``"cosine"`` to zero, after a linear warm-up, or ``"constant"``.
         warmup: fraction of all steps in which the rate of a cosine schedule rises from zero.
+        balance: draw slices at random, so that all classes come as often, and in each all patients (segmentation: the
+            classes are lesions and none). An epoch then repeats some slices and leaves out others.
         batch_size: (recipe) slices per process and forward pass.
         accumulate: forward passes per optimizer step.
         epochs: (recipe) passes over the training data.
@@ -135,7 +137,8 @@ class TrainConfig:
         validate_every: epochs between validations; the last epoch is always validated.
         validation_loss: also compute losses on the validation data, at the price of a second forward pass.
         score_threshold, nms_threshold: of the detections that are validated.
-        operating_point: choose the thresholds stored with `best` on the validation data, at the end.
+        operating_point: at the end, choose the thresholds stored with `best` on the validation data; for a classifier,
+            fit the temperature of its probabilities.
         patience: stop after this many validations without improvement; 0: never.
         max_bad_steps: stop after this many steps in a row whose loss or gradient is NaN or infinite.
         tensorboard: write TensorBoard scalars and overlays to `out/tensorboard`.
@@ -162,6 +165,7 @@ class TrainConfig:
     weight_decay: float = _FROM_RECIPE
     schedule: Literal["cosine", "constant"] = _FROM_RECIPE
     warmup: float = 0.05
+    balance: bool = False
     batch_size: int = _FROM_RECIPE
     accumulate: int = 1
     epochs: int = _FROM_RECIPE

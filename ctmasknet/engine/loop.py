@@ -27,7 +27,7 @@ def train(config: TrainConfig) -> TrainResult:
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     gather = gatherer(accelerator)
     setup = prepare(config, device, rank=rank, world=world, gather=gather)
-    batches = EpochBatches(len(setup.names), config, rank=rank, world=world)
+    batches = EpochBatches(len(setup.names), config, rank=rank, world=world, weights=setup.weights)
     loader = make_loader(setup.samples, batches, workers=config.workers, device=device)
     steps = batches.steps * config.epochs
     run = Run(config, setup, batches, writes=accelerator.is_main_process, gather=gather)

@@ -32,7 +32,7 @@ class TrainResult:
         out: folder of the run.
         best, last: folders of weights, for `create_model(name, weights=...)`; None before the first epoch ended.
         best_epoch: the epoch whose weights are `best`, from 1.
-        operating_point: score and NMS threshold stored with `best`; empty for classifiers.
+        operating_point: score and NMS threshold stored with `best`; of a classifier, the temperature.
         finished: False if the run was asked to stop; train it again with ``resume="auto"`` to continue.
         epochs, steps: completed.
         skipped_steps: steps left out because loss or gradient was NaN or infinite.
@@ -113,8 +113,9 @@ class Record:
         if config.weights is not None and Path(config.weights).exists():
             # Folders of this machine are nobody's business.
             metadata["training"]["weights"] = Path(config.weights).name
-        if config.task == "segmentation":
-            metadata["operating_point"] = state.operating_point
+        metadata |= (
+            {"operating_point": state.operating_point} if config.task == "segmentation" else state.operating_point
+        )
         for key in ("dataset", "license", "note", "caveat"):
             if getattr(config, key) is not None:
                 metadata[key] = getattr(config, key)
@@ -175,7 +176,9 @@ class Record:
         if self.config.task == "segmentation":
             said += f", {_thresholds(self.config.score_threshold, self.config.nms_threshold)}"
         if self.setup.finally_validate is not None:
-            said += f"; operating point: {figures(state.best_metrics)}, {_thresholds(**state.operating_point)}"
+            point = state.operating_point
+            chosen = f"temperature {point['temperature']:.3g}" if "temperature" in point else _thresholds(**point)
+            said += f"; operating point: {figures(state.best_metrics)}, {chosen}"
         if start is not None and start["score"] >= best["score"]:
             said += "; no epoch did better than the start weights"
         return said

@@ -265,8 +265,8 @@ class Run:
         ):
             state.best_epoch, state.best_score, state.best_metrics = state.epoch + 1, metrics.get("score"), metrics
             state.validations_since_best = 0
-            if config.task == "segmentation":
-                state.operating_point = {key: getattr(config, key) for key in ("score_threshold", "nms_threshold")}
+            thresholds = ("score_threshold", "nms_threshold") if config.task == "segmentation" else ()
+            state.operating_point = {key: getattr(config, key) for key in thresholds}
             if self.writes:
                 self.record.write_weights("best", self.setup.weights_of(self.average.module), metrics, state)
         elif metrics:
@@ -306,7 +306,7 @@ class Run:
         best = read_weights(self.out / "best").tensors
         if self.setup.finally_validate is not None:
             module = deepcopy(self.average.module)
-            module.load_state_dict(best)
+            module.load_state_dict({key: best[key] for key in module.state_dict()})
             state.operating_point, state.best_metrics = self.setup.finally_validate(module)
         self._tick()
         state.finished = True
@@ -332,8 +332,8 @@ class Run:
 
 _CHANGES_TRAINING = (
     "data", "names", "classes", "min_area", "model_options", "optimizer", "lr", "weight_decay", "schedule",
-    "warmup", "batch_size", "accumulate", "epochs", "clip_norm", "ema", "precision", "augment", "augmentation",
-    "train_min_size", "full_size_epochs", "cache_rois", "roi_views", "seed",
+    "warmup", "balance", "batch_size", "accumulate", "epochs", "clip_norm", "ema", "precision", "augment",
+    "augmentation", "train_min_size", "full_size_epochs", "cache_rois", "roi_views", "seed",
 )  # fmt: skip
 
 

@@ -21,11 +21,12 @@ from torch.utils.data import Dataset
 
 from ctmasknet.data.datasets import CachedDataset, SliceDataset, open_dataset, require_trainable
 from ctmasknet.data.layouts import shared_patients
-from ctmasknet.engine.batches import Gather, ModuleSOnRoIs, RoIViews, TrainingSlices, as_target, on_device
+from ctmasknet.engine.batches import Gather, ModuleSOnRoIs, RoIViews, TrainingSlices, as_target, balanced, on_device
 from ctmasknet.engine.config import PAPER_SAMPLING, TrainConfig
 from ctmasknet.engine.validation import (
+    choose_temperature,
+    choose_thresholds,
     draw_examples,
-    final_figures,
     validate_classifier,
     validate_segmenter,
     validation_losses,
@@ -52,9 +53,10 @@ class Setup:
         samples: training slices, indexed by (epoch, index).
         names: of the training slices.
         class_names: in the order of the labels.
+        weights: probabilities by which slices are drawn; None: each once an epoch.
         validate: metrics of a copy of `trained`; None without validation data.
-        finally_validate: a copy of `trained` -> (operating point, metrics there); None where there is no such point
-            to choose.
+        finally_validate: a copy of `trained` -> (operating point or temperature, metrics there); None where none is
+            to be chosen.
         draw: a copy of `trained` -> pictures (H, W, 3) of the first validation slices with its predictions, or None.
     """
 
@@ -63,6 +65,7 @@ class Setup:
     samples: Dataset[Any]
     names: list[str]
     class_names: tuple[str, ...]
+    weights: np.ndarray | None = None
     validate: Callable[[Any], Metrics] | None = None
     finally_validate: Callable[[Any], tuple[Metrics, Metrics]] | None = None
     draw: Callable[[Any], list[np.ndarray]] | None = None
@@ -91,7 +94,7 @@ def prepare(config: TrainConfig, device: torch.device, *, rank: int, world: int,
     source = _kept(data, config, device)
     kept = None if held_out is None else _kept(held_out, config, device)
     samples = TrainingSlices(source, config.settings, config.seed)
-    setup = Setup(model, model, samples, data.names, data.class_names)
+    setup = Setup(model, model, samples, data.names, data.class_names, balanced(data) if config.balance else None)
     if config.cache_rois:
         cached = partial(RoIViews, model, rank=rank, world=world, gather=gather)
         setup.samples = cached(samples, views=config.roi_views if config.augment else 1)
@@ -107,20 +110,21 @@ def prepare(config: TrainConfig, device: torch.device, *, rank: int, world: int,
 
     point: dict[str, Any] = {"score_threshold": config.score_threshold, "nms_threshold": config.nms_threshold}
     metrics_of: Callable[..., Metrics] = partial(validate_segmenter, **point)
+    choose: Callable[..., tuple[Metrics, Metrics]] = choose_thresholds
     if config.task == "classification":
         metrics_of = partial(validate_classifier, class_names=data.class_names)
-    else:
-        if config.operating_point:
-            setup.finally_validate = lambda trained: final_figures(trained, share(), gather)
-        if config.tensorboard:
-            shown = [kept[index] for index in range(min(4, len(kept)))]
-            setup.draw = lambda trained: draw_examples(trained, shown, **point)
+        choose = partial(choose_temperature, class_names=data.class_names)
+    elif config.tensorboard:
+        shown = [kept[index] for index in range(min(4, len(kept)))]
+        setup.draw = lambda trained: draw_examples(trained, shown, **point)
 
     def validate(trained: Any) -> Metrics:
         figures = metrics_of(trained, share(), gather)
         return figures | validation_losses(trained, share(), gather) if config.validation_loss else figures
 
     setup.validate = validate
+    if config.operating_point:
+        setup.finally_validate = lambda trained: choose(trained, share(), gather)
     return setup
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ctmasknet.data.datasets import ClassificationSample, SegmentationSample
 from ctmasknet.engine.batches import Gather, as_target, model_input
+from ctmasknet.errors import import_extra
 from ctmasknet.evaluation.metrics import (
     NMS_THRESHOLDS,
     ClassificationMetrics,
@@ -24,7 +26,7 @@ from ctmasknet.evaluation.metrics import (
     operating_points,
     segmentation_rows,
 )
-from ctmasknet.evaluation.rows import classification_row, found_on, search_rows
+from ctmasknet.evaluation.rows import found_on, search_rows
 from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN
 from ctmasknet.models.inference import Inference, Protocol
 from ctmasknet.predictor import Predictor
@@ -54,7 +56,7 @@ def validate_segmenter(
     return values | {"score": values["ap50"] + values["dice_pooled"]}
 
 
-def final_figures(
+def choose_thresholds(
     model: LesionMaskRCNN, samples: Iterator[SegmentationSample], gather: Gather
 ) -> tuple[dict[str, float], dict[str, float]]:
     """The operating point of highest AP@0.5 + pooled Dice, and the metrics of a run at it, from one pass.
@@ -83,29 +85,58 @@ def draw_examples(model: LesionMaskRCNN, samples: list[SegmentationSample], **th
     return [np.asarray(predictor(sample.image).plot()) for sample in samples]
 
 
-@torch.no_grad()
 def validate_classifier(
-    model: nn.Module, samples: Iterator[ClassificationSample], gather: Gather, class_names: tuple[str, ...]
+    model: nn.Module,
+    samples: Iterator[ClassificationSample],
+    gather: Gather,
+    class_names: tuple[str, ...],
 ) -> dict[str, float]:
-    """Accuracy, and per class sensitivity and AUC; `score` is the mean sensitivity.
+    """Accuracy, calibration (`ClassificationMetrics`), per class sensitivity and AUC; `score` is the mean sensitivity.
 
     Args:
         model: a classifier, or its module S alone, whose samples are RoIs.
     """
-    rows = []
+    return _classified(*_logits(model, samples, gather), class_names)
+
+
+def choose_temperature(
+    model: nn.Module, samples: Iterator[ClassificationSample], gather: Gather, class_names: tuple[str, ...]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The temperature of least log loss (Guo et al. 2017), between 0.05 and 20, and the metrics with it."""
+    optimize = import_extra("scipy.optimize", "train", "fitting a temperature")
+    logits, labels, names = _logits(model, samples, gather)
+
+    def loss(logarithm: float) -> float:
+        return float(nn.functional.cross_entropy(logits / math.exp(logarithm), labels))
+
+    fitted = math.exp(optimize.minimize_scalar(loss, bounds=(math.log(0.05), math.log(20)), method="bounded").x)
+    return {"temperature": fitted}, _classified(logits / fitted, labels, names, class_names)
+
+
+@torch.no_grad()
+def _logits(
+    model: nn.Module, samples: Iterator[ClassificationSample], gather: Gather
+) -> tuple[Tensor, Tensor, list[str]]:
+    """Logits (N, K), labels (N,) and names of all processes' samples."""
     inference = Inference(model) if isinstance(model, COVIDCTMaskNet) else None
     model.eval()
     device = next(model.parameters()).device
-    for sample in samples:
-        images = [model_input(sample.image, device)]
+    own = []
+    for image, label, name in samples:
+        images = [model_input(image, device)]
         found = model(images)[0] if inference is None else inference.classify(inference.read(images)[0])
-        rows.append(classification_row(sample, found["probabilities"].tolist()))
-    results = ClassificationMetrics(class_names, _all(rows, gather)).compute()
-    values = {"accuracy": results["accuracy"], "images": results["n"]}
+        own.append((found["logits"].tolist(), label, name))
+    logits, labels, names = zip(*_all(own, gather), strict=True)
+    return torch.tensor(logits, dtype=torch.float64), torch.tensor(labels), list(names)
+
+
+def _classified(logits: Tensor, labels: Tensor, names: list[str], class_names: tuple[str, ...]) -> dict[str, float]:
+    of_each = zip(names, labels.tolist(), logits.softmax(-1).tolist(), strict=True)
+    rows: list[Row] = [{"image_id": name, "label": label, "probabilities": row} for name, label, row in of_each]
+    results = ClassificationMetrics(class_names, rows).compute()
+    values = {key: results[key] for key in ("accuracy", "brier", "ece")} | {"images": results["n"]}
     for figure in ("sensitivity", "auc"):
-        for name, value in results[figure].items():
-            if value is not None:
-                values[f"{figure}_{name}"] = value
+        values |= {f"{figure}_{name}": value for name, value in results[figure].items() if value is not None}
     present = [value for value in results["sensitivity"].values() if value is not None]
     return values | {"score": sum(present) / len(present)}
 
@@ -142,6 +173,6 @@ def _training_without_statistics(model: nn.Module) -> Iterator[None]:
         model.eval()
 
 
-def _all(rows: list[Row], gather: Gather) -> list[Row]:
+def _all(rows: list[Any], gather: Gather) -> list[Any]:
     """The rows of all processes."""
     return [row for share in gather(rows) for row in share]

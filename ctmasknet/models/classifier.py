@@ -49,8 +49,8 @@ class COVIDCTMaskNet(Shareable, nn.Module):
     - Training mode: `targets` is a list of dicts with `image_label` (an int or an int64 scalar tensor). Returns
       ``{"loss_image": ...}``, binary cross-entropy with logits on one-hot labels. The detector stays in evaluation
       behaviour.
-    - Evaluation mode: returns per image a dict of logits (K,), probabilities (K,) = softmax(logits), and its
-      RoI batch: boxes (N, 4) in pixels of the input, scores (N,), labels (N,), deltas (N, 4).
+    - Evaluation mode: returns per image a dict of logits (K,), probabilities (K,) = softmax(logits / `temperature`),
+      and its RoI batch: boxes (N, 4) in pixels of the input, scores (N,), labels (N,), deltas (N, 4).
       N is the variant's `roi_batch`. A slice on which no region is valid has N = 0, and module S reads zeros.
 
     Only module S and the scale and shift of every BatchNorm named ``bn*`` are trainable; all else, and every
@@ -91,6 +91,11 @@ class COVIDCTMaskNet(Shareable, nn.Module):
             module.eval()
         return self
 
+    @property
+    def temperature(self) -> float:
+        """By what logits are divided before the softmax: fitted for these weights (`metadata`), else 1."""
+        return float(self.metadata.get("temperature", 1.0))
+
     def forward(self, images: Sequence[Tensor], targets: list[dict[str, Any]] | None = None) -> Any:
         if self.training and targets is None:
             raise InputError("training needs targets: a list of dicts with image_label, one per image")
@@ -125,7 +130,7 @@ class COVIDCTMaskNet(Shareable, nn.Module):
         logits, batch = self.read(regions)
         return {
             "logits": logits,
-            "probabilities": logits.softmax(-1),
+            "probabilities": (logits / self.temperature).softmax(-1),
             "boxes": resize_boxes(batch.boxes, list(resized), list(size)),
             "scores": batch.scores,
             "labels": batch.labels,

@@ -32,6 +32,7 @@ _CONFIG_TYPES = {"library": str, "format": int, "variant": str, "config": dict[s
 _METADATA_TYPES = {
     "classes": list[str],
     "operating_point": dict[str, float],
+    "temperature": float,
     "metrics": dict[str, Any],
     "training": dict[str, Any],
     "dataset": str,
@@ -77,8 +78,8 @@ def write_weights(
 
     Args:
         tensors: the state dict; floating-point values are stored as `dtype`.
-        metadata: plain values under the keys classes, operating_point, metrics, training, dataset, license, note (for
-            the card), caveat (one line, shown with every prediction) and derived_from (see `inherited`).
+        metadata: plain values under the keys classes, operating_point, temperature, metrics, training, dataset,
+            license, note (for the card), caveat (shown with every prediction) and derived_from (see `inherited`).
         card: text of `README.md`.
         golden: content of `golden.safetensors`.
 
@@ -241,4 +242,6 @@ def _checked_metadata(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
             raise WeightsError(f"{path}: unknown field 'operating_point.{key}'")
         if not 0 <= value <= 1:
             raise WeightsError(f"{path}: operating_point.{key}={value}: must lie in 0..1")
+    if metadata.get("temperature", 1.0) <= 0:
+        raise WeightsError(f"{path}: temperature={metadata['temperature']}: must be above 0")
     return metadata

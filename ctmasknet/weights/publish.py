@@ -121,6 +121,7 @@ def write_pretrained(
     with torch.random.fork_rng(devices=[]):  # what random values the model starts from is nobody's affair
         model = build(variant, config).eval()
     model.load_state_dict(stored)  # the golden outputs belong to the values as stored
+    model.metadata = dict(metadata)
     card = model_card(variant, metadata)
     return write_weights(
         folder,
@@ -283,6 +284,8 @@ def model_card(variant: Variant, metadata: Mapping[str, Any]) -> str:
         words = {"score_threshold": "score above", "nms_threshold": "NMS at"}
         point = ", ".join(f"{words[key]} {value}" for key, value in metadata["operating_point"].items())
         lines += ["", f"Operating point, to which a model with these weights is set: {point}."]
+    if metadata.get("temperature"):
+        lines += ["", f"Probabilities: softmax of logits / {metadata['temperature']:.4g}, fitted on validation data."]
     if metadata.get("dataset") or metadata.get("derived_from"):
         lines += ["", "## Data", ""]
         lines += [str(metadata["dataset"])] if metadata.get("dataset") else ["Not stated."]
