@@ -275,7 +275,7 @@ def classifier_figures(segmenter: Path, weights: Path, data: Path) -> dict[str, 
 def classified(rows: list[dict[str, Any]]) -> dict[str, float | None]:
     """Accuracy, calibration, and per class sensitivity and AUC."""
     found = ClassificationMetrics(IMAGE_CLASSES, rows).compute()
-    figures = {key: found[key] for key in ("accuracy", "brier", "ece") if key in found}
+    figures: dict[str, float | None] = {key: found[key] for key in ("accuracy", "brier", "ece")}
     for key in ("sensitivity", "auc"):
         figures |= {f"{key}_{name}": value for name, value in found[key].items()}
     return figures
