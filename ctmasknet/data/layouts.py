@@ -30,7 +30,7 @@ from torch import Tensor
 from torchvision.ops import masks_to_boxes
 
 from ctmasknet.data.slices import PICTURE_SUFFIXES, open_file, read_slice, reading, require_size
-from ctmasknet.errors import ConfigError, CTMaskNetError, DataError, import_extra, typed
+from ctmasknet.errors import ConfigError, CTMaskNetError, DataError, MissingExtraError, import_extra, typed
 from ctmasknet.output import PathLike
 from ctmasknet.registry import IMAGE_CLASSES, LESION_CLASSES, Task
 
@@ -769,7 +769,9 @@ def decode_segmentation(segmentation: Any, size: tuple[int, int], source: str) -
         if ((runs < 0) | (runs > height * width)).any() or runs.sum() != height * width:
             raise ValueError(f"its RLE covers {runs.sum()} of {height * width} pixels")
         return np.repeat(np.arange(len(runs), dtype=np.uint8) % 2, runs).reshape(width, height).T
-    except (ValueError, TypeError, KeyError, OverflowError, RuntimeError) as error:
+    except MissingExtraError:
+        raise
+    except Exception as error:
         what = " ".join(str(error).split())[:120]
         raise DataError(f"{source}: no usable mask ({what}); draw it again or remove it") from error
 
