@@ -1,8 +1,8 @@
 """Fuzz the readers of image files: `python tools/fuzz/readers.py TARGET [options of libFuzzer]`.
 
-Needs Atheris (`pip install atheris`) and the extra `dev`. TARGET is png, jpeg, webp, tiff, dicom, nifti or nifti.gz, or a
-compressed frame in a sound DICOM file: jpeg8, lossless, jpegls, jpeg2000, rle. Anything but a slice or one line of ours is a find: libFuzzer writes the input
-to `crash-…`, which belongs into tests/test_hostile_data.py.
+Needs Atheris (`pip install atheris`) and the extra `dev`. TARGET is png, jpeg, webp, tiff, dicom, nifti or nifti.gz,
+or a compressed frame in a sound DICOM file: jpeg8, lossless, jpegls, jpeg2000, rle. Anything but a slice or one line of
+ours is a find: libFuzzer writes the input to `crash-...`, which belongs into tests/test_hostile_data.py.
 """
 
 from __future__ import annotations
