@@ -19,6 +19,7 @@ import os
 import platform
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -260,6 +261,8 @@ def predict_files(
             summary.seconds = time.monotonic() - clock
             with contextlib.suppress(OutputError):  # a full disk has been reported; this file would not fit either
                 write_files({run: json_bytes(summary.to_dict(), indent=2)})
+    if (series is not None or spacing is not None) and summary.slices and not summary.scans:
+        warnings.warn("series and spacing are for scans: these were single slices, read without them", stacklevel=2)
     if _join(folder, summary, world) and format == "coco":
         write_coco_results(folder / PREDICTIONS, folder, annotations=annotations)
     return summary

@@ -108,6 +108,13 @@ def test_other_ways_to_read_do_not_mix_into_a_run(here, predictor, options):
         predict_files(predictor, ["a"], "out", **{"format": "jsonl", **options})
 
 
+@pytest.mark.parametrize("options", [{"spacing": (1, 1, 2)}, {"series": "1.2.3"}])
+def test_options_of_scans_are_not_dropped_in_silence(here, predictor, options):
+    write_slices(Path("a"), 1)
+    with pytest.warns(UserWarning, match="series and spacing are for scans: these were single slices"):
+        predict_files(predictor, ["a"], "out", **options)
+
+
 def test_another_configuration_of_the_same_weights_does_not_mix_into_a_run(here, predictor, monkeypatch):
     write_slices(Path("a"), 1)
     predict_files(predictor, ["a"], "out", format="jsonl")

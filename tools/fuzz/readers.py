@@ -17,15 +17,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import atheris
+import jpeg_ls
+import nibabel
 import numpy as np
+import pydicom
+from openjpeg.utils import encode_array
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
-with atheris.instrument_imports(include=["ctmasknet.data", "PIL", "pydicom", "nibabel"]):
-    import jpeg_ls
-    import nibabel
-    import pydicom
-    from openjpeg.utils import encode_array
-    from PIL import Image
+with atheris.instrument_imports(include=["ctmasknet.data"]):
     from scans import block_volume, dicom_dataset
 
     from ctmasknet.data.scans import open_volume
