@@ -1,9 +1,10 @@
-"""Make docs/overlay.png and docs/demo.png again: the example slice as the bundled weights see it.
+"""Make docs/overlay.png, docs/failures.png and docs/demo.png again: what the bundled weights see, and where they fail.
 
 python tools/docs_pictures.py
 
 Run it whenever the default weights change; each picture records the digests of those it was made with, and a test
-compares them. The picture of the page needs the extra ``demo``, selenium, chromium and chromedriver.
+compares them. The failures need the extra ``plots``, the picture of the page the extra ``demo``, selenium, chromium
+and chromedriver.
 """
 
 from __future__ import annotations
@@ -16,22 +17,27 @@ import tempfile
 import threading
 from pathlib import Path
 
+import numpy as np
+from matplotlib.figure import Figure
+from phantom import FIELD_OF_VIEW, GROUND_GLASS, Phantom, phantom
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ctmasknet import get_variant, predict
+from ctmasknet import Predictor, get_variant, predict
+from ctmasknet.evaluation.metrics import mask_iou
 from ctmasknet.example import SLICE
 from ctmasknet.registry import DEFAULT_CLASSIFIER, DEFAULT_SEGMENTER
 from ctmasknet.weights.manifest import default_entry
 
 DOCS = Path(__file__).parents[1] / "docs"
-PICTURES = ("overlay.png", "demo.png")
+PICTURES = ("overlay.png", "failures.png", "demo.png")
 WINDOW = "1200,1000"  # pixels
 
 
 def main() -> int:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     save(predict(SLICE, device="cpu").plot(), DOCS / "overlay.png")
+    save(failures(), DOCS / "failures.png")
     save(page(), DOCS / "demo.png")
     return 0
 
@@ -47,6 +53,55 @@ def save(picture: Image.Image, path: Path) -> None:
     for name, digest in weights().items():
         text.add_text(name, digest)
     picture.save(path, pnginfo=text, optimize=True)
+
+
+def failures() -> Image.Image:
+    """Phantoms on which the default segmenter fails: what it marks filled, true lesions outlined, counts above."""
+    healthy, ill = phantom(2, lesions=0), phantom(0, lesions=4)
+    spotted, spots = with_spots(healthy)
+    moved = (healthy.hu + np.roll(healthy.hu.astype(np.float64), 6, axis=0)) / 2
+    cases = [
+        ("Breathing during the scan, no lesion", grey(moved), healthy.masks),
+        ("Five spots of ground glass, 5 mm wide", grey(spotted), spots),
+        ("Mediastinal window, four lesions", grey(ill.hu, -160, 240), ill.masks),
+        ("Black and white exchanged, four lesions", 255 - ill.image, ill.masks),
+    ]
+    predictor = Predictor(DEFAULT_SEGMENTER, None, device="cpu")
+    figure = Figure(figsize=(7.2, 7.2), layout="constrained")
+    for axis, (title, image, lesions) in zip(figure.subplots(2, 2).flat, cases, strict=True):
+        prediction = predictor(image)
+        matched = mask_iou(prediction.masks, lesions) > 0.5
+        found, false = int(matched.any(0).sum()), int((~matched.any(1)).sum())
+        axis.set_title(f"{title}\nfound: {found} of {len(lesions)}, other marks: {false}", fontsize=8)
+        axis.imshow(image, cmap="gray", vmin=0, vmax=255)
+        for mask in prediction.masks:
+            axis.contourf(mask, levels=[0.5, 1], colors=["#E69F00"], alpha=0.5)
+        for mask in lesions:
+            axis.contour(mask, levels=[0.5], colors=["#56B4E9"], linewidths=1.2)
+        axis.set(xticks=[], yticks=[])
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=120)
+    return Image.open(stream).convert("RGB").quantize(128)
+
+
+def grey(hu: np.ndarray, low: float = -1350, high: float = 150) -> np.ndarray:
+    """HU in a window, by default that of the lung, as (H, W) uint8."""
+    return np.rint(255 * np.clip((hu - low) / (high - low), 0, 1)).astype(np.uint8)
+
+
+def with_spots(healthy: Phantom, count: int = 5, width: float = 5.0) -> tuple[np.ndarray, np.ndarray]:
+    """HU of a phantom with round spots of ground glass in its lungs, `width` mm across, and their masks."""
+    generator = np.random.default_rng(0)
+    hu, masks = healthy.hu.astype(np.float64), []
+    rows, columns = np.indices(hu.shape)
+    inside = np.argwhere(healthy.lungs)
+    while len(masks) < count:
+        row, column = generator.choice(inside)
+        distance = np.hypot(rows - row, columns - column) * FIELD_OF_VIEW / len(hu)  # mm
+        if healthy.lungs[distance < width].all():
+            hu += np.clip(1 - (distance - width / 2), 0, 1) * np.maximum(GROUND_GLASS - hu, 0)
+            masks.append(distance <= width / 2)
+    return hu, np.array(masks)
 
 
 def page() -> Image.Image:
