@@ -4,10 +4,14 @@ import of extras."""
 from __future__ import annotations
 
 import importlib
+import reprlib
 import sys
 from pathlib import Path
 from types import ModuleType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
 
 
 class CTMaskNetError(Exception):
@@ -65,7 +69,15 @@ def typed(name: str, value: Any, kind: Any) -> Any:
                 return float(value)
         elif isinstance(value, option) and (option is bool or not isinstance(value, bool)):
             return value
-    raise ConfigError(f"{name}={value!r}: {' or '.join(dict.fromkeys(map(_called, options)))} is needed")
+    raise ConfigError(f"{name}={shown(value)}: {' or '.join(dict.fromkeys(map(_called, options)))} is needed")
+
+
+def shown(value: Any) -> str:
+    """A value of any size as an error shows it: escaped, in one line, cut."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python does not print whole numbers of many digits
+        return "a number of thousands of digits"
 
 
 def _called(kind: Any) -> str:

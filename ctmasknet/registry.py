@@ -84,7 +84,7 @@ class Variant:
     name: str
     task: Task
     backbone: str
-    truncation: Literal["full", "t1", "t2"]
+    truncation: str
     stages: int
     levels: int
     stride: int
@@ -115,83 +115,54 @@ class Variant:
         return asdict(self) | {"title": self.title}
 
 
-def _segmenter(body: str, truncation: Literal["full", "t1", "t2"], num_values: int, paper: PaperFigures) -> Variant:
-    stages = {"full": 4, "t1": 3, "t2": 2}[truncation]
-    backbone = body.split("_")[0]
+def _variant(name: str, num_values: int, paper: PaperFigures) -> Variant:
+    architecture, _, body = name.partition("_")
+    backbone, _, cut = body.partition("_")
+    stages = {"": 4, "t1": 3, "t2": 2}[cut]
+    large, classifier = backbone == "resnet50", architecture == "ctmasknet"
     return Variant(
-        name=f"maskrcnn_{body}",
-        task="segmentation",
+        name=name,
+        task="classification" if classifier else "segmentation",
         backbone=backbone,
-        truncation=truncation,
-        stages=stages,
-        levels=4 if backbone == "resnet50" else 1,
-        stride=2 ** (stages + 1),
-        num_values=num_values,
-        paper=paper,
-    )
-
-
-def _classifier(body: str, truncation: Literal["full", "t1", "t2"], num_values: int, paper: PaperFigures) -> Variant:
-    stages = {"full": 4, "t1": 3, "t2": 2}[truncation]
-    backbone = body.split("_")[0]
-    large = backbone == "resnet50"
-    return Variant(
-        name=f"ctmasknet_{body}",
-        task="classification",
-        backbone=backbone,
-        truncation=truncation,
+        truncation=cut or "full",
         stages=stages,
         levels=4 if large else 1,
         stride=2 ** (stages + 1),
         num_values=num_values,
         paper=paper,
-        roi_batch=256 if large else 128,
-        hidden=1024 if large else 512,
+        roi_batch=(256 if large else 128) if classifier else None,
+        hidden=(1024 if large else 512) if classifier else None,
     )
 
 
 def _table2(millions: float, minutes: float, ap50: float, ap75: float, ap: float) -> PaperFigures:
-    return PaperFigures(parameters_millions=millions, minutes=minutes, ap50=ap50, ap75=ap75, ap=ap)
+    return PaperFigures(millions, minutes, ap50=ap50, ap75=ap75, ap=ap)
 
 
 def _table3(
-    millions: float,
-    minutes: float,
-    covid: float,
-    pneumonia: float,
-    control: float,
-    accuracy: float,
-    trainable: float = 0.6,
+    millions: float, minutes: float, recalls: tuple[float, float, float], accuracy: float, trainable: float = 0.6
 ) -> PaperFigures:
-    return PaperFigures(
-        parameters_millions=millions,
-        minutes=minutes,
-        trainable_millions=trainable,
-        sensitivity=(control, pneumonia, covid),
-        accuracy=accuracy,
-    )
+    return PaperFigures(millions, minutes, trainable, sensitivity=recalls, accuracy=accuracy)
 
 
 # Values per state dict: counted in the released code. Paper figures: Tables 1, 2 and 3 (ResNet50 rows: merged masks).
 VARIANTS: dict[str, Variant] = {
     variant.name: variant
     for variant in (
-        _segmenter("resnet50", "full", 31_781_015, _table2(31.78, 137.38, 0.6192, 0.4522, 0.4468)),
-        _segmenter("resnet18", "full", 14_520_694, _table2(14.52, 128.75, 0.3699, 0.2898, 0.3137)),
-        _segmenter("resnet18_t1", "t1", 6_056_305, _table2(6.12, 108.8, 0.4995, 0.3778, 0.3932)),
-        _segmenter("resnet18_t2", "t2", 3_921_260, _table2(4.02, 126.9, 0.4993, 0.3852, 0.3759)),
-        _segmenter("resnet34", "full", 24_636_294, _table2(24.63, 119.23, 0.5357, 0.3333, 0.3465)),
-        _segmenter("resnet34_t1", "t1", 11_449_215, _table2(11.45, 134.01, 0.5988, 0.4506, 0.4476)),
-        _segmenter("resnet34_t2", "t2", 4_587_378, _table2(4.68, 129.2, 0.4491, 0.3118, 0.3404)),
-        _classifier(
-            "resnet50", "full", 31_522_200, _table3(34.14, 430, 0.9268, 0.9669, 0.9774, 0.9663, trainable=2.36)
-        ),
-        _classifier("resnet18", "full", 14_752_119, _table3(14.75, 151.2, 0.8751, 0.7731, 0.7457, 0.7818)),
-        _classifier("resnet18_t1", "t1", 6_287_730, _table3(6.35, 106.6, 0.9135, 0.9163, 0.9698, 0.9395)),
-        _classifier("resnet18_t2", "t2", 4_152_685, _table3(4.25, 113.66, 0.8405, 0.8581, 0.9301, 0.8866)),
-        _classifier("resnet34", "full", 24_867_719, _table3(24.86, 163.81, 0.8698, 0.9427, 0.7112, 0.8245)),
-        _classifier("resnet34_t1", "t1", 11_680_640, _table3(11.74, 144.73, 0.9176, 0.9170, 0.9436, 0.9289)),
-        _classifier("resnet34_t2", "t2", 4_818_803, _table3(4.92, 112.6, 0.8925, 0.9332, 0.9211, 0.9199)),
+        _variant("maskrcnn_resnet50", 31_781_015, _table2(31.78, 137.38, 0.6192, 0.4522, 0.4468)),
+        _variant("maskrcnn_resnet18", 14_520_694, _table2(14.52, 128.75, 0.3699, 0.2898, 0.3137)),
+        _variant("maskrcnn_resnet18_t1", 6_056_305, _table2(6.12, 108.8, 0.4995, 0.3778, 0.3932)),
+        _variant("maskrcnn_resnet18_t2", 3_921_260, _table2(4.02, 126.9, 0.4993, 0.3852, 0.3759)),
+        _variant("maskrcnn_resnet34", 24_636_294, _table2(24.63, 119.23, 0.5357, 0.3333, 0.3465)),
+        _variant("maskrcnn_resnet34_t1", 11_449_215, _table2(11.45, 134.01, 0.5988, 0.4506, 0.4476)),
+        _variant("maskrcnn_resnet34_t2", 4_587_378, _table2(4.68, 129.2, 0.4491, 0.3118, 0.3404)),
+        _variant("ctmasknet_resnet50", 31_522_200, _table3(34.14, 430, (0.9774, 0.9669, 0.9268), 0.9663, 2.36)),
+        _variant("ctmasknet_resnet18", 14_752_119, _table3(14.75, 151.2, (0.7457, 0.7731, 0.8751), 0.7818)),
+        _variant("ctmasknet_resnet18_t1", 6_287_730, _table3(6.35, 106.6, (0.9698, 0.9163, 0.9135), 0.9395)),
+        _variant("ctmasknet_resnet18_t2", 4_152_685, _table3(4.25, 113.66, (0.9301, 0.8581, 0.8405), 0.8866)),
+        _variant("ctmasknet_resnet34", 24_867_719, _table3(24.86, 163.81, (0.7112, 0.9427, 0.8698), 0.8245)),
+        _variant("ctmasknet_resnet34_t1", 11_680_640, _table3(11.74, 144.73, (0.9436, 0.9170, 0.9176), 0.9289)),
+        _variant("ctmasknet_resnet34_t2", 4_818_803, _table3(4.92, 112.6, (0.9211, 0.9332, 0.8925), 0.9199)),
     )
 }
 

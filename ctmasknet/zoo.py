@@ -21,7 +21,7 @@ from ctmasknet.registry import (
     Task,
     get_variant,
 )
-from ctmasknet.weights.assemble import assemble, build, load, load_backbone
+from ctmasknet.weights.assemble import assemble, build, load_backbone
 from ctmasknet.weights.files import GOLDEN_NAME
 from ctmasknet.weights.hub import hub_source, load_stored
 from ctmasknet.weights.publish import check_golden
@@ -32,13 +32,8 @@ WeightsLike = str | os.PathLike[str] | None
 DEFAULT: Final = "default"
 """The default weights of a variant; for `open_model`, the default segmenter or classifier with them."""
 
-_PICKLED = (
-    ".pth",
-    ".pt",
-    ".pth.tar",
-    ".ckpt",
-    ".bin",
-)  # what torch.save writes: read as an author's checkpoint, safely
+# What torch.save writes: read as an author's checkpoint, safely.
+_PICKLED = (".pth", ".pt", ".pth.tar", ".ckpt", ".bin")
 
 
 def open_model(
@@ -154,11 +149,8 @@ def create_model(
         )
     if weights is not None and weights_backbone:
         raise ConfigError("give weights or weights_backbone, not both: weights bring a body")
-    given = dict(config)
-    if num_classes is not None:
-        given["num_classes"] = num_classes
-    if image_classes is not None:
-        given["image_classes"] = image_classes
+    classes = {"num_classes": num_classes, "image_classes": image_classes}
+    given = config | {key: count for key, count in classes.items() if count is not None}
     if weights is None:
         model = build(variant, given).eval()
         if weights_backbone:
@@ -217,17 +209,12 @@ def load_released(path: str | os.PathLike[str], name: str | None = None, **confi
         WeightsError: not such a checkpoint, damaged, unsafe, or another variant's.
         ConfigError: unknown variant or option, impossible value.
     """
-    path = Path(path)
-    checkpoint = read_released(path, None if name is None else get_variant(name))
-    stored: dict[str, Any] = {"num_classes": checkpoint.num_classes} | checkpoint.anchors
-    if checkpoint.image_classes is not None:
-        stored["image_classes"] = checkpoint.image_classes
-    model = build(checkpoint.variant, stored | config)
-    load(model, checkpoint.weights, path)
-    return model.eval()
+    stored = read_released(path, None if name is None else get_variant(name))
+    return assemble(get_variant(stored.variant or ""), stored, config)
 
 
-_SHARED_HELP = """
+_FACTORY_HELP = """{title}, {levels} at stride {stride}: {millions:.2f}M values.
+
     Args:
         weights: None (random values), "default" (trained weights, where the variant has some: `ctmasknet list`),
             the path of a safetensors file or of a folder with model.safetensors and config.json, or a Hub
@@ -239,116 +226,54 @@ _SHARED_HELP = """
             of ctmasknet.models.ModelConfig; unknown ones raise.
 
     Returns:
-        The model in evaluation mode. Call it with a list of (3, H, W) float tensors in 0..1. {returns}
+        The model in evaluation mode. Call it with a list of (3, H, W) float tensors in 0..1. It returns per image a
+        dict of {returns}.
 
     Research software, not a medical device.
 """
-_SEGMENTER_RETURNS = (
-    "It returns per image a dict\n"
-    "        of boxes (N, 4) xyxy in pixels, labels (N,), scores (N,) and masks (N, 1, H, W), foreground above 0.5;\n"
-    "        in training mode, given targets, a dict of losses."
-)
-_CLASSIFIER_RETURNS = (
-    "It returns per image a dict\n"
-    "        of logits (K,), probabilities (K,) and its RoI batch: boxes (N, 4), scores (N,), labels (N,) and\n"
-    "        deltas (N, 4); in training mode, given targets with image_label, a dict of losses."
-)
-
-Factory = Callable[..., Model]
+_RETURNS = {
+    "segmentation": (
+        "boxes (N, 4) xyxy in pixels, labels (N,), scores (N,) and masks (N, 1, H, W), foreground above 0.5;\n"
+        "        in training mode, given targets, a dict of losses"
+    ),
+    "classification": (
+        "logits (K,), probabilities (K,) and its RoI batch: boxes (N, 4), scores (N,), labels (N,) and\n"
+        "        deltas (N, 4); in training mode, given targets with image_label, a dict of losses"
+    ),
+}
 
 
-def _factory(function: Factory) -> Factory:
-    """Complete a factory's docstring with what all of them share."""
-    returns = _SEGMENTER_RETURNS if function.__name__.startswith("maskrcnn") else _CLASSIFIER_RETURNS
-    function.__doc__ = f"{function.__doc__}\n{_SHARED_HELP.format(returns=returns)}"
-    return function
+def _factory(name: str) -> Callable[..., Model]:
+    """`create_model` for one variant, with `pretrained`, as torch.hub knows it; its help comes from the registry."""
+    variant = get_variant(name)
+
+    def factory(*, weights: WeightsLike = None, pretrained: bool = False, **config: Any) -> Model:
+        if pretrained and weights is not None:
+            raise ConfigError(f"{name}: give weights={weights!r} or pretrained=True, not both")
+        return create_model(name, weights=DEFAULT if pretrained else weights, **config)
+
+    factory.__name__ = factory.__qualname__ = name
+    factory.__doc__ = _FACTORY_HELP.format(
+        title=variant.title,
+        levels="four FPN levels, the coarsest" if variant.levels > 1 else "one FPN level",
+        stride=variant.stride,
+        millions=variant.num_values / 1e6,
+        returns=_RETURNS[variant.task],
+    )
+    return factory
 
 
-def _make(name: str, weights: WeightsLike, pretrained: bool, config: dict[str, Any]) -> Model:
-    if pretrained and weights is not None:
-        raise ConfigError(f"{name}: give weights={weights!r} or pretrained=True, not both")
-    return create_model(name, weights="default" if pretrained else weights, **config)
-
-
-@_factory
-def maskrcnn_resnet50(*, weights: WeightsLike = None, pretrained: bool = False, **config: Any) -> Model:
-    """Mask R-CNN on ResNet50 with four FPN levels, the paper's reference: 31.78M values."""
-    return _make("maskrcnn_resnet50", weights, pretrained, config)
-
-
-@_factory
-def maskrcnn_resnet18(*, weights: WeightsLike = None, pretrained: bool = False, **config: Any) -> Model:
-    """Mask R-CNN on the full ResNet18, one FPN level at stride 32: 14.52M values."""
-    return _make("maskrcnn_resnet18", weights, pretrained, config)
-
-
-@_factory
-def maskrcnn_resnet18_t1(*, weights: WeightsLike = None, pretrained: bool = False, **config: Any) -> Model:
-    """Mask R-CNN on ResNet18 without its last block (T1), one FPN level at stride 16: 6.06M values."""
-    return _make("maskrcnn_resnet18_t1", weights, pretrained, config)
-
-
-@_factory
-def maskrcnn_resnet18_t2(*, weights: WeightsLike = None, pretrained: bool = False, **config: Any) -> Model:
-    """Mask R-CNN on ResNet18 without its last two blocks (T2), one FPN level at stride 8: 3.92M values."""
-    return _make("maskrcnn_resnet18_t2", weights, pretrained, config)
-
-
-@_factory
-def maskrcnn_resnet34(*, weights: WeightsLike = None, pretrained: bool = False, **config: Any) -> Model:
-    """Mask R-CNN on the full ResNet34, one FPN level at stride 32: 24.64M values."""
-    return _make("maskrcnn_resnet34", weights, pretrained, config)
-
-
-@_factory
-def maskrcnn_resnet34_t1(*, weights: WeightsLike = None, pretrained: bool = False, **config: Any) -> Model:
-    """Mask R-CNN on ResNet34 without its last block (T1), the paper's best lightweight segmenter: 11.45M values."""
-    return _make("maskrcnn_resnet34_t1", weights, pretrained, config)
-
-
-@_factory
-def maskrcnn_resnet34_t2(*, weights: WeightsLike = None, pretrained: bool = False, **config: Any) -> Model:
-    """Mask R-CNN on ResNet34 without its last two blocks (T2), one FPN level at stride 8: 4.59M values."""
-    return _make("maskrcnn_resnet34_t2", weights, pretrained, config)
-
-
-@_factory
-def ctmasknet_resnet50(*, weights: WeightsLike = None, pretrained: bool = False, **config: Any) -> Model:
-    """COVID-CT-Mask-Net on ResNet50 with four FPN levels and a batch of 256 RoIs: 31.52M values."""
-    return _make("ctmasknet_resnet50", weights, pretrained, config)
-
-
-@_factory
-def ctmasknet_resnet18(*, weights: WeightsLike = None, pretrained: bool = False, **config: Any) -> Model:
-    """COVID-CT-Mask-Net on the full ResNet18 with a batch of 128 RoIs: 14.75M values."""
-    return _make("ctmasknet_resnet18", weights, pretrained, config)
-
-
-@_factory
-def ctmasknet_resnet18_t1(*, weights: WeightsLike = None, pretrained: bool = False, **config: Any) -> Model:
-    """COVID-CT-Mask-Net on ResNet18 T1, the paper's most accurate lightweight classifier: 6.29M values."""
-    return _make("ctmasknet_resnet18_t1", weights, pretrained, config)
-
-
-@_factory
-def ctmasknet_resnet18_t2(*, weights: WeightsLike = None, pretrained: bool = False, **config: Any) -> Model:
-    """COVID-CT-Mask-Net on ResNet18 T2, the smallest classifier: 4.15M values."""
-    return _make("ctmasknet_resnet18_t2", weights, pretrained, config)
-
-
-@_factory
-def ctmasknet_resnet34(*, weights: WeightsLike = None, pretrained: bool = False, **config: Any) -> Model:
-    """COVID-CT-Mask-Net on the full ResNet34 with a batch of 128 RoIs: 24.87M values."""
-    return _make("ctmasknet_resnet34", weights, pretrained, config)
-
-
-@_factory
-def ctmasknet_resnet34_t1(*, weights: WeightsLike = None, pretrained: bool = False, **config: Any) -> Model:
-    """COVID-CT-Mask-Net on ResNet34 T1, the paper's highest COVID-19 sensitivity among light models: 11.68M values."""
-    return _make("ctmasknet_resnet34_t1", weights, pretrained, config)
-
-
-@_factory
-def ctmasknet_resnet34_t2(*, weights: WeightsLike = None, pretrained: bool = False, **config: Any) -> Model:
-    """COVID-CT-Mask-Net on ResNet34 T2, one FPN level at stride 8: 4.82M values."""
-    return _make("ctmasknet_resnet34_t2", weights, pretrained, config)
+maskrcnn_resnet50 = _factory("maskrcnn_resnet50")
+maskrcnn_resnet18 = _factory("maskrcnn_resnet18")
+maskrcnn_resnet18_t1 = _factory("maskrcnn_resnet18_t1")
+maskrcnn_resnet18_t2 = _factory("maskrcnn_resnet18_t2")
+maskrcnn_resnet34 = _factory("maskrcnn_resnet34")
+maskrcnn_resnet34_t1 = _factory("maskrcnn_resnet34_t1")
+maskrcnn_resnet34_t2 = _factory("maskrcnn_resnet34_t2")
+ctmasknet_resnet50 = _factory("ctmasknet_resnet50")
+ctmasknet_resnet18 = _factory("ctmasknet_resnet18")
+ctmasknet_resnet18_t1 = _factory("ctmasknet_resnet18_t1")
+ctmasknet_resnet18_t2 = _factory("ctmasknet_resnet18_t2")
+ctmasknet_resnet34 = _factory("ctmasknet_resnet34")
+ctmasknet_resnet34_t1 = _factory("ctmasknet_resnet34_t1")
+ctmasknet_resnet34_t2 = _factory("ctmasknet_resnet34_t2")

@@ -266,7 +266,7 @@ def test_what_a_hostile_file_does_to_its_stand_ins_the_next_file_does_not_see(ta
     bare = golden.anchor_generator("torchvision.models.detection.rpn")
     vars(bare).pop("sizes", None)
     path = golden.checkpoint(tmp_path / "good.pth", "maskrcnn_resnet18_t2", anchor_generator=bare)
-    with pytest.raises(WeightsError, match="unusable sizes: None"):
+    with pytest.raises(WeightsError, match="unusable sizes"):
         load_released(path)
     assert (
         load_released(golden.checkpoint(tmp_path / "good.pth", "maskrcnn_resnet18_t2")).variant.backbone == "resnet18"

@@ -69,9 +69,10 @@ def download_command(options: argparse.Namespace) -> int:
 
     facts, lines = [], []
     for name in options.names:
-        found = download(name)
-        facts.append({"name": name, "source": found.source, "folder": str(found.folder), "bytes": found.bytes})
-        lines.append(f"{name}: {found.source}, {found.bytes / 1e6:.1f} MB in {found.folder}")
+        source, file = download(name)
+        size = file.stat().st_size
+        facts.append({"name": name, "source": source, "folder": str(file.parent), "bytes": size})
+        lines.append(f"{name}: {source}, {size / 1e6:.1f} MB in {file.parent}")
     say(options, facts, "\n".join(lines))
     return 0
 

@@ -11,23 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ctmasknet.errors import ConfigError, WeightsError
+from ctmasknet.errors import ConfigError, WeightsError, shown
 from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN, Model, model_config
 from ctmasknet.registry import VARIANTS, Variant
 from ctmasknet.weights.files import WEIGHTS_NAME, StoredWeights, inherited, is_finite, read_tensors, state_digest
-from ctmasknet.weights.hub import HubSource, discard, fetch, hub_source, is_commit
+from ctmasknet.weights.hub import HubSource, from_hub
 from ctmasknet.weights.manifest import backbone_entry
 from ctmasknet.weights.released import read_state_dict
 
 log = logging.getLogger(__name__)
 
-# What depends on the number of classes, and so starts anew when that number changes.
-_DETECTOR_HEADS = (
-    "roi_heads.box_predictor.cls_score.",
-    "roi_heads.box_predictor.bbox_pred.",
-    "roi_heads.mask_predictor.mask_fcn_logits.",
-)
-_IMAGE_HEADS = ("module_s.logits.",)
+# By the tensor that tells it: what depends on the number of classes, and so starts anew when that number changes.
+_BOX = "roi_heads.box_predictor."
+_HEADS = {
+    f"{_BOX}cls_score.bias": (f"{_BOX}cls_score.", f"{_BOX}bbox_pred.", "roi_heads.mask_predictor.mask_fcn_logits."),
+    "module_s.logits.bias": ("module_s.logits.",),
+}
 _OPERATING_POINT = {"score_threshold": "box_score_thresh", "nms_threshold": "box_nms_thresh"}
 _BODY_FILES = (".safetensors", ".pth", ".pt")
 _RESNET18_BLOCKS = 2  # in each stage; a ResNet34 has 3, 4, 6 and 3
@@ -52,22 +51,20 @@ def assemble(variant: Variant, stored: StoredWeights, options: Mapping[str, Any]
         WeightsError: the weights do not fit.
     """
     metadata = dict(stored.metadata)
-    point = dict(metadata.get("operating_point", {})) if variant.task == "segmentation" else {}
-    for key, option in _OPERATING_POINT.items():
-        if option in options:  # the caller's threshold is the model's, and the weights' is no longer
-            point.pop(key, None)
-            metadata["operating_point"] = point
-    thresholds = {_OPERATING_POINT[key]: value for key, value in point.items()}
+    if variant.task == "segmentation" and "operating_point" in metadata:
+        # A threshold that the caller gives is the model's, and the weights' is no longer.
+        point = metadata["operating_point"]
+        metadata["operating_point"] = point = {k: v for k, v in point.items() if _OPERATING_POINT[k] not in options}
+        options = {_OPERATING_POINT[key]: value for key, value in point.items()} | dict(options)
     try:
-        model = build(variant, stored.config | thresholds | dict(options))
+        model = build(variant, stored.config | dict(options))
     except ConfigError as error:
-        raise ConfigError(f"{stored.path.parent / 'config.json'} with the options given: {error}") from None
-    new_heads = load(model, stored.tensors, stored.path)
-    model.metadata = metadata
-    if new_heads:
+        raise ConfigError(f"{stored.path}: its config.json or the options given: {error}") from None
+    if load(model, stored.tensors, stored.path):
         # Untrained heads: what was measured no longer holds; the terms of the rest still do.
-        model.metadata = inherited(stored.metadata, stored.variant)
-    model.loaded = (state_digest(model.state_dict()), dict(model.metadata))
+        metadata = inherited(stored.metadata, stored.variant)
+    model.metadata = metadata
+    model.loaded = (state_digest(model.state_dict()), dict(metadata))
     return model.eval()
 
 
@@ -78,50 +75,42 @@ def load(model: Model, tensors: Mapping[str, Tensor], path: Path) -> bool:
         Whether there were such heads.
 
     Raises:
-        WeightsError: tensors are missing, unexpected or of another shape, or hold NaN; says what the file holds.
+        WeightsError: tensors are missing, unexpected, of another shape or type, or hold NaN; says what the file holds.
     """
-    new_heads = _changed_heads(tensors, model)
-    expected = model.state_dict()
-    fitting = {key: t for key, t in tensors.items() if not (new_heads and key.startswith(new_heads))}
-    wanted = {key for key in expected if not (new_heads and key.startswith(new_heads))}
-    missing, extra = sorted(wanted - set(fitting)), sorted(set(fitting) - wanted)
-    wrong = [key for key in sorted(wanted & set(fitting)) if fitting[key].shape != expected[key].shape]
-    if missing or extra or wrong:
-        details = [
-            f"{len(keys)} {what} (first: {keys[0]})"
-            for what, keys in (("missing", missing), ("unexpected", extra), ("of another shape", wrong))
-            if keys
-        ]
+    state = model.state_dict()
+    changed: tuple[str, ...] = ()
+    for key, head in _HEADS.items():
+        if key in tensors and key in state and tensors[key].shape != state[key].shape:
+            changed += head
+    expected = {key: t for key, t in state.items() if not key.startswith(changed)}
+    fitting = {key: t for key, t in tensors.items() if not key.startswith(changed)}
+    if misfits := _misfits(fitting, expected):
         holder = _variant_of(tensors)
         hint = f" It holds {holder}." if holder not in (None, model.variant.name) else ""
-        raise WeightsError(
-            f"{path}: not weights of {model.variant.name} as configured: tensors {', '.join(details)}.{hint}"
-        )
-    damaged = [key for key, t in fitting.items() if not is_finite(t)]
-    if damaged:
-        raise WeightsError(f"{path}: NaN or infinite values in {damaged[0]}: the file is damaged")
+        raise WeightsError(f"{path}: not weights of {model.variant.name} as configured: tensors {misfits}.{hint}")
     model.load_state_dict(fitting, strict=False)
-    if new_heads:
+    if changed:
         log.warning(
             "%s: other numbers of classes than in %s, so these start from random values: %s",
             model.variant.name,
             path,
-            ", ".join(sorted(set(expected) - wanted)),
+            ", ".join(sorted(state.keys() - expected.keys())),
         )
-    return bool(new_heads)
+    return bool(changed)
 
 
-def _changed_heads(tensors: Mapping[str, Tensor], model: Model) -> tuple[str, ...]:
-    """Prefixes of the heads whose number of classes in the file differs from the model's."""
-    expected = model.state_dict()
-    changed: tuple[str, ...] = ()
-    for head, key in (
-        (_DETECTOR_HEADS, "roi_heads.box_predictor.cls_score.bias"),
-        (_IMAGE_HEADS, "module_s.logits.bias"),
-    ):
-        if key in tensors and key in expected and tensors[key].shape != expected[key].shape:
-            changed += head
-    return changed
+def _misfits(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """Which tensors do not fit, and why; empty if all do."""
+    common = expected.keys() & tensors.keys()
+    unlike = {key for key in common if tensors[key].is_floating_point() != expected[key].is_floating_point()}
+    kinds = {
+        "missing": expected.keys() - tensors.keys(),
+        "unexpected": tensors.keys() - expected.keys(),
+        "of another shape": {key for key in common if tensors[key].shape != expected[key].shape},
+        "of another type": unlike,
+        "with NaN or infinite values": {key for key in common - unlike if not is_finite(tensors[key])},
+    }
+    return ", ".join(f"{len(keys)} {what} (first: {shown(min(keys))[1:-1]})" for what, keys in kinds.items() if keys)
 
 
 def _variant_of(tensors: Mapping[str, Tensor]) -> str | None:
@@ -150,19 +139,13 @@ def load_backbone(model: Model, source: str | os.PathLike[str] | None = None) ->
     else:
         place, tensors = _timms_body(model.variant.backbone, source)
     body: Any = model.backbone.body
-    expected = body.state_dict()
+    state = body.state_dict()
     if model.variant.backbone == "resnet34" and "layer1.2.conv1.weight" not in tensors:
-        tensors = _deepened(tensors, expected)
-    missing = [k for k in expected if k not in tensors and not k.endswith("num_batches_tracked")]
-    extra = [k for k in tensors if k not in expected and not k.startswith(_BEYOND_A_BODY)]
-    wrong = [k for k, t in tensors.items() if k in expected and t.shape != expected[k].shape]
-    if missing or extra or wrong:
-        first = (missing or extra or wrong)[0]
-        what = "lacks" if missing else "holds an unexpected" if extra else "holds a misshapen"
-        raise WeightsError(f"{place}: not a {model.variant.backbone}: {what} {first}")
-    fitting = {key: tensors[key] for key in expected if key in tensors}
-    if not all(map(is_finite, fitting.values())):
-        raise WeightsError(f"{place}: holds NaN or infinite values")
+        tensors = _deepened(tensors, state)
+    fitting = {key: t for key, t in tensors.items() if key in state or not key.startswith(_BEYOND_A_BODY)}
+    expected = {key: t for key, t in state.items() if key in tensors or not key.endswith("num_batches_tracked")}
+    if misfits := _misfits(fitting, expected):
+        raise WeightsError(f"{place}: not a {model.variant.backbone}: tensors {misfits}")
     body.load_state_dict(fitting, strict=False)
     log.info("%s: the body starts from %s (ImageNet)", model.variant.name, place)
     return place
@@ -182,16 +165,7 @@ def _deepened(resnet18: Mapping[str, Tensor], resnet34: Mapping[str, Tensor]) ->
 def _timms_body(backbone: str, revision: str | None) -> tuple[str, dict[str, Tensor]]:
     """Repository and commit, and the weights there."""
     entry = backbone_entry(backbone)
-    source: HubSource | None = HubSource(entry.repository, entry.revision)
-    sha256: dict[str, str] = {WEIGHTS_NAME: entry.sha256}
-    if revision is not None:
-        source, sha256 = hub_source(entry.repository, revision), {}
-    if source is None:
-        raise WeightsError(f"{entry.repository}: not a repository id: reinstall ctmasknet")
-    folder = fetch(source, (WEIGHTS_NAME,), sha256=sha256)
-    place = f"{source.repository}@{folder.name if is_commit(folder.name) else source.revision}"
-    try:
-        return place, read_tensors(folder / WEIGHTS_NAME)
-    except WeightsError as error:
-        discard(folder, (WEIGHTS_NAME,))
-        raise WeightsError(f"{place}: {error} It was not kept in the cache.") from None
+    source = HubSource(entry.repository, revision or entry.revision)
+    sha256 = entry.sha256 if revision is None else None
+    folder, tensors = from_hub(source, (WEIGHTS_NAME,), lambda at: (at, read_tensors(at / WEIGHTS_NAME)), sha256=sha256)
+    return f"{source.repository}@{folder.name}", tensors

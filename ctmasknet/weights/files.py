@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ctmasknet.errors import ConfigError, WeightsError, typed
+from ctmasknet.errors import ConfigError, WeightsError, shown, typed
 from ctmasknet.output import json_bytes, write_files
 from ctmasknet.registry import VARIANTS
 
@@ -33,14 +33,16 @@ _METADATA_TYPES = {
     "classes": list[str],
     "operating_point": dict[str, float],
     "temperature": float,
-    "metrics": dict[str, Any],
+    "metrics": dict[str, float],
     "training": dict[str, Any],
     "dataset": str,
     "license": str,
     "note": str,
     "caveat": str,
-    "derived_from": list[dict[str, Any]],
+    "derived_from": list[dict[str, str | None]],
 }
+_POINT_TYPES = {"score_threshold": float, "nms_threshold": float}
+_JSON_LIMIT, _LONGEST_NAME = 1_000_000, 100
 _TERMS = ("license", "caveat")
 
 
@@ -127,12 +129,18 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     Raises:
         WeightsError: damaged, or not safetensors; a pickle is refused by its first bytes.
     """
-    _refuse_pickle(file)
     try:
-        tensors = load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
+        with file.open("rb") as opened:
+            head = opened.read(4)
+        if head[:1] != b"\x80" and head != b"PK\x03\x04":
+            tensors = load_file(file)
+            return {key: t.float() if t.is_floating_point() else t for key, t in tensors.items()}
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise WeightsError(f"{file}: not a readable safetensors file ({error}). Download or copy it again.") from None
-    return {key: t.float() if t.is_floating_point() else t for key, t in tensors.items()}
+    raise WeightsError(
+        f"{file}: not safetensors but a pickle (torch.save), which could run code when loaded. An author's "
+        f"released checkpoint loads with load_released(path) or converts with: ctmasknet convert. {OWN_STATE_DICT}"
+    )
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -176,19 +184,6 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _refuse_pickle(file: Path) -> None:
-    try:
-        with file.open("rb") as opened:
-            head = opened.read(4)
-    except OSError as error:
-        raise WeightsError(f"{file}: cannot be read ({error.strerror or error})") from None
-    if head[:1] == b"\x80" or head == b"PK\x03\x04":
-        raise WeightsError(
-            f"{file}: not safetensors but a pickle (torch.save), which could run code when loaded. An author's "
-            f"released checkpoint loads with load_released(path) or converts with: ctmasknet convert. {OWN_STATE_DICT}"
-        )
-
-
 def read_metadata(path: Path) -> dict[str, Any]:
     """A JSON file of metadata, checked as those of a config.json are.
 
@@ -198,16 +193,6 @@ def read_metadata(path: Path) -> dict[str, Any]:
     return _checked_metadata(path, _read_json(path))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{path}: not readable JSON ({error})") from None
-    if not isinstance(facts, dict):
-        raise WeightsError(f"{path}: must hold a JSON object")
-    return facts
-
-
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
@@ -215,20 +200,38 @@ def _read_config(path: Path) -> dict[str, Any]:
     if facts.get("library") != "ctmasknet":
         raise WeightsError(f'{path}: not a config.json of this library (no "library": "ctmasknet")')
     _check_types(path, facts, _CONFIG_TYPES)
-    if set(_CONFIG_TYPES) - set(facts):
-        raise WeightsError(f"{path}: lacks {', '.join(sorted(set(_CONFIG_TYPES) - set(facts)))}")
+    if missing := sorted(_CONFIG_TYPES.keys() - facts.keys()):
+        raise WeightsError(f"{path}: lacks {', '.join(missing)}")
     if facts["format"] != _FORMAT:
         raise WeightsError(f"{path}: format {facts['format']}, this version reads {_FORMAT}: update ctmasknet")
     if facts["variant"] not in VARIANTS:
-        raise WeightsError(f"{path}: unknown variant {facts['variant']!r}: update ctmasknet")
-    _checked_metadata(path, facts["metadata"])
+        raise WeightsError(f"{path}: unknown variant {shown(facts['variant'])}: update ctmasknet")
+    return facts | {"metadata": _checked_metadata(path, facts["metadata"])}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _JSON_LIMIT:
+            raise ValueError(f"larger than {_JSON_LIMIT} bytes")
+        facts = json.loads(path.read_text(encoding="utf-8"), parse_float=_finite, parse_constant=_finite)
+        json.dumps(facts, ensure_ascii=False).encode()  # half a surrogate pair cannot be
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{path}: not readable JSON ({error})") from None
+    if not isinstance(facts, dict):
+        raise WeightsError(f"{path}: must hold a JSON object")
     return facts
+
+
+def _finite(number: str) -> float:
+    if not math.isfinite(float(number)):
+        raise ValueError(f"{number[:20]} is not a finite number")
+    return float(number)
 
 
 def _check_types(path: Path, facts: Mapping[str, Any], types: Mapping[str, Any]) -> None:
     for key, value in facts.items():
         if key not in types:
-            raise WeightsError(f"{path}: unknown field {key!r}")
+            raise WeightsError(f"{path}: unknown field {shown(key)}")
         try:
             typed(key, value, types[key])
         except ConfigError as error:
@@ -237,11 +240,14 @@ def _check_types(path: Path, facts: Mapping[str, Any], types: Mapping[str, Any])
 
 def _checked_metadata(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
     _check_types(path, metadata, _METADATA_TYPES)
-    for key, value in metadata.get("operating_point", {}).items():
-        if key not in ("score_threshold", "nms_threshold"):
-            raise WeightsError(f"{path}: unknown field 'operating_point.{key}'")
+    point = metadata.get("operating_point", {})
+    _check_types(path, point, _POINT_TYPES)
+    for key, value in point.items():
         if not 0 <= value <= 1:
             raise WeightsError(f"{path}: operating_point.{key}={value}: must lie in 0..1")
     if metadata.get("temperature", 1.0) <= 0:
         raise WeightsError(f"{path}: temperature={metadata['temperature']}: must be above 0")
+    for name in metadata.get("classes", ()):
+        if not name.isprintable() or len(name) > _LONGEST_NAME:
+            raise WeightsError(f"{path}: class {shown(name)}: up to {_LONGEST_NAME} printable characters are a name")
     return metadata

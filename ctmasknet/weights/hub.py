@@ -2,8 +2,8 @@
 
 The client is `huggingface_hub`: its cache, its locks (processes may download at the same time), its progress bars and
 its environment variables (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE, ...). Added here: what the cache holds at a
-pinned commit is used without a request; one short request finds out whether the Hub answers, as the client itself
-retries for 23 s without a network; and no file whose SHA-256 is wrong stays in the cache.
+pinned commit is used without a request; one request for the first bytes of a file finds out whether data flow, as the
+client itself tries for half a minute and more; and no file whose SHA-256 is wrong stays in the cache.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from threading import Thread
+from typing import Any, TypeVar
 
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import constants, get_session, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -26,6 +29,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from ctmasknet.errors import WeightsError
 from ctmasknet.registry import VARIANTS, Variant, get_variant
@@ -46,9 +50,9 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re
 _REVISION = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w-][\w.-]*)*", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_FILE = re.compile(r"\w[\w-]*(\.[\w-]+)*", re.ASCII)
 _FILE_ENDINGS = (".safetensors", ".pth", ".pt", ".bin")  # a misspelt path is no reason to ask the Hub
-_TIMEOUT = 2.0  # s, for the first answer of the Hub; HF_HUB_ETAG_TIMEOUT replaces it
+_DEADLINE = 2.0  # s, until data flow; HF_HUB_ETAG_TIMEOUT replaces it
+_FIRST_BYTES = 4096
 _TRANSPORTS = ("httpx", "httpx2", "httpcore", "requests", "urllib3", "ssl", "socket")
 
 Result = TypeVar("Result")
@@ -69,23 +73,20 @@ class HubSource:
     Attributes:
         repository: ``"owner/name"``.
         revision: branch, tag or 40-hex commit; only a commit is pinned.
+
+    Raises:
+        WeightsError: a revision that cannot be one.
     """
 
     repository: str
     revision: str = constants.DEFAULT_REVISION
 
-    @property
-    def pinned(self) -> bool:
-        """Whether the revision is a commit, whose files never change."""
-        return is_commit(self.revision)
+    def __post_init__(self) -> None:
+        if _REVISION.fullmatch(self.revision) is None or ".." in self.revision:
+            raise WeightsError(f"{self.repository}: {self.revision!r} is not a branch, tag or commit")
 
     def __str__(self) -> str:
         return f"{self.repository}@{self.revision}"
-
-
-def is_commit(revision: str) -> bool:
-    """Whether `revision` is a full commit hash: 40 lower-case hexadecimal digits."""
-    return _COMMIT.fullmatch(revision) is not None
 
 
 def hub_source(text: str, revision: str | None = None) -> HubSource | None:
@@ -105,11 +106,7 @@ def hub_source(text: str, revision: str | None = None) -> HubSource | None:
     if at and revision is not None:
         raise WeightsError(f"{text}: names a revision and revision={revision!r} another: give one of them")
     chosen = named if at else revision
-    if chosen is None:
-        return HubSource(repository)
-    if _REVISION.fullmatch(chosen) is None or ".." in chosen:
-        raise WeightsError(f"{repository}: {chosen!r} is not a branch, tag or commit")
-    return HubSource(repository, chosen)
+    return HubSource(repository) if chosen is None else HubSource(repository, chosen)
 
 
 def fetch(
@@ -132,13 +129,11 @@ def fetch(
     Raises:
         WeightsError: no such repository, revision or file; access refused; no network; a file that fails its check.
     """
-    for name in (*names, *optional):
-        if _FILE.fullmatch(name) is None:
-            raise WeightsError(f"{source}: {name!r} is not a plain file name")
     known = sha256 or {}
-    commit = source.revision if source.pinned else _commit_of(source, names[0], known)
-    pinned = HubSource(source.repository, commit)
-    folder: Path | None = None
+    pinned = source
+    if _COMMIT.fullmatch(source.revision) is None:
+        pinned = HubSource(source.repository, _commit_of(source, names[0], known))
+    folder = Path()
     for name in (*names, *optional):
         path = _cached(pinned, name)
         if path is not None and not _intact(path, known.get(name)):
@@ -147,7 +142,6 @@ def fetch(
             path = None
         if path is None:
             try:
-                _ask(pinned, name)
                 path = _download(pinned, name)
             except (NoSuchFileError, HubUnreachableError):
                 if name in optional:
@@ -161,16 +155,7 @@ def fetch(
                     "replaced. It was not kept. Try again, or without a mirror (HF_ENDPOINT)."
                 )
         folder = path.parent
-    if folder is None:
-        raise WeightsError(f"{source}: nothing to fetch")
     return folder
-
-
-def discard(folder: Path, names: Sequence[str]) -> None:
-    """Remove files of a cached commit, so that they are not taken for good ones."""
-    for name in names:
-        if (folder / name).is_symlink() or (folder / name).exists():
-            _discard(folder / name)
 
 
 def _commit_of(source: HubSource, name: str, sha256: Mapping[str, str]) -> str:
@@ -179,7 +164,6 @@ def _commit_of(source: HubSource, name: str, sha256: Mapping[str, str]) -> str:
     if cached is not None and name in sha256 and _intact(cached, sha256[name]):
         return cached.parent.name  # whatever the branch says now, this is the file
     try:
-        _ask(source, name)
         return _download(source, name).parent.name
     except HubUnreachableError as error:
         if cached is None:
@@ -211,23 +195,41 @@ def _discard(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def _ask(source: HubSource, name: str) -> None:
-    """One request that fails at once where the client would go on trying."""
+def _download(source: HubSource, name: str) -> Path:
     if constants.HF_HUB_OFFLINE:
         raise HubUnreachableError(
             f"{source}: {name} is not in the cache ({constants.HF_HUB_CACHE}) and HF_HUB_OFFLINE forbids downloads: "
             f"fetch it once online with: ctmasknet download {source}"
         )
-    changed = constants.HF_HUB_ETAG_TIMEOUT != constants.DEFAULT_ETAG_TIMEOUT
-    timeout = constants.HF_HUB_ETAG_TIMEOUT if changed else _TIMEOUT
-    url = hf_hub_url(source.repository, name, revision=source.revision)
-    metadata = explained(source, lambda: get_hf_file_metadata(url, timeout=timeout), name)
-    if metadata.commit_hash is None or not is_commit(metadata.commit_hash):
-        raise WeightsError(f"{constants.ENDPOINT}: does not answer like the Hugging Face Hub: check HF_ENDPOINT")
-
-
-def _download(source: HubSource, name: str) -> Path:
+    explained(source, lambda: _see_data_flow(source, name), name)
     return Path(explained(source, lambda: hf_hub_download(source.repository, name, revision=source.revision), name))
+
+
+def _see_data_flow(source: HubSource, name: str) -> None:
+    """Get the first bytes of a file before a deadline for all of it; a timeout starts anew with every byte."""
+    changed = constants.HF_HUB_ETAG_TIMEOUT != constants.DEFAULT_ETAG_TIMEOUT
+    deadline = constants.HF_HUB_ETAG_TIMEOUT if changed else _DEADLINE
+    url = hf_hub_url(source.repository, name, revision=source.revision)
+    part = {"Range": f"bytes=0-{_FIRST_BYTES - 1}", "Accept-Encoding": "identity"}
+    answer: Future[Any] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(get_session().get(url, headers=build_hf_headers() | part, timeout=deadline))
+        except BaseException as error:
+            answer.set_exception(error)
+
+    Thread(target=ask, daemon=True).start()
+    try:
+        response = answer.result(deadline)
+    except FutureTimeoutError:
+        raise HubUnreachableError(
+            f"{source}: {constants.ENDPOINT} cannot be reached (no data in {deadline:g} s): check the network or "
+            "HF_ENDPOINT, or give the path of a copy"
+        ) from None
+    hf_raise_for_status(response)
+    if not any(constants.HUGGINGFACE_HEADER_X_REPO_COMMIT in r.headers for r in (*response.history, response)):
+        raise WeightsError(f"{constants.ENDPOINT}: does not answer like the Hugging Face Hub: check HF_ENDPOINT")
 
 
 def explained(source: HubSource, request: Callable[[], Result], name: str | None = None) -> Result:
@@ -256,8 +258,9 @@ def explained(source: HubSource, request: Callable[[], Result], name: str | None
         raise NoSuchFileError(f"{source}: the repository holds no {name}: not weights of this library?") from None
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
-        if status is not None and status >= 500:
-            raise HubUnreachableError(f"{source}: {constants.ENDPOINT} is out of order (HTTP {status})") from None
+        if status is not None and (status == 429 or status >= 500):
+            state = "out of order" if status >= 500 else "busy"
+            raise HubUnreachableError(f"{source}: {constants.ENDPOINT} is {state} (HTTP {status})") from None
         raise WeightsError(
             f"{source}: {constants.ENDPOINT} refused (HTTP {status}: {_reason(error)}). Is HF_TOKEN valid, and may it?"
         ) from None
@@ -308,7 +311,7 @@ def load_stored(
             raise WeightsError(f"{weights} is a variant, not a path: create_model('{weights}', weights='default')")
         source = hub_source(weights, revision)
     if source is not None:
-        stored = _from_hub(source, golden=golden)
+        stored = _weights_from(source, golden=golden)
     elif revision is not None:
         raise WeightsError(f"{weights}: revision={revision!r} is for Hub repositories ('owner/name'), not for paths")
     else:
@@ -321,44 +324,29 @@ def load_stored(
     return stored
 
 
-@dataclass(frozen=True)
-class Downloaded:
-    """Weights that are on this machine.
-
-    Attributes:
-        name: as asked for.
-        source: ``"bundled"``, or the Hub repository with its commit.
-        folder: where they lie.
-        bytes: of the weights file.
-    """
-
-    name: str
-    source: str
-    folder: Path
-    bytes: int
-
-
-def download(name: str) -> Downloaded:
+def download(name: str) -> tuple[str, Path]:
     """Make weights ready for use without a network: config, weights, golden file and card.
 
     Args:
         name: a variant (its default weights), ``"owner/name"`` or ``"owner/name@revision"``.
 
+    Returns:
+        Where they are from, ``"bundled"`` or the Hub repository with its commit; and the weights file.
+
     Raises:
         ConfigError: neither a repository nor a variant.
         WeightsError: see `load_stored`.
     """
-    source = hub_source(name)
-    if source is not None:
-        stored = _from_hub(source, golden=False, keep=(GOLDEN_NAME, CARD_NAME))
-    else:
+    source, keep = hub_source(name), (GOLDEN_NAME, CARD_NAME)
+    if source is None:
         entry = default_entry(get_variant(name))
-        stored = _load_entry(entry, golden=False, keep=(GOLDEN_NAME, CARD_NAME))
-        if entry.path is not None and stored.path == entry.path:
-            return Downloaded(name, "bundled", stored.path.parent, stored.path.stat().st_size)
-        source = _place(entry)
-    commit = HubSource(source.repository, stored.path.parent.name)
-    return Downloaded(name, str(commit), stored.path.parent, stored.path.stat().st_size)
+        file = _load_entry(entry, golden=False, keep=keep).path
+        if file == entry.path:
+            return "bundled", file
+        source = HubSource(entry.repository or "")
+    else:
+        file = _weights_from(source, golden=False, keep=keep).path
+    return f"{source.repository}@{file.parent.name}", file
 
 
 def _load_entry(entry: ManifestEntry, *, golden: bool, keep: tuple[str, ...] = ()) -> StoredWeights:
@@ -368,25 +356,40 @@ def _load_entry(entry: ManifestEntry, *, golden: bool, keep: tuple[str, ...] = (
         if sha256_of(entry.path) != entry.sha256:
             raise WeightsError(f"{entry.path}: bundled weights do not match their hash: reinstall ctmasknet")
         return read_weights(entry.path)
-    stored = _from_hub(_place(entry), golden=golden, sha256=entry.sha256, keep=keep)
+    source = HubSource(entry.repository or "", entry.revision or "")
+    stored = _weights_from(source, golden=golden, sha256=entry.sha256, keep=keep)
     if stored.variant != entry.variant:
-        raise WeightsError(f"{_place(entry)}: holds {stored.variant}, not {entry.variant}, as the manifest says")
+        raise WeightsError(f"{source}: holds {stored.variant}, not {entry.variant}, as the manifest says")
     return stored
 
 
-def _place(entry: ManifestEntry) -> HubSource:
-    if entry.repository is None or entry.revision is None:
-        raise WeightsError(f"{entry.variant}: the manifest names no repository: reinstall ctmasknet")
-    return HubSource(entry.repository, entry.revision)
-
-
-def _from_hub(
+def _weights_from(
     source: HubSource, *, golden: bool, sha256: str | None = None, keep: tuple[str, ...] = ()
 ) -> StoredWeights:
     names = (CONFIG_NAME, WEIGHTS_NAME, *((GOLDEN_NAME,) if golden else ()))
+    return from_hub(source, names, read_weights, sha256=sha256, keep=keep)
+
+
+def from_hub(
+    source: HubSource,
+    names: Sequence[str],
+    read: Callable[[Path], Result],
+    *,
+    sha256: str | None = None,
+    keep: tuple[str, ...] = (),
+) -> Result:
+    """Fetch files of a repository and `read` their folder; what cannot be read is not kept in the cache.
+
+    Args:
+        sha256: of the weights file; None checks what the Hub states.
+
+    Raises:
+        WeightsError: see `fetch`; or what `read` finds wrong.
+    """
     folder = fetch(source, names, sha256={WEIGHTS_NAME: sha256} if sha256 else {}, optional=keep)
     try:
-        return read_weights(folder)
+        return read(folder)
     except WeightsError as error:
-        discard(folder, (CONFIG_NAME, WEIGHTS_NAME))
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            _discard(folder / name)
         raise WeightsError(f"{source}: {error} It was not kept in the cache.") from None

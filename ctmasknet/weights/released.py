@@ -2,108 +2,69 @@
 
 These files hold a dict with `model_weights` and a pickled anchor generator, in the pre-1.6 serialization.
 `torch.load(weights_only=True)` refuses them and an unrestricted load would run code, so this is the one module that
-reads a pickle: through an unpickler whose allow-list consists of inert stand-ins.
+reads a pickle. Its unpickler knows plain values and descriptions of tensors; a description becomes a tensor only once
+it has been compared with the bytes that are there.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import os
 import pickle
 import re
 import zipfile
-from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import torch
 from torch import Tensor
 
-from ctmasknet.errors import WeightsError
+from ctmasknet.errors import ConfigError, WeightsError, typed
 from ctmasknet.registry import VARIANTS, Variant
-from ctmasknet.weights.files import OWN_STATE_DICT
+from ctmasknet.weights.files import OWN_STATE_DICT, StoredWeights
 
 # First object of a pre-1.6 file, and the serialization's version after it (torch/serialization.py).
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
-_DTYPES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
-_ANCHOR_GENERATORS = {
-    ("models.mask_net.rpn_segmentation", "AnchorGenerator"),
-    ("models.mask_net.rpn", "AnchorGenerator"),
-    ("torchvision.models.detection.rpn", "AnchorGenerator"),
-    ("torchvision.models.detection.anchor_utils", "AnchorGenerator"),
-}
+_PICKLE_LIMIT = 4_000_000  # bytes; the pickle of a ResNet50 with its optimizer's state has 0.1 million
+_MOST_ANCHORS, _MOST_DIMENSIONS = 100, 8
 
 
-@dataclass(frozen=True)
-class ReleasedCheckpoint:
-    """What is worth keeping of an author's checkpoint.
-
-    Attributes:
-        variant: recognised from the keys and shapes.
-        weights: state dict with this library's key names.
-        num_classes: detector classes, background included.
-        image_classes: outputs of module S, None for segmenters.
-        anchors: `anchor_sizes` and `anchor_ratios` per FPN level, empty if the file has no anchor generator.
-        epoch: the epoch it was saved after, if the file says so.
-    """
-
-    variant: Variant
-    weights: dict[str, Tensor]
-    num_classes: int
-    image_classes: int | None
-    anchors: dict[str, tuple[tuple[float, ...], ...]]
-    epoch: int | None
-
-
-def read_released(path: str | os.PathLike[str], variant: Variant | None = None) -> ReleasedCheckpoint:
+def read_released(path: str | os.PathLike[str], variant: Variant | None = None) -> StoredWeights:
     """Read an author's `.pth` file.
 
     Args:
         path: the file.
-        variant: what it must hold; None recognises it.
+        variant: what it must hold; None recognises it from keys and shapes.
+
+    Returns:
+        The weights under this library's key names; as config the numbers of classes and, if the file holds an anchor
+        generator, the anchors of each FPN level. The metadata are empty.
 
     Raises:
         WeightsError: not such a checkpoint, damaged, holding anything beyond tensors, plain values and the anchor
             generator, of an unknown architecture, or of another variant than asked for.
     """
     path = Path(path)
-    content = _unpickle(path)
-    if isinstance(content, dict) and content and all(isinstance(value, Tensor) for value in content.values()):
-        raise WeightsError(f"{path}: a bare state dict, which says neither variant nor settings. {OWN_STATE_DICT}")
+    content, tensors = _unpickle(path)
     weights = content.get("model_weights") if isinstance(content, dict) else None
-    if not isinstance(weights, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in weights.items()
-    ):
+    if tensors and tensors.keys() == content.keys():
+        raise WeightsError(f"{path}: a bare state dict, which says neither variant nor settings. {OWN_STATE_DICT}")
+    if not isinstance(weights, dict) or len(tensors) < len(weights):
         raise WeightsError(f"{path}: not a released checkpoint: it has no 'model_weights' dict of tensors")
-    renamed = {_rename(key): value for key, value in weights.items()}
+    renamed = {_rename(key): value for key, value in tensors.items()}
     found = _recognise(path, renamed)
     if variant is not None and found.name != variant.name:
         raise WeightsError(
             f"{path}: holds {found.name}, not {variant.name}: load it as {found.name}, or leave the name out"
         )
-    head = renamed.get("module_s.logits.weight")
-    epoch = content.get("epoch")
-    return ReleasedCheckpoint(
-        variant=found,
-        weights=renamed,
-        num_classes=len(renamed["roi_heads.box_predictor.cls_score.weight"]),
-        image_classes=None if head is None else len(head),
-        anchors=_anchors(path, content.get("anchor_generator"), found),
-        epoch=epoch if isinstance(epoch, int) else None,
-    )
+    config = {"num_classes": len(renamed["roi_heads.box_predictor.cls_score.weight"])}
+    if found.task == "classification":
+        config["image_classes"] = len(renamed["module_s.logits.weight"])
+    anchors = _anchors(path, content.get("anchor_generator"), found)
+    return StoredWeights(path, renamed, found.name, config | anchors, {})
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -112,10 +73,10 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises:
         WeightsError: not such a file, damaged, or holding anything but tensors.
     """
-    content = _unpickle(Path(path))
-    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+    content, tensors = _unpickle(Path(path))
+    if not tensors or tensors.keys() != content.keys():
         raise WeightsError(f"{path}: not a state dict: it must hold tensors by name and nothing else")
-    return dict(content)
+    return tensors
 
 
 # torchvision 0.3 names (left) and the author's name for module S, to today's.
@@ -160,107 +121,165 @@ def _recognise(path: Path, weights: dict[str, Tensor]) -> Variant:
     )
 
 
-def _anchors(path: Path, stored: Any, variant: Variant) -> dict[str, tuple[tuple[float, ...], ...]]:
+def _anchors(path: Path, generator: Any, variant: Variant) -> dict[str, Any]:
     """Sizes and ratios from the generator's attributes, as many levels as the FPN has."""
-    if stored is None:
+    if generator is None:
         return {}
+    stored = getattr(generator, "state", None)
     result = {}
     for option, attribute in (("anchor_sizes", "sizes"), ("anchor_ratios", "aspect_ratios")):
-        value = getattr(stored, attribute, None)
+        levels = stored.get(attribute) if isinstance(stored, dict) else None
         try:
-            levels = tuple(tuple(float(number) for number in level) for level in value)  # type: ignore[union-attr]
-        except (TypeError, ValueError):
-            raise WeightsError(f"{path}: its anchor generator has unusable {attribute}: {value!r}") from None
+            if not isinstance(levels, list | tuple) or max(map(len, levels[: variant.levels])) > _MOST_ANCHORS:
+                raise TypeError
+            result[option] = typed(attribute, levels[: variant.levels], list[list[float]])
+        except (TypeError, ValueError, ConfigError):
+            raise WeightsError(f"{path}: its anchor generator has unusable {attribute}") from None
         if len(levels) < variant.levels:
             raise WeightsError(
                 f"{path}: its anchor generator has {len(levels)} levels, {variant.name} needs {variant.levels}"
             )
-        result[option] = levels[: variant.levels]
     return result
-
-
-class _StorageType:
-    """Stand-in for torch.FloatStorage and its kin, which old files name in their persistent ids."""
-
-    def __init__(self, name: str) -> None:
-        self.dtype = _DTYPES[name]
 
 
 class _RefusedError(Exception):
     pass
 
 
-def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
-    whole = isinstance(storage, Tensor) and isinstance(offset, int) and len(size) == len(stride)
-    if not whole or min((offset, *size, *stride)) < 0:
+@dataclass(frozen=True)
+class _Storage:
+    key: str
+    dtype: torch.dtype
+    numel: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class _Described:
+    """A tensor as the pickle describes it."""
+
+    storage: _Storage
+    offset: Any
+    size: Any
+    stride: Any
+
+    def of(self, whole: Tensor) -> Tensor:
+        """The tensor, a view of its storage."""
+        if not len(self.size) == len(self.stride) <= _MOST_DIMENSIONS or not all(
+            type(n) is int and n >= 0 for n in (self.offset, *self.size, *self.stride)
+        ):
+            raise _RefusedError("a tensor is described inconsistently")
+        last = self.offset + sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
+        count = math.prod(self.size)
+        if count > whole.numel() or (count and last >= whole.numel()):
+            raise _RefusedError("a tensor reaches beyond its storage")
+        return whole.as_strided(self.size, self.stride, self.offset)
+
+
+class _AnchorGenerator:
+    """Inert: what was pickled of it is its `state`."""
+
+    state: Any = None
+
+
+def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> _Described:
+    if not isinstance(storage, _Storage):
         raise _RefusedError("a tensor is described inconsistently")
-    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if 0 not in size and last >= storage.numel():
-        raise _RefusedError("a tensor reaches beyond its storage")
-    return storage.as_strided(tuple(size), tuple(stride), offset)
+    return _Described(storage, offset, size, stride)
 
 
-def _allowed() -> dict[tuple[str, str], Any]:
-    """Everything such a file may name. Nothing here can reach the system.
+# Everything such a file may name. Nothing here can reach the system, and no file can change it: see `load_build`.
+_ALLOWED: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): lambda: {},
+    ("builtins", "set"): lambda *_: None,
+    ("__builtin__", "set"): lambda *_: None,
+    ("torch", "Size"): lambda numbers: tuple(numbers[:_MOST_DIMENSIONS]),
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
+    # torch 1.1 modules carry a reference to their function back end.
+    ("torch.nn.backends.thnn", "_get_thnn_function_backend"): lambda *_: None,
+    ("torch", "DoubleStorage"): torch.float64,
+    ("torch", "FloatStorage"): torch.float32,
+    ("torch", "HalfStorage"): torch.float16,
+    ("torch", "BFloat16Storage"): torch.bfloat16,
+    ("torch", "LongStorage"): torch.int64,
+    ("torch", "IntStorage"): torch.int32,
+    ("torch", "ShortStorage"): torch.int16,
+    ("torch", "CharStorage"): torch.int8,
+    ("torch", "ByteStorage"): torch.uint8,
+    ("torch", "BoolStorage"): torch.bool,
+    ("models.mask_net.rpn_segmentation", "AnchorGenerator"): _AnchorGenerator,
+    ("models.mask_net.rpn", "AnchorGenerator"): _AnchorGenerator,
+    ("torchvision.models.detection.rpn", "AnchorGenerator"): _AnchorGenerator,
+    ("torchvision.models.detection.anchor_utils", "AnchorGenerator"): _AnchorGenerator,
+}
 
-    Made anew for each pickle, which may set attributes on whatever is not built in: what one file does to its
-    stand-ins, the next one must not see.
+
+class _Unpickler(pickle._Unpickler):
+    """The one written in Python: its memo takes the room of what is in it, not of the highest number named.
+
+    A few bytes must not cause much work, either: keys are text or whole numbers (tuples of tuples of the same tuple
+    take for ever to hash), and what BUILD sets is kept as one reference.
     """
 
-    class AnchorGenerator:
-        """Inert: the pickled attributes, no behaviour."""
+    stack: list[Any]
+    pop_mark: Callable[[], list[Any]]
 
-    def rebuild_tensor(*arguments: Any) -> Tensor:
-        return _rebuild_tensor(*arguments)
-
-    def rebuild_parameter(data: Any, *_: Any) -> Any:
-        return data
-
-    def nothing(*_: Any) -> None:
-        return None
-
-    return {
-        ("collections", "OrderedDict"): OrderedDict,
-        ("builtins", "set"): set,
-        ("__builtin__", "set"): set,
-        ("torch", "Size"): tuple,
-        ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
-        ("torch._utils", "_rebuild_parameter"): rebuild_parameter,
-        # torch 1.1 modules carry a reference to their function back end.
-        ("torch.nn.backends.thnn", "_get_thnn_function_backend"): nothing,
-        **{("torch", name): _StorageType(name) for name in _DTYPES},
-        **dict.fromkeys(_ANCHOR_GENERATORS, AnchorGenerator),
-    }
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: BinaryIO, storage: Callable[[str, torch.dtype, int], Tensor]) -> None:
+    def __init__(self, file: BinaryIO) -> None:
         super().__init__(file, encoding="utf-8")
-        self._storage = storage
-        self._allowed = _allowed()
+        self.storages: dict[str, _Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return self._allowed[module, name]
+            return _ALLOWED[module, name]
         except KeyError:
             raise _RefusedError(f"it asks for {module}.{name}, which released checkpoints do not hold") from None
 
     def persistent_load(self, pid: Any) -> Any:
-        if isinstance(pid, tuple) and pid[:1] == ("module",) and len(pid) == 4:
+        if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module":
             return pid[1]
-        if isinstance(pid, tuple) and pid[:1] == ("storage",) and len(pid) in (5, 6):
-            _, kind, key, _, numel = pid[:5]
-            view = pid[5] if len(pid) == 6 else None
-            if isinstance(kind, _StorageType) and isinstance(numel, int) and numel >= 0 and view is None:
-                return self._storage(str(key), kind.dtype, numel)
+        if isinstance(pid, tuple) and len(pid) in (5, 6) and pid[0] == "storage" and pid[5:] in ((), (None,)):
+            _, dtype, key, _, numel = pid[:5]
+            if isinstance(dtype, torch.dtype) and isinstance(key, str) and type(numel) is int and numel >= 0:
+                storage = _Storage(key, dtype, numel)
+                if self.storages.setdefault(key, storage) != storage:
+                    raise _RefusedError("it describes one storage in two ways")
+                return storage
         raise _RefusedError("it holds a kind of storage that released checkpoints do not have")
 
+    def load_build(self) -> None:
+        state = self.stack.pop()
+        if isinstance(self.stack[-1], _AnchorGenerator):
+            self.stack[-1].state = state
 
-def _unpickle(path: Path) -> Any:
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set([key, value])
+
+    def load_setitems(self) -> None:
+        self._set(self.pop_mark())
+
+    def _set(self, items: list[Any]) -> None:
+        if not all(isinstance(key, str | int) for key in items[::2]):
+            raise _RefusedError("it has keys that are neither text nor whole numbers")
+        self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
+
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+    dispatch |= {pickle.BUILD[0]: load_build, pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems}
+    for _hashing in (pickle.DICT, pickle.ADDITEMS, pickle.FROZENSET):
+        del dispatch[_hashing[0]]
+
+
+def _unpickle(path: Path) -> tuple[Any, dict[str, Tensor]]:
+    """What the file holds, and as tensors those of its `model_weights` or, where there is none, its own."""
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            return _read_zip(file) if zipfile.is_zipfile(file) else _read_legacy(file, size)
+            content, read = _read_zip(file) if zipfile.is_zipfile(file) else _read_legacy(file)
+            holder = content.get("model_weights", content) if isinstance(content, dict) else None
+            return content, _tensors(holder, read, path.stat().st_size) if isinstance(holder, dict) else {}
     except FileNotFoundError:
         raise WeightsError(f"{path}: no such file") from None
     except OSError as error:
@@ -274,51 +293,51 @@ def _unpickle(path: Path) -> Any:
         ) from error
 
 
-def _no_storage(key: str, dtype: torch.dtype, numel: int) -> Tensor:
-    raise _RefusedError("a storage stands where none belongs")
+def _tensors(holder: Mapping[Any, Any], read: Callable[[_Storage], bytes], size: int) -> dict[str, Tensor]:
+    described = {key: t for key, t in holder.items() if isinstance(key, str) and isinstance(t, _Described)}
+    storages = {t.storage for t in described.values()}
+    if sum(storage.nbytes for storage in storages) > size:
+        raise _RefusedError("it announces more data than the file has")
+    whole = {s: torch.frombuffer(bytearray(read(s)), dtype=s.dtype) for s in storages if s.numel}
+    return {key: t.of(whole.get(t.storage, torch.zeros(0, dtype=t.storage.dtype))) for key, t in described.items()}
 
 
-def _read_legacy(file: BinaryIO, size: int) -> Any:
+def _read_legacy(file: BinaryIO) -> tuple[Any, Callable[[_Storage], bytes]]:
+    """Pickles: magic number, version, system, the objects, keys of storages; then each storage, its length first."""
     file.seek(0)
-    if _Unpickler(file, _no_storage).load() != _MAGIC or _Unpickler(file, _no_storage).load() != _PROTOCOL:
+    head = io.BytesIO(file.read(_PICKLE_LIMIT))
+    if _Unpickler(head).load() != _MAGIC or _Unpickler(head).load() != _PROTOCOL:
         raise _RefusedError("its first bytes are not those of a torch.save file")
-    _Unpickler(file, _no_storage).load()
-    storages: dict[str, Tensor] = {}
-
-    def allocate(key: str, dtype: torch.dtype, numel: int) -> Tensor:
-        # The data follow after the objects: allocate now, fill below. A lying size must not exhaust memory.
-        if numel * dtype.itemsize > size:
-            raise _RefusedError("it announces more data than the file has")
-        if key not in storages:
-            storages[key] = torch.zeros(numel, dtype=dtype)
-        if storages[key].dtype != dtype or storages[key].numel() != numel:
-            raise _RefusedError("it describes one storage in two ways")
-        return storages[key]
-
-    content = _Unpickler(file, allocate).load()
-    for key in _Unpickler(file, _no_storage).load():
-        storage = storages[key]
-        if int.from_bytes(file.read(8), "little", signed=True) != storage.numel():
+    _Unpickler(head).load()
+    objects = _Unpickler(head)
+    content, keys = objects.load(), _Unpickler(head).load()
+    places, at = {}, head.tell()
+    for key in keys:
+        file.seek(at)
+        if int.from_bytes(file.read(8), "little", signed=True) != objects.storages[key].numel:
             raise _RefusedError("its data do not match its description")
-        data = file.read(storage.nbytes)
-        if len(data) != storage.nbytes:
-            raise _RefusedError("it is truncated")
-        if data:
-            storage.copy_(torch.frombuffer(bytearray(data), dtype=storage.dtype))
-    return content
+        places[key] = at + 8
+        at += 8 + objects.storages[key].nbytes
+    if at > file.seek(0, os.SEEK_END):
+        raise _RefusedError("it is truncated")
+
+    def read(storage: _Storage) -> bytes:
+        file.seek(places[storage.key])
+        return file.read(storage.nbytes)
+
+    return content, read
 
 
-def _read_zip(file: BinaryIO) -> Any:
-    with zipfile.ZipFile(file) as archive:
-        (name,) = (n for n in archive.namelist() if re.fullmatch(r"[^/]+/data\.pkl", n))
-        folder = name.removesuffix("data.pkl")
+def _read_zip(file: BinaryIO) -> tuple[Any, Callable[[_Storage], bytes]]:
+    archive = zipfile.ZipFile(file)
 
-        def stored(key: str, dtype: torch.dtype, numel: int) -> Tensor:
-            member = archive.getinfo(f"{folder}data/{key}")
-            if member.file_size != numel * dtype.itemsize or member.compress_type != zipfile.ZIP_STORED:
-                raise _RefusedError("its data do not match its description")
-            return (
-                torch.frombuffer(bytearray(archive.read(member)), dtype=dtype) if numel else torch.zeros(0, dtype=dtype)
-            )
+    def member(name: str, size: int) -> bytes:
+        entry = archive.getinfo(name)
+        if entry.file_size > size or entry.compress_type != zipfile.ZIP_STORED:  # torch.save does not compress
+            raise _RefusedError("its data do not match its description")
+        return archive.read(entry)
 
-        return _Unpickler(io.BytesIO(archive.read(name)), stored).load()
+    (name,) = (n for n in archive.namelist() if re.fullmatch(r"[^/]+/data\.pkl", n))
+    content = _Unpickler(io.BytesIO(member(name, _PICKLE_LIMIT))).load()
+    folder = name.removesuffix("data.pkl")
+    return content, lambda storage: member(f"{folder}data/{storage.key}", storage.nbytes)
