@@ -38,7 +38,7 @@ from ctmasknet.models.inference import Inference, Protocol, feature_scales, fpn_
 from ctmasknet.output import require_writable, write_files
 from ctmasknet.registry import DISCLAIMER, LESION_CLASSES, __version__
 from ctmasknet.weights.files import state_digest
-from ctmasknet.weights.publish import still_true
+from ctmasknet.weights.publish import OF_THE_IMAGE, nearest, still_true
 from ctmasknet.zoo import class_names
 
 OPSET = 17
@@ -59,7 +59,6 @@ TOLERANCES = {
 }
 _DIMENSIONS = ("regions", "one", "height", "width")
 _FEW_PIXELS, _VERGE = 4, 0.02
-_ROWS = ("boxes", "labels", "scores", "masks", "deltas")  # one row per region
 _PAD = 32  # pixels: a resized image is padded to a multiple, as in GeneralizedRCNNTransform
 _TOGETHER = 1000  # boxes: torchvision does the NMS of more than so many class by class (4000 numbers, on a CPU)
 
@@ -120,19 +119,13 @@ def export(model: Model, path: str | os.PathLike[str]) -> Exported:
         raise ConfigError(f"{type(model).__name__} cannot be exported: give a model made by ctmasknet.create_model")
     import_onnx()
     require_writable(path)
-    model = _frozen(model)
+    model = deepcopy(model).cpu().float().eval().requires_grad_(False)
+    model.backbone.autocast_dtype = None
     metadata = describe(model)
     content = to_onnx(model, metadata)
     differences = check_onnx(content, model)
     write_files({path: content})
     return Exported(path, len(content), differences, metadata)
-
-
-def _frozen(model: Any) -> Model:
-    """A copy as it predicts: on the CPU, in float32, a segmenter at its operating point."""
-    copy: Model = deepcopy(model).cpu().float().eval().requires_grad_(False)
-    copy.backbone.autocast_dtype = None
-    return copy
 
 
 def describe(model: Model) -> dict[str, str]:
@@ -177,22 +170,13 @@ def describe(model: Model) -> dict[str, str]:
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
 
 
-def import_onnx() -> tuple[ModuleType, ModuleType]:
-    """onnx and onnxruntime.
-
-    Raises:
-        MissingExtraError: one is not installed.
-    """
-    onnx, onnxruntime = (import_extra(name, "export", "ONNX export") for name in ("onnx", "onnxruntime"))
-    return onnx, onnxruntime
+def import_onnx() -> list[ModuleType]:
+    """onnx and onnxruntime."""
+    return [import_extra(name, "export", "ONNX export") for name in ("onnx", "onnxruntime")]
 
 
 def to_onnx(model: Model, metadata: dict[str, str]) -> bytes:
-    """The bytes of an ONNX file with `metadata` in its ``metadata_props``.
-
-    Args:
-        model: on the CPU, in evaluation mode and float32.
-    """
+    """The bytes of an ONNX file with `metadata` in its ``metadata_props``."""
     onnx, _ = import_onnx()
     outputs = OUTPUTS[model.variant.task]
     axes = {name: dict(enumerate(_DIMENSIONS[:count])) for name, count in outputs.items() if count}
@@ -223,11 +207,7 @@ def to_onnx(model: Model, metadata: dict[str, str]) -> bytes:
 
 
 def check_onnx(content: bytes, model: Model) -> dict[str, float]:
-    """Run the file in onnxruntime on the example slice; the largest difference of each output from the model's.
-
-    Raises:
-        ExportError: a difference beyond `TOLERANCES`.
-    """
+    """Run the file in onnxruntime on the example slice; how far each output is off at most, within `TOLERANCES`."""
     _, onnxruntime = import_onnx()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     inference, worst = Inference(model), dict.fromkeys(OUTPUTS[model.variant.task], 0.0)
@@ -260,35 +240,21 @@ def compare(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict
     """
     if len(expected["scores"]) != len(given["scores"]):
         return dict.fromkeys(expected, float("inf"))
-    rows = _pairs(expected, given)
+    rows = nearest(expected, given, box=TOLERANCES["boxes"], score=TOLERANCES["scores"])
     return {
-        name: _difference(name, value, given[name][rows] if name in _ROWS else given[name])
+        name: _difference(name, value, given[name] if name in OF_THE_IMAGE else given[name][rows])
         for name, value in expected.items()
     }
 
 
 def require_close(found: Mapping[str, float], tolerances: Mapping[str, float], what: str) -> None:
-    """Raises:
-    ExportError: a difference exceeds its tolerance, or is not a number.
-    """
+    """Raise an ExportError if a difference exceeds its tolerance, or is not a number."""
     far = [f"{name} by {value:.2g}" for name, value in found.items() if not value <= tolerances[name]]
     if far:
         raise ExportError(
             f"{what}: outputs differ from PyTorch's ({', '.join(far)}), so nothing was written. Weights that are "
             "untrained, or give many equal scores, can cause this; if yours are trained, report it."
         )
-
-
-def _pairs(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Tensor:
-    """(N,) for each expected region the given one that is nearest, each once."""
-    distance = (expected["boxes"][:, None] - given["boxes"]).abs().amax(-1) / TOLERANCES["boxes"]
-    distance += (expected["scores"][:, None] - given["scores"]).abs() / TOLERANCES["scores"]
-    distance[expected["labels"][:, None] != given["labels"]] += 1e9
-    rows = torch.zeros(len(distance), dtype=torch.int64)
-    for row in range(len(distance)):
-        rows[row] = distance[row].argmin()
-        distance[:, rows[row]] = float("inf")
-    return rows
 
 
 def _difference(name: str, expected: Tensor, given: Tensor) -> float:
@@ -306,12 +272,7 @@ def _difference(name: str, expected: Tensor, given: Tensor) -> float:
 
 
 class Detector(nn.Module):
-    """What segmenters and classifiers share: from an image to its ranked regions.
-
-    Args:
-        model: on the CPU, in evaluation mode and float32; thresholds and switches are those set on it at the time of
-            tracing.
-    """
+    """What segmenters and classifiers share: from an image to its ranked regions, with the settings of the model."""
 
     def __init__(self, model: LesionMaskRCNN | COVIDCTMaskNet) -> None:
         super().__init__()
@@ -397,10 +358,7 @@ class TraceableSegmenter(Detector):
 
 
 class TraceableClassifier(Detector):
-    """``(3, H, W) -> logits (K,), probabilities (K,)`` and the RoI batch ``boxes, scores, labels, deltas``.
-
-    As `COVIDCTMaskNet` gives them in evaluation mode.
-    """
+    """``(3, H, W) -> logits, probabilities, boxes, scores, labels, deltas``, as `COVIDCTMaskNet` gives them."""
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         features, size = self.features(image)
@@ -418,8 +376,7 @@ class TraceableClassifier(Detector):
 
 def traceable(model: LesionMaskRCNN | COVIDCTMaskNet) -> TraceableSegmenter | TraceableClassifier:
     """The model on one image, ready to be traced."""
-    whole = TraceableSegmenter(model) if isinstance(model, LesionMaskRCNN) else TraceableClassifier(model)
-    return whole.eval()
+    return (TraceableSegmenter if isinstance(model, LesionMaskRCNN) else TraceableClassifier)(model).eval()
 
 
 def resized_size(size: Tensor, min_size: int, max_size: int) -> Tensor:
@@ -436,18 +393,10 @@ def resize(image: Tensor, size: Tensor) -> Tensor:
 
     ONNX has an operator for it, whose runtimes round the position of a sample otherwise than torch.
     """
-    height, width = _size(image).unbind()
-    low, high, part = _samples(height, size[0])
-    image = image[:, low] * (1 - part)[:, None] + image[:, high] * part[:, None]
-    low, high, part = _samples(width, size[1])
-    return image[:, :, low] * (1 - part) + image[:, :, high] * part
-
-
-def _samples(source: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Per target pixel the two source pixels it lies between, and how far it is from the first."""
-    at = ((_range(target) + 0.5) * (source.float() / target.float()) - 0.5).clamp(min=0)
-    low = at.long()
-    return low, torch.minimum(low + 1, source - 1), at - low
+    start, sides = torch.zeros(1, dtype=torch.int64), _size(image)
+    rows = _stretch(start, size[:1] - 1, size[0], sides[0])
+    columns = _stretch(start, size[1:] - 1, size[1], sides[1])
+    return rows @ image @ columns.transpose(1, 2)
 
 
 def grid_anchors(grid: Tensor, stride: int, cell: Tensor) -> Tensor:
@@ -512,20 +461,22 @@ def paste(masks: Tensor, boxes: Tensor, size: Tensor) -> Tensor:
     stretching is separable, so here it is a product of matrices: no loop over masks in the graph.
     """
     side = masks.shape[-1] + 2
+    cells = torch.tensor(side)
     widened = (side / (side - 2)) * 0.5 * (boxes[:, 2:] - boxes[:, :2])
     centre = (boxes[:, 2:] + boxes[:, :2]) * 0.5
     first, last = (centre - widened).long(), (centre + widened).long()
-    rows = _stretch(first[:, 1], last[:, 1], size[0], side)
-    columns = _stretch(first[:, 0], last[:, 0], size[1], side)
+    rows = _stretch(first[:, 1], last[:, 1], size[0], cells)
+    columns = _stretch(first[:, 0], last[:, 0], size[1], cells)
     return rows @ F.pad(masks, (1, 1, 1, 1)) @ columns.transpose(1, 2)
 
 
-def _stretch(first: Tensor, last: Tensor, length: Tensor, side: int) -> Tensor:
-    """(N, length, side): the weight of each of `side` mask cells at each pixel, 0 outside first..last."""
+def _stretch(first: Tensor, last: Tensor, length: Tensor, side: Tensor) -> Tensor:
+    """(N, length, side): the weight at each pixel of each of `side` cells stretched over first..last; 0 outside."""
     extent = (last - first + 1)[:, None]
     place = _range(length) - first[:, None]
-    at = ((place + 0.5) * (side / extent.float()) - 0.5).clamp(0, side - 1)
-    weights = (1 - (at[:, :, None] - torch.arange(side)).abs()).clamp(min=0)
+    at = ((place + 0.5) * (side.float() / extent.float()) - 0.5).clamp(min=0)
+    at = torch.minimum(at, side - 1.0)
+    weights = (1 - (at[:, :, None] - _range(side)).abs()).clamp(min=0)
     return weights * ((place >= 0) & (place < extent))[:, :, None]
 
 

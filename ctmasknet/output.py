@@ -26,14 +26,11 @@ Content = bytes | Callable[[BinaryIO], object]
 """What a file is to hold: its bytes, or a function that writes them into a stream."""
 
 SYNC_EVERY = 5.0  # seconds; what a power cut, not a kill, may cost
-WRITE_FIXES = {
+_WRITE_FIXES = {
     errno.ENOSPC: "free some disk space or choose another folder",
     errno.EDQUOT: "free some of your quota or choose another folder",
-    errno.EACCES: "choose a folder you may write to",
-    errno.EPERM: "choose a folder you may write to",
-    errno.EROFS: "choose a folder you may write to",
-    errno.EEXIST: "a file is in the place of a folder, choose another folder",
-    errno.ENOTDIR: "a file is in the place of a folder, choose another folder",
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a folder you may write to"),
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), "a file is in the place of a folder, choose another folder"),
     errno.EISDIR: "a folder is in the place of the file, choose another name",
     errno.ENAMETOOLONG: "choose a shorter name",
 }
@@ -45,16 +42,12 @@ class OutputError(InputError):
 
 def cannot_write(path: Path, error: OSError) -> OutputError:
     """The error to raise where writing `path` failed: names it and the fix."""
-    fix = WRITE_FIXES.get(error.errno or 0, "choose another folder")
+    fix = _WRITE_FIXES.get(error.errno or 0, "choose another folder")
     return OutputError(f"{path}: cannot be written ({error.strerror or error}): {fix}")
 
 
 def require_writable(path: Path) -> None:
-    """See, before long work, that `path` can be written once it is done; its folder is made as needed.
-
-    Raises:
-        OutputError: it cannot.
-    """
+    """See, before long work, that `path` can be written once it is done, else raise; its folder is made as needed."""
     trial = _beside(path)
     try:
         if path.is_dir():
@@ -72,11 +65,7 @@ def write_files(contents: Mapping[Path, Content], *, sync: bool = False) -> list
     All are on disk under temporary names before the first is renamed, so a full disk leaves none of them.
 
     Args:
-        contents: what each file is to hold.
         sync: see that the contents outlast a power cut before they take their names.
-
-    Returns:
-        The paths, in the same order.
 
     Raises:
         OutputError: one cannot be written; files of the same name that were there before stay as they are.
@@ -128,13 +117,12 @@ class Log:
     that is no JSON, a second line for one thing.
 
     Attributes:
-        path: the file.
         key: the field that says what a line is about, a text.
         finished: the things that have a line.
 
     Raises:
         ConfigError: another process has it open.
-        OutputError: it cannot be written.
+        OutputError: it, or later a line, cannot be written.
     """
 
     def __init__(self, path: Path, key: str = "source") -> None:
@@ -154,11 +142,7 @@ class Log:
         self._synced = time.monotonic()
 
     def append(self, *records: Mapping[str, Any]) -> None:
-        """Add lines, all of them or none.
-
-        Raises:
-            OutputError: they cannot be written, for example because the disk is full.
-        """
+        """Add lines, all of them or none."""
         lines = b"".join(map(json_bytes, records))
         before = os.fstat(self._handle).st_size
         try:
@@ -174,11 +158,7 @@ class Log:
         self.finished.update(record[self.key] for record in records)
 
     def clear(self) -> None:
-        """Forget every line.
-
-        Raises:
-            OutputError: it cannot be written.
-        """
+        """Forget every line."""
         try:
             os.ftruncate(self._handle, 0)
         except OSError as error:
@@ -201,10 +181,9 @@ class Log:
         self.close()
 
     def _lock(self) -> None:
-        if fcntl is None:
-            return
         try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(
                 f"{self.path}: another run is writing here. Wait for it, or choose another folder."
@@ -213,23 +192,13 @@ class Log:
             return
 
     def _mend(self) -> None:
-        """Read all lines and drop what is damaged; most often that is the end, which is cut off in place."""
-        sound_end, after_damage = 0, False
-        damaged = False
-        with self.path.open("rb") as stream:
-            for line in stream:
-                record = _whole(line, self.key)
-                if record is None or record[self.key] in self.finished:
-                    damaged = True
-                    continue
+        """Read all lines; where one is damaged, write the others anew."""
+        sound = 0
+        for record, line in _lines([self.path], self.key):
+            if record[self.key] not in self.finished:
                 self.finished.add(record[self.key])
-                after_damage = after_damage or damaged
-                if not damaged:
-                    sound_end += len(line)
-        if not damaged:
-            return
-        if not after_damage:
-            os.ftruncate(self._handle, sound_end)
+                sound += len(line)
+        if sound == os.fstat(self._handle).st_size:
             return
         join_logs([self.path], self.path, self.key)
         os.close(self._handle)
@@ -243,11 +212,7 @@ def read_logs(paths: Iterable[Path], key: str = "source") -> Iterator[dict[str, 
 
 
 def join_logs(paths: Iterable[Path], target: Path, key: str = "source") -> None:
-    """Write every whole line of the logs into `target`, one per thing, whole or not at all.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
+    """Write every whole line of the logs into `target`, one per thing, whole or not at all."""
 
     def lines_into(stream: BinaryIO) -> None:
         seen: set[str] = set()
@@ -260,6 +225,7 @@ def join_logs(paths: Iterable[Path], target: Path, key: str = "source") -> None:
 
 
 def _lines(paths: Iterable[Path], key: str) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """Of each whole line about something, its object and itself."""
     for path in paths:
         try:
             stream = path.open("rb")
@@ -267,20 +233,12 @@ def _lines(paths: Iterable[Path], key: str) -> Iterator[tuple[dict[str, Any], by
             continue
         with stream:
             for line in stream:
-                record = _whole(line, key)
-                if record is not None:
+                try:
+                    record = json.loads(line)
+                except (ValueError, RecursionError):
+                    continue
+                if line.endswith(b"\n") and isinstance(record, dict) and isinstance(record.get(key), str):
                     yield record, line
-
-
-def _whole(line: bytes, key: str) -> dict[str, Any] | None:
-    """The object of a line; None if it is not a whole line about something."""
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and isinstance(record.get(key), str) else None
 
 
 def _beside(path: Path) -> Path:

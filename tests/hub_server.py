@@ -57,7 +57,8 @@ class HubServer:
         repositories: ``"owner/name"`` -> Repository.
         requests: (method, path) of every request, in order.
         faults: file name -> ``"short"`` (half the body, and says so), ``"broken"`` (connection lost half-way, once),
-            ``"wrong"`` (a changed byte), ``"silent"`` (no answer for 8 s), ``"down"`` (HTTP 503).
+            ``"stalled"`` (silence half-way, once), ``"wrong"`` (a changed byte), ``"silent"`` (no answer for 8 s),
+            ``"dripping"`` (a byte now and then), ``"down"`` (HTTP 503), ``"busy"`` (HTTP 429).
     """
 
     def __init__(self) -> None:
@@ -210,8 +211,8 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
 
         def resolve(self, _: bytes, name: str, revision: str, path: str) -> None:
             fault = hub.faults.get(path)
-            if fault == "down":
-                raise _RefusalError(503, None, "Service Unavailable")
+            if fault in ("down", "busy"):
+                raise _RefusalError(*((503, None, "Unavailable") if fault == "down" else (429, None, "Too Many")))
             if fault == "silent":
                 time.sleep(8)
             commit, files = self.commit(name, revision)
@@ -225,24 +226,31 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             if self.command == "HEAD":
                 self.reply(200, content, headers)
                 return
-            start, status = 0, 200
-            if asked := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
-                start, status = int(asked[1]), 206
-                headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-            sent = content[start:]
+            start, end, status = 0, len(content), 200
+            if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+                start, end, status = int(asked[1]), min(end, int(asked[2] or end) + 1), 206
+                headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(content)}"
+            sent = content[start:end]
             if fault == "short":
                 sent = sent[: len(sent) // 2]
             elif fault == "wrong":
                 sent = bytes([sent[0] ^ 1]) + sent[1:]
-            elif fault == "broken":
-                del hub.faults[path]
+            elif fault == "dripping" or (fault in ("broken", "stalled") and end == len(content)):
                 self.send_response(status)
                 for key, value in headers.items():
                     self.send_header(key, value)
                 self.send_header("Content-Length", str(len(sent)))
                 self.end_headers()
-                self.wfile.write(sent[: len(sent) // 2])
                 self.close_connection = True
+                if fault == "dripping":
+                    for byte in sent:
+                        if hub.faults.get(path) == fault:
+                            self.wfile.write(bytes([byte]))
+                            time.sleep(0.2)
+                    return
+                del hub.faults[path]
+                self.wfile.write(sent[: len(sent) // 2])
+                time.sleep(5 if fault == "stalled" else 0)
                 return
             self.reply(status, sent, headers)
 

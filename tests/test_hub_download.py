@@ -172,7 +172,7 @@ def test_a_branch_follows_new_commits_and_fetches_only_what_changed(online, hub,
     hub.add(name, {"model.safetensors": save(tensors, {"format": "pt"})})
     before = hub.count("GET")
     assert online(checksum, name) == state_digest(tensors) != first
-    assert hub.count("GET") == before + 1
+    assert hub.count("GET") == before + 3  # the first bytes of the config and of the weights, and the weights
 
 
 def test_an_existing_folder_goes_before_the_hub(online, hub, revision, files, tmp_path, monkeypatch):
@@ -205,7 +205,19 @@ def test_a_connection_lost_half_way_is_resumed_where_it_broke(online, hub, revis
     hub.faults["model.safetensors"] = "broken"
     before = hub.count("GET")
     assert online(checksum, f"{REPOSITORY}@{revision}") == expected
-    assert hub.count("GET") == before + 3  # config, half the weights, the other half
+    assert hub.count("GET") == before + 5  # the config and half the weights, first bytes first; the other half
+
+
+@pytest.mark.skipif(int(huggingface_hub.__version__.split(".")[0]) < 2, reason="older clients fail, and start anew")
+def test_a_stalled_download_is_resumed_where_it_stopped(hub, revision, expected, tmp_path):
+    client = Client(hub.url, tmp_path, HF_HUB_DOWNLOAD_TIMEOUT="1")
+    hub.faults["model.safetensors"] = "stalled"
+    before = hub.count("GET")
+    try:
+        assert client(checksum, f"{REPOSITORY}@{revision}") == expected
+    finally:
+        client.close()
+    assert hub.count("GET") == before + 5
 
 
 def test_two_processes_at_once_do_not_disturb_each_other(hub, revision, expected, tmp_path):
@@ -257,11 +269,13 @@ def test_a_cache_that_shares_blobs_between_repositories_is_understood(online, hu
         ("short", r"model\.safetensors failed.*should be of size"),
         ("wrong", r"not the one it should have.*not kept"),
         ("down", r"out of order \(HTTP 503\)"),
+        ("busy", r"busy \(HTTP 429\)"),
         ("silent", "cannot be reached"),
+        ("dripping", r"cannot be reached \(no data in 2 s\)"),
     ],
 )
 def test_a_bad_transfer_is_named_at_once_and_not_kept(fault, message, online, hub, revision, expected):
-    hub.faults["config.json" if fault in ("down", "silent") else "model.safetensors"] = fault
+    hub.faults["config.json" if fault in ("down", "busy", "silent") else "model.safetensors"] = fault
     fails_at_once(online, message, checksum, f"{REPOSITORY}@{revision}")
     assert not online.cached("model.safetensors")
     hub.faults.clear()
@@ -348,14 +362,6 @@ def test_what_cannot_be_a_revision_is_never_asked_for(revision, online, hub):
     assert hub.count() == before
 
 
-def test_file_names_that_leave_the_repository_are_refused():
-    from ctmasknet.weights.hub import HubSource, fetch
-
-    for name in ("../x.safetensors", "a/b", "/etc/passwd", "..", ".hidden", "a\\b"):
-        with pytest.raises(WeightsError, match="not a plain file name"):
-            fetch(HubSource("owner/name"), [name])
-
-
 def test_revisions_belong_to_repositories(tmp_path):
     with pytest.raises(WeightsError, match="names a revision and"):
         from_pretrained("owner/name@main", revision="v1")
@@ -410,7 +416,7 @@ def test_verify_runs_the_golden_input(online, hub, revision, files, expected, tm
     tensors["roi_heads.box_predictor.bbox_pred.weight"] *= 1.5
     others = f"{OWNER}/other-outputs"
     hub.add(others, files | {"model.safetensors": save(tensors, {"format": "pt"})})
-    with pytest.raises(WeightsError, match="does not reproduce its recorded outputs: the region"):
+    with pytest.raises(WeightsError, match="does not reproduce its recorded outputs: boxes differ"):
         online(checksum, others, verify=True)
     assert online(checksum, others) == state_digest(tensors)
     silent = f"{OWNER}/no-golden"

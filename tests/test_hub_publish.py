@@ -154,9 +154,11 @@ def test_a_bundled_golden_file_holds_what_the_model_says_of_its_image(name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"scores": lambda t: t - 0.05}, "is not found again"),
-        ({"boxes": lambda t: t + 5}, "is not found again"),
-        ({"areas": lambda t: t + 500}, "is not found again"),
+        ({"scores": lambda t: t - 0.05}, "scores differ by up to 0.05"),
+        ({"boxes": lambda t: t + 5}, "boxes differ by up to"),
+        ({"areas": lambda t: t + 500}, "areas differ by up to 5"),
+        ({"labels": lambda t: t + 1}, "labels differ by up to 1"),
+        ({"labels": lambda t: t.float()}, "contradict each other"),
         ({"boxes": lambda t: t[:2].contiguous()}, "contradict each other"),
         ({"image": lambda t: t.float()}, "no .* uint8 image"),
         ({"logits": lambda t: torch.zeros(3)}, "holds .*logits"),

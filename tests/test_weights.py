@@ -178,7 +178,7 @@ def test_weights_of_another_variant_are_named(folder, tmp_path):
         create_model("maskrcnn_resnet18_t2", weights=file)
 
 
-@pytest.mark.parametrize("change", ["missing", "extra", "shape", "nan"])
+@pytest.mark.parametrize("change", ["missing", "extra", "shape", "nan", "complex", "whole"])
 def test_loading_is_strict(change, folder, tmp_path):
     copy_of(folder, tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -189,8 +189,10 @@ def test_loading_is_strict(change, folder, tmp_path):
         tensors["extra.weight"], key = torch.zeros(1), "extra.weight"
     elif change == "shape":
         tensors[key] = torch.zeros(2, 2)
-    else:
+    elif change == "nan":
         tensors[key][0, 0] = torch.nan
+    else:
+        tensors[key] = tensors[key].to(torch.complex64 if change == "complex" else torch.int32)
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(WeightsError, match=f"model.safetensors.*{key}"):
         create_model(NAME, weights=tmp_path)

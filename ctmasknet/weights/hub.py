@@ -68,15 +68,7 @@ class NoSuchFileError(WeightsError):
 
 @dataclass(frozen=True)
 class HubSource:
-    """A model repository on the Hub at a revision.
-
-    Attributes:
-        repository: ``"owner/name"``.
-        revision: branch, tag or 40-hex commit; only a commit is pinned.
-
-    Raises:
-        WeightsError: a revision that cannot be one.
-    """
+    """A model repository ``"owner/name"`` on the Hub at a branch, tag or 40-hex commit; only a commit never changes."""
 
     repository: str
     revision: str = constants.DEFAULT_REVISION
@@ -92,9 +84,6 @@ class HubSource:
 def hub_source(text: str, revision: str | None = None) -> HubSource | None:
     """What ``"owner/name"`` or ``"owner/name@revision"`` stands for; None if `text` is nothing of that form.
 
-    Args:
-        revision: branch, tag or commit, in place of one in `text`.
-
     Raises:
         WeightsError: two revisions, or a revision that cannot be one.
     """
@@ -109,27 +98,19 @@ def hub_source(text: str, revision: str | None = None) -> HubSource | None:
     return HubSource(repository) if chosen is None else HubSource(repository, chosen)
 
 
-def fetch(
-    source: HubSource,
-    names: Sequence[str],
-    *,
-    sha256: Mapping[str, str] | None = None,
-    optional: Sequence[str] = (),
-) -> Path:
+def fetch(source: HubSource, names: Sequence[str], known: Mapping[str, str], optional: Sequence[str] = ()) -> Path:
     """The folder of the local cache that holds the files `names` of a repository, downloading what is missing.
 
-    A file is checked against its SHA-256 whenever one is known: from `sha256`, or from the Hub, which states it for
-    every large file. One that fails is removed from the cache, and fetched again if it had come from there.
+    A file is checked against its SHA-256 whenever there is one: in `known`, by name, or from the Hub, which states it
+    for every large file. One that fails is removed from the cache, and fetched again if it had come from there.
 
     Args:
-        names: plain file names; the first one finds the commit of a branch or tag.
-        sha256: name -> hexadecimal SHA-256 the file must have.
+        names: the first one finds the commit of a branch or tag.
         optional: names that the repository may lack; without a network, the cache.
 
     Raises:
         WeightsError: no such repository, revision or file; access refused; no network; a file that fails its check.
     """
-    known = sha256 or {}
     pinned = source
     if _COMMIT.fullmatch(source.revision) is None:
         pinned = HubSource(source.repository, _commit_of(source, names[0], known))
@@ -233,11 +214,7 @@ def _see_data_flow(source: HubSource, name: str) -> None:
 
 
 def explained(source: HubSource, request: Callable[[], Result], name: str | None = None) -> Result:
-    """Do a request of the client; its many exceptions become a `WeightsError` of one line that names the fix.
-
-    Raises:
-        WeightsError: see `fetch`.
-    """
+    """Do a request of the client; its many exceptions become a `WeightsError` of one line that names the fix."""
     try:
         return request()
     except GatedRepoError:
@@ -282,11 +259,7 @@ def _reason(error: BaseException) -> str:
 
 
 def load_stored(
-    weights: str | os.PathLike[str],
-    variant: Variant | None,
-    *,
-    revision: str | None = None,
-    golden: bool = False,
+    weights: str | os.PathLike[str], variant: Variant | None, *, revision: str | None = None, golden: bool = False
 ) -> StoredWeights:
     """Read what `weights` names, in this order: an existing path, the local cache, the Hub.
 
@@ -299,9 +272,7 @@ def load_stored(
     Raises:
         WeightsError: nothing there, damaged, another variant's, or the Hub cannot be reached.
     """
-    if isinstance(weights, str) and weights == "default":
-        if variant is None:
-            raise WeightsError("'default' needs the name of a variant")
+    if weights == "default" and variant is not None:
         return _load_entry(default_entry(variant), golden=golden)
     if not isinstance(weights, str | os.PathLike):
         raise WeightsError(f"weights={weights!r}: use None, 'default', or the path of a file or folder")
@@ -381,12 +352,9 @@ def from_hub(
     """Fetch files of a repository and `read` their folder; what cannot be read is not kept in the cache.
 
     Args:
-        sha256: of the weights file; None checks what the Hub states.
-
-    Raises:
-        WeightsError: see `fetch`; or what `read` finds wrong.
+        sha256: of the weights file, where it is known.
     """
-    folder = fetch(source, names, sha256={WEIGHTS_NAME: sha256} if sha256 else {}, optional=keep)
+    folder = fetch(source, names, {WEIGHTS_NAME: sha256} if sha256 else {}, keep)
     try:
         return read(folder)
     except WeightsError as error:

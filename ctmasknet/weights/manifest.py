@@ -43,14 +43,17 @@ class ManifestEntry:
     revision: str | None = None
 
     def __post_init__(self) -> None:
+        problem = None
         if self.file is None and self.repository is None:
-            raise WeightsError(f"manifest.json: {self.variant}: neither file nor repository says where the weights are")
-        if self.file is not None and (".." in Path(self.file).parts or Path(self.file).is_absolute()):
-            raise WeightsError(f"manifest.json: {self.variant}: file {self.file!r} leaves the package")
-        if self.repository is not None and not _hex(self.revision, 40):
-            raise WeightsError(f"manifest.json: {self.variant}: {self.repository} is not pinned to a 40-hex commit")
-        if not _hex(self.sha256, 64):
-            raise WeightsError(f"manifest.json: {self.variant}: sha256 must have 64 hexadecimal digits")
+            problem = "neither file nor repository says where the weights are"
+        elif self.file is not None and (".." in Path(self.file).parts or Path(self.file).is_absolute()):
+            problem = f"file {self.file!r} leaves the package"
+        elif self.repository is not None and not re.fullmatch("[0-9a-f]{40}", self.revision or ""):
+            problem = f"{self.repository} is not pinned to a 40-hex commit"
+        elif not re.fullmatch("[0-9a-f]{64}", self.sha256):
+            problem = "sha256 must have 64 hexadecimal digits"
+        if problem is not None:
+            raise WeightsError(f"manifest.json: {self.variant}: {problem}")
 
     @property
     def path(self) -> Path | None:
@@ -60,8 +63,8 @@ class ManifestEntry:
     @property
     def place(self) -> str:
         """Where the weights are, for people."""
-        on_hub = None if self.repository is None else f"{self.repository}@{self.revision}"
-        return ", ".join(place for place in ("bundled" if self.file else None, on_hub) if place)
+        on_hub = f"{self.repository}@{self.revision}"
+        return ", ".join(["bundled"] * bool(self.file) + [on_hub] * bool(self.repository))
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,3 @@ def variants_with_weights() -> list[str]:
     """Names of the variants that have default weights, in registry order."""
     having = {entry.variant for entry in manifest()}
     return [name for name in VARIANTS if name in having]
-
-
-def _hex(text: str | None, digits: int) -> bool:
-    return text is not None and re.fullmatch(rf"[0-9a-f]{{{digits}}}", text) is not None
