@@ -157,7 +157,7 @@ def create_model(
             load_backbone(model, None if weights_backbone is True else weights_backbone)
         return model
     model_config(variant, **given)  # the caller's mistakes first, before a file is read
-    return assemble(variant, load_stored(weights, variant), given)
+    return assemble(load_stored(weights, variant), given, variant)
 
 
 def from_pretrained(
@@ -186,12 +186,9 @@ def from_pretrained(
         ConfigError: unknown option, impossible value.
     """
     stored = load_stored(path_or_repo, None, revision=revision, golden=verify)
-    if stored.variant is None:
-        raise WeightsError(f"{stored.path.parent}: no config.json names the variant: create_model(name, weights=path)")
-    variant = get_variant(stored.variant)
     if verify:  # as saved: options given here may change the outputs
-        check_golden(assemble(variant, stored, {}), stored.path.with_name(GOLDEN_NAME))
-    return assemble(variant, stored, config).to(device or "cpu")
+        check_golden(assemble(stored, {}), stored.path.with_name(GOLDEN_NAME))
+    return assemble(stored, config).to(device or "cpu")
 
 
 def load_released(path: str | os.PathLike[str], name: str | None = None, **config: Any) -> Model:
@@ -209,8 +206,7 @@ def load_released(path: str | os.PathLike[str], name: str | None = None, **confi
         WeightsError: not such a checkpoint, damaged, unsafe, or another variant's.
         ConfigError: unknown variant or option, impossible value.
     """
-    stored = read_released(path, None if name is None else get_variant(name))
-    return assemble(get_variant(stored.variant or ""), stored, config)
+    return assemble(read_released(path, None if name is None else get_variant(name)), config)
 
 
 _FACTORY_HELP = """{title}, {levels} at stride {stride}: {millions:.2f}M values.

@@ -303,14 +303,14 @@ def test_what_cannot_be_published_is_refused_before_anything_is_sent(author, hub
     for repository in ("no-owner", "../x/y", f"{OWNER}/name@main", f"{OWNER}/.."):
         with pytest.raises(WeightsError, match="is not a repository id"):
             author(push_folder, folder, repository)
-    with pytest.raises(WeightsError, match="no such folder"):
+    with pytest.raises(WeightsError, match="no such file or folder"):
         author(push_folder, folder / "nowhere", f"{OWNER}/x")
     golden = load_file(folder / "golden.safetensors")
     save_file(golden | {"scores": golden["scores"] + 1}, folder / "golden.safetensors")
     with pytest.raises(WeightsError, match="does not reproduce"):
         author(push_folder, folder, f"{OWNER}/x")
     (folder / "config.json").unlink()
-    with pytest.raises(WeightsError, match=r"holds no config\.json"):
+    with pytest.raises(WeightsError, match=r"no config\.json names the variant"):
         author(push_folder, folder, f"{OWNER}/x")
     assert hub.count() == before
 

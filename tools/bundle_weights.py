@@ -41,24 +41,22 @@ def main(arguments: list[str] | None = None) -> int:
 
 def bundle(folder: Path, tag: str) -> dict[str, Any]:
     """Copy a folder into the package; its manifest entry."""
-    stored = check_folder(folder)
-    missing = [key for key in ("classes", "metrics", "license") if not stored.metadata.get(key)]
+    model = check_folder(folder)
+    missing = [key for key in ("classes", "metrics", "license") if not model.metadata.get(key)]
     if missing:
         raise WeightsError(f"{folder}: config.json must state {', '.join(missing)}")
-    target = PACKAGE / "bundled" / stored.variant
+    target = PACKAGE / "bundled" / model.variant.name
     target.mkdir(parents=True, exist_ok=True)
     for name in (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, GOLDEN_NAME):
         shutil.copyfile(folder / name, target / name)
     file = target / WEIGHTS_NAME
     return {
-        "variant": stored.variant,
+        "variant": model.variant.name,
         "tag": tag,
         "file": file.relative_to(PACKAGE).as_posix(),
         "sha256": sha256_of(file),
         "bytes": file.stat().st_size,
-        "classes": stored.metadata["classes"],
-        "metrics": stored.metadata["metrics"],
-        "license": stored.metadata["license"],
+        **{key: model.metadata[key] for key in ("classes", "metrics", "license")},
     }
 
 

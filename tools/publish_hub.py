@@ -21,7 +21,8 @@ from typing import Any
 
 from ctmasknet import CTMaskNetError
 from ctmasknet.errors import WeightsError
-from ctmasknet.weights.files import CONFIG_NAME, WEIGHTS_NAME, StoredWeights, sha256_of
+from ctmasknet.models import Model
+from ctmasknet.weights.files import CONFIG_NAME, WEIGHTS_NAME
 from ctmasknet.weights.hub import hub_source
 from ctmasknet.weights.manifest import MANIFEST
 from ctmasknet.weights.publish import Published, check_folder, push_folder
@@ -42,14 +43,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         found = collect(options.folders, options.namespace, options.tag)
-        for repository, stored in found.items():
-            size = f"{stored.path.stat().st_size / 1e6:.1f} MB"
-            print(f"{repository}: {stored.variant}, {size}, {stored.metadata['license']}, {stored.path.parent}")
+        for repository, (folder, model) in found.items():
+            size = f"{(folder / WEIGHTS_NAME).stat().st_size / 1e6:.1f} MB"
+            print(f"{repository}: {model.variant.name}, {size}, {model.metadata['license']}, {folder}")
         if options.dry_run:
             return 0
-        for repository, stored in found.items():
-            published = push_folder(stored.path.parent, repository, private=options.private)
-            record(options.manifest, published, stored, options.tag)
+        for repository, (folder, model) in found.items():
+            published = push_folder(folder, repository, private=options.private)
+            record(options.manifest, published, model.metadata, options.tag)
             print(f"published {published}")
     except CTMaskNetError as error:
         print(f"publish_hub: {error}", file=sys.stderr)
@@ -57,8 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def collect(folders: list[Path], namespace: str, tag: str) -> dict[str, StoredWeights]:
-    """Repository -> checked weights, by variant.
+def collect(folders: list[Path], namespace: str, tag: str) -> dict[str, tuple[Path, Model]]:
+    """Repository -> folder and checked model, by variant.
 
     Raises:
         WeightsError: nothing found, a variant twice, damaged weights, or facts missing that the manifest needs.
@@ -66,24 +67,24 @@ def collect(folders: list[Path], namespace: str, tag: str) -> dict[str, StoredWe
     candidates = sorted({config.parent for folder in folders for config in folder.rglob(CONFIG_NAME)})
     candidates = [c for c in candidates if (c / WEIGHTS_NAME).is_file()]
     candidates = [c for c in candidates if not (c.name == "last" and c.with_name("best") in candidates)]
-    found: dict[str, StoredWeights] = {}
+    found: dict[str, tuple[Path, Model]] = {}
     for folder in candidates:
-        stored = check_folder(folder)
-        missing = [key for key in ("classes", "metrics", "license") if not stored.metadata.get(key)]
+        model = check_folder(folder)
+        missing = [key for key in ("classes", "metrics", "license") if not model.metadata.get(key)]
         if missing:
             raise WeightsError(f"{folder}: config.json says nothing of {', '.join(missing)}: save_pretrained(...) does")
-        repository = f"{namespace}/{stored.variant}-{tag}"
+        repository = f"{namespace}/{model.variant.name}-{tag}"
         if hub_source(repository) is None or not re.fullmatch(r"[\w.-]+", tag):
             raise WeightsError(f"{repository!r} is not a repository id: change --namespace or --tag")
         if repository in found:
-            raise WeightsError(f"{folder} and {found[repository].path.parent}: both hold {stored.variant}: name one")
-        found[repository] = stored
+            raise WeightsError(f"{folder} and {found[repository][0]}: both hold {model.variant.name}: name one")
+        found[repository] = folder, model
     if not found:
         raise WeightsError(f"{', '.join(map(str, folders))}: no folder with {WEIGHTS_NAME} and {CONFIG_NAME}")
     return found
 
 
-def record(manifest: Path, published: Published, stored: StoredWeights, tag: str) -> None:
+def record(manifest: Path, published: Published, metadata: dict[str, Any], tag: str) -> None:
     """Write a published set of weights into the manifest."""
     known: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
     place = {"repository": published.repository, "revision": published.revision}
@@ -95,9 +96,9 @@ def record(manifest: Path, published: Published, stored: StoredWeights, tag: str
         entry = {
             "variant": published.variant,
             "tag": tag,
-            "sha256": sha256_of(stored.path),
+            "sha256": published.sha256,
             "bytes": published.bytes,
-            **{key: stored.metadata[key] for key in ("classes", "metrics", "license")},
+            **{key: metadata[key] for key in ("classes", "metrics", "license")},
             **place,
         }
         others = [e for e in entries if (e["variant"], e["tag"]) != (published.variant, tag)]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ctmasknet.errors import ConfigError, WeightsError, shown
 from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN, Model, model_config
-from ctmasknet.registry import VARIANTS, Variant
+from ctmasknet.registry import VARIANTS, Variant, get_variant
 from ctmasknet.weights.files import WEIGHTS_NAME, StoredWeights, inherited, is_finite, read_tensors, state_digest
 from ctmasknet.weights.hub import HubSource, from_hub
 from ctmasknet.weights.manifest import backbone_entry
@@ -43,13 +43,20 @@ def build(variant: Variant, options: Mapping[str, Any]) -> Model:
     return LesionMaskRCNN(variant, config) if variant.task == "segmentation" else COVIDCTMaskNet(variant, config)
 
 
-def assemble(variant: Variant, stored: StoredWeights, options: Mapping[str, Any]) -> Model:
-    """A model with stored weights, in evaluation mode, set to their operating point; `options` replace what is stored.
+def assemble(stored: StoredWeights, options: Mapping[str, Any], variant: Variant | None = None) -> Model:
+    """A model with stored weights, in evaluation mode, set to their operating point.
+
+    Args:
+        options: replace what is stored.
+        variant: None takes the one that the weights name.
 
     Raises:
         ConfigError: unknown option, impossible value.
-        WeightsError: the weights do not fit.
+        WeightsError: the weights do not fit, or name no variant.
     """
+    if variant is None and stored.variant is None:
+        raise WeightsError(f"{stored.path.parent}: no config.json names the variant: create_model(name, weights=path)")
+    variant = variant or get_variant(stored.variant or "")
     metadata = dict(stored.metadata)
     if variant.task == "segmentation" and "operating_point" in metadata:
         # A threshold that the caller gives is the model's, and the weights' is no longer.

@@ -116,8 +116,8 @@ def read_weights(path: str | os.PathLike[str]) -> StoredWeights:
     path = Path(path)
     file = path / WEIGHTS_NAME if path.is_dir() else path
     if not file.is_file():
-        missing = f"{path}: the folder holds no {WEIGHTS_NAME}" if path.is_dir() else f"{path}: no such file"
-        raise WeightsError(f"{missing}. Give a .safetensors file or a folder with {WEIGHTS_NAME}.")
+        missing = f"the folder holds no {WEIGHTS_NAME}" if path.is_dir() else "no such file or folder"
+        raise WeightsError(f"{path}: {missing}. Give a .safetensors file or a folder with {WEIGHTS_NAME}.")
     tensors = read_tensors(file)
     facts = _read_config(file.with_name(CONFIG_NAME))
     return StoredWeights(file, tensors, facts.get("variant"), facts.get("config", {}), facts.get("metadata", {}))

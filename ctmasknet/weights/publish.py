@@ -33,14 +33,13 @@ from ctmasknet.example import example_slice
 from ctmasknet.models import LesionMaskRCNN, Model
 from ctmasknet.models.detector import Shareable
 from ctmasknet.models.inference import Inference, Protocol
-from ctmasknet.registry import DISCLAIMER, Variant, get_variant
+from ctmasknet.registry import DISCLAIMER, Variant
 from ctmasknet.weights.assemble import assemble, build
 from ctmasknet.weights.files import (
     CARD_NAME,
     CONFIG_NAME,
     GOLDEN_NAME,
     WEIGHTS_NAME,
-    StoredWeights,
     as_stored,
     inherited,
     read_weights,
@@ -111,24 +110,19 @@ def write_pretrained(
     metadata: Mapping[str, Any],
     dtype: str = "float32",
 ) -> Path:
-    """Write weights with their config, card and golden file, all of them or none; see `write_weights`.
-
-    Raises:
-        OutputError: the folder cannot be written.
-    """
+    """Write weights with their config, card and golden file, all of them or none; see `write_weights`."""
     stored = as_stored(tensors, _DTYPES[dtype])
     with torch.random.fork_rng(devices=[]):  # what random values the model starts from is nobody's affair
         model = build(variant, config).eval()
     model.load_state_dict(stored)  # the golden outputs belong to the values as stored
     model.metadata = dict(metadata)
-    card = model_card(variant, metadata)
     return write_weights(
         folder,
         stored,
         variant=variant.name,
         config=config,
         metadata=metadata,
-        card=card,
+        card=model_card(variant, metadata),
         golden=golden_outputs(model),
         dtype=_DTYPES[dtype],
     )
@@ -155,53 +149,44 @@ def push_folder(folder: str | os.PathLike[str], repository: str, *, private: boo
             bytes than were sent.
     """
     target = _target(repository)
-    stored = check_folder(folder)
-    source = stored.path.parent
-    variant = get_variant(stored.variant or "")
-    card_file, golden = source / CARD_NAME, source / GOLDEN_NAME
+    model, folder = check_folder(folder), Path(folder)
+    card_file, golden, weights = folder / CARD_NAME, folder / GOLDEN_NAME, folder / WEIGHTS_NAME
     own = card_file.read_text(encoding="utf-8") if card_file.is_file() else None
-    card = own or model_card(variant, stored.metadata)
+    card = own or model_card(model.variant, model.metadata)
     operations = [
         CommitOperationAdd(CARD_NAME, card.replace(FOLDER, repository).encode()),
-        CommitOperationAdd(CONFIG_NAME, str(source / CONFIG_NAME)),
-        CommitOperationAdd(
-            GOLDEN_NAME, str(golden) if golden.is_file() else save(golden_outputs(assemble(variant, stored, {})))
-        ),
-        CommitOperationAdd(WEIGHTS_NAME, str(stored.path)),
+        CommitOperationAdd(CONFIG_NAME, str(folder / CONFIG_NAME)),
+        CommitOperationAdd(GOLDEN_NAME, str(golden) if golden.is_file() else save(golden_outputs(model))),
+        CommitOperationAdd(WEIGHTS_NAME, str(weights)),
     ]
     if constants.HF_HUB_OFFLINE:
         raise WeightsError(f"{repository}: HF_HUB_OFFLINE forbids publishing")
     api = HfApi()
     explained(target, lambda: api.create_repo(repository, private=private, exist_ok=True))
-    message = f"{variant.name} {stored.metadata.get('note', '')}".strip()[:72]
+    message = f"{model.variant.name} {model.metadata.get('note', '')}".strip()[:72]
     try:
         commit = explained(target, lambda: api.create_commit(repository, operations, commit_message=message))
     except ValueError as error:  # the client's word for a card whose metadata the Hub refuses
         raise WeightsError(f"{card_file}: the Hub refuses the card: {' '.join(str(error).split())}") from None
     there = explained(target, lambda: api.get_paths_info(repository, [WEIGHTS_NAME], revision=commit.oid))
-    sha256 = sha256_of(stored.path)
+    sha256 = sha256_of(weights)
     lfs = getattr(there[0], "lfs", None) if there else None
     if lfs is None or lfs.sha256 != sha256:
         raise WeightsError(f"{repository}@{commit.oid}: the Hub holds other weights than were sent: push again")
-    return Published(variant.name, repository, commit.oid, sha256, lfs.size)
+    return Published(model.variant.name, repository, commit.oid, sha256, lfs.size)
 
 
-def check_folder(folder: str | os.PathLike[str]) -> StoredWeights:
+def check_folder(folder: str | os.PathLike[str]) -> Model:
     """Load a folder as a stranger would, golden file included if there is one.
 
     Raises:
         WeightsError: not a folder of weights, no config.json, damaged, or outputs other than recorded.
     """
-    if not Path(folder).is_dir():
-        raise WeightsError(f"{folder}: no such folder. Give one with {WEIGHTS_NAME} and {CONFIG_NAME}.")
-    stored = read_weights(folder)
-    if stored.variant is None:
-        raise WeightsError(f"{folder}: holds no {CONFIG_NAME}, so nobody could tell which variant it is")
-    model: Model = assemble(get_variant(stored.variant), stored, {})
-    golden = stored.path.with_name(GOLDEN_NAME)
+    model = assemble(read_weights(folder), {})
+    golden = Path(folder) / GOLDEN_NAME
     if golden.is_file():
         check_golden(model, golden)
-    return stored
+    return model
 
 
 def _target(repository: str) -> HubSource:
