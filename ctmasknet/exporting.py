@@ -461,7 +461,7 @@ def paste(masks: Tensor, boxes: Tensor, size: Tensor) -> Tensor:
     stretching is separable, so here it is a product of matrices: no loop over masks in the graph.
     """
     side = masks.shape[-1] + 2
-    cells = torch.tensor(side)
+    cells = torch.as_tensor(side)
     widened = (side / (side - 2)) * 0.5 * (boxes[:, 2:] - boxes[:, :2])
     centre = (boxes[:, 2:] + boxes[:, :2]) * 0.5
     first, last = (centre - widened).long(), (centre + widened).long()

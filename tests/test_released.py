@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import pickle
+import struct
 import sys
+import tracemalloc
+import zipfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -271,3 +274,66 @@ def test_what_a_hostile_file_does_to_its_stand_ins_the_next_file_does_not_see(ta
     assert (
         load_released(golden.checkpoint(tmp_path / "good.pth", "maskrcnn_resnet18_t2")).variant.backbone == "resnet18"
     )
+
+
+HEAD = b"".join(pickle.dumps(value, protocol=2) for value in (0x1950A86A20F9469CFC6C, 1001, {}))
+FLOATS = b"((X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x04tQ"
+
+
+def tensor(size: bytes, stride: bytes) -> bytes:
+    """Opcodes for {"model_weights": {"a": a tensor of 4 stored values}} with this size and stride."""
+    rebuilt = b"ctorch._utils\n_rebuild_tensor_v2\n" + FLOATS + b"K\x00" + size + stride + b"I00\n}tR"
+    return b"\x80\x02}X\x0d\x00\x00\x00model_weights}X\x01\x00\x00\x00a" + rebuilt + b"ss."
+
+
+@pytest.mark.parametrize(
+    ("objects", "message"),
+    [
+        (b"\x80\x02Nr" + struct.pack("<I", 2**27) + b".", "not a released checkpoint"),  # the memo's place 2^27
+        (b"\x80\x02})" + b"2\x86" * 60 + b"Ns.", "neither text nor whole numbers"),  # 2^60 tuples to hash
+        (tensor(b"J\x00\x00\x00\x10J\x00\x00\x00\x10\x86", b"K\x00K\x00\x86"), "beyond its storage"),
+        (tensor(b"K\x02K\x02\x86", b"K\x02K\x02\x86"), "beyond its storage"),
+        (tensor(b"K\x04\x85", b"J\xff\xff\xff\xff\x85"), "described inconsistently"),
+        (tensor(b"(" + b"K\x01" * 9 + b"t", b"(" + b"K\x01" * 9 + b"t"), "described inconsistently"),
+        (b"\x80\x02" + b"]" * 5_000_000 + b".", "damaged"),
+        (b"\x80\x02\x8a\xff" + b"\x7f" * 255 + b".", "not a released checkpoint"),
+    ],
+    ids=["memo", "hash", "zero strides", "overlong", "negative", "dimensions", "objects", "digits"],
+)
+def test_a_few_bytes_cannot_ask_for_much_room_or_time(objects, message, tmp_path):
+    keys = ["0"] if FLOATS in objects else []
+    data = pickle.dumps(keys, protocol=2) + struct.pack("<q4f", 4, 1, 2, 3, 4)
+    (tmp_path / "hostile.pth").write_bytes(HEAD + objects + data)
+    tracemalloc.start()
+    try:
+        with pytest.raises(WeightsError, match=rf"hostile\.pth.*{message}"):
+            load_released(tmp_path / "hostile.pth")
+        assert tracemalloc.get_traced_memory()[1] < 600e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_compressed_pickle_is_refused_before_it_is_unpacked(tmp_path):
+    with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(3_000_000))
+    with pytest.raises(WeightsError, match=r"bomb\.pth: refused: its data do not match"):
+        load_released(tmp_path / "bomb.pth")
+
+
+def test_one_storage_named_3000_times_is_read_once(tmp_path):
+    storage = torch.zeros(1_000_000)
+    path = tmp_path / "many.pth"
+    torch.save({"model_weights": {f"{n}.weight": storage[n:] for n in range(3000)}}, path)
+    tracemalloc.start()
+    try:
+        with pytest.raises(WeightsError, match="none of the 14 variants"):
+            load_released(path)
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_complex_weights_are_refused(tmp_path):
+    torch.save({"model_weights": {"a": torch.zeros(2, dtype=torch.complex64)}}, tmp_path / "x.pth")
+    with pytest.raises(WeightsError, match=r"asks for torch\.ComplexFloatStorage"):
+        load_released(tmp_path / "x.pth")

@@ -5,14 +5,29 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import replace
+import struct
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from ctmasknet import ConfigError, WeightsError, create_model, evaluate, from_pretrained, zoo
+from ctmasknet import (
+    ConfigError,
+    CTMaskNetError,
+    WeightsError,
+    create_model,
+    evaluate,
+    from_pretrained,
+    get_variant,
+    zoo,
+)
+from ctmasknet.cli import main
+from ctmasknet.models.config import ModelConfig, model_config
 from ctmasknet.output import OutputError
 from ctmasknet.registry import DEFAULT_CLASSIFIER, DEFAULT_SEGMENTER
 from ctmasknet.weights import hub
@@ -216,6 +231,13 @@ def test_a_pickle_posing_as_weights_is_refused_and_not_run(name, legacy, tmp_pat
     assert not target.exists()
 
 
+@pytest.mark.parametrize("length", [0x80, 0x280])
+def test_a_header_whose_length_begins_like_a_pickle_is_read(length, tmp_path):
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode().ljust(length)
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", length) + header + struct.pack("<f", 7))
+    assert read_weights(tmp_path / "a.safetensors").tensors["a"].item() == 7
+
+
 @pytest.mark.parametrize("size", [0, 5, 4000, -10])
 def test_truncated_files_are_refused(size, folder, tmp_path):
     copy_of(folder, tmp_path)
@@ -247,6 +269,19 @@ def test_missing_files_are_named(tmp_path):
         ("metadata", {"operating_point": {"score_threshold": "low"}}, "a finite number is needed"),
         ("metadata", {"operating_point": {"nms_threshold": 3}}, "must lie in 0..1"),
         ("metadata", {"derived_from": [3]}, "a mapping is needed"),
+        ("metadata", {"metrics": {"ap50": None}}, r"metrics\['ap50'\]=None: a finite number"),
+        ("metadata", {"derived_from": [{"variant": []}]}, "text or null is needed"),
+        ("metadata", {"classes": ["a", "\x1b[2J"]}, r"class '\\x1b\[2J'"),
+        ("metadata", {"classes": ["a", "b" * 10_000]}, r"class 'b+\.\.\.b+'"),
+        ("variant", ["x" * 10_000] * 10, "text is needed"),
+        ("config", {"num_classes": 10**6}, "num_classes=1000000: at most 1000"),
+        ("config", {"image_classes": 10**6}, "image_classes=1000000: at most 1000"),
+        ("config", {"max_size": 10**9}, "at most 8192"),
+        ("config", {"box_detections_per_img": 10**9}, "at most 100000"),
+        ("config", {"anchor_sizes": [1] * 10**4}, "10000 anchor sizes x 6 ratios: at most 256"),
+        ("config", {"anchor_sizes": [[[1]]]}, "is needed"),
+        ("config", {"box_score_thresh": None}, "a finite number is needed"),
+        ("config", {"image_mean": [0.5, None, 0.5]}, "a finite number is needed"),
         ("config", {"nonsense": 1}, "unknown option 'nonsense'"),
         ("config", {"num_classes": "two"}, "whole number"),
         ("config", {"roi_score": "__import__('os')"}, "'softmax' or 'sigmoid'"),
@@ -261,11 +296,45 @@ def test_a_config_is_data_and_checked(field, value, message, folder, tmp_path):
     assert "config.json" in str(caught.value)
 
 
-def test_a_config_that_is_no_json_is_refused(folder, tmp_path):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "Expecting property name"),
+        ('{"a": ' + "[" * 10**5, "recursion"),
+        ('{"a": ' + "1" * 5000 + "}", "digits"),
+        ('{"a": Infinity}', "Infinity is not a finite number"),
+        ('{"a": NaN}', "NaN is not a finite number"),
+        ('{"a": 1e999}', "1e999 is not a finite number"),
+        ('{"a": "\\ud800"}', "surrogates not allowed"),
+        ('{"a": [' + "1," * 10**6, "larger than 1000000 bytes"),
+        ("[]", "must hold a JSON object"),
+    ],
+)
+def test_a_config_that_is_no_json_is_refused(content, message, folder, tmp_path):
     copy_of(folder, tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(WeightsError, match="not readable JSON"):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(WeightsError, match=rf"config\.json: .*{message}") as caught:
         create_model(NAME, weights=tmp_path)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("length", "header"),
+    [
+        (2**60, b"{}"),
+        (None, b'{"a":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,4]}}'),
+        (None, b'{"a":{"dtype":"F32","shape":[4294967296,4294967296,4294967296],"data_offsets":[0,4]}}'),
+        (None, b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,400]}}'),
+        (None, b'{"a":{"dtype":"X9","shape":[1],"data_offsets":[0,4]}}'),
+        (None, b'{"a":' + b"[" * 10**5),
+        (None, b"\xff\xfe"),
+    ],
+)
+def test_a_safetensors_header_that_lies_is_refused(length, header, tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + bytes(4))
+    with pytest.raises(WeightsError, match=r"model\.safetensors: not a readable"):
+        read_weights(file)
 
 
 def test_a_failed_write_leaves_what_was_there(folder, tmp_path, monkeypatch):
@@ -289,6 +358,23 @@ def test_a_changed_bundled_file_is_not_loaded(folder, monkeypatch):
     monkeypatch.setattr(hub, "default_entry", lambda variant: replace(entry, bytes=1))
     with pytest.raises(WeightsError, match="missing or damaged"):
         create_model(DEFAULT_SEGMENTER, weights="default")
+
+
+def test_verify_tells_a_sound_folder_from_a_changed_one(tmp_path, capsys):
+    model = create_model("maskrcnn_resnet18_t2", min_size=64, max_size=128)
+    folder = model.save_pretrained(tmp_path / "saved")
+    assert main(["verify", str(folder), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    sha256 = sha256_of(folder / "model.safetensors")
+    assert said == {"variant": "maskrcnn_resnet18_t2", "digest": True, "sha256": sha256, "manifest": None}
+    tensors = load_file(folder / "model.safetensors")
+    tensors["rpn.head.cls_logits.bias"] += 1e-6  # far too little for the outputs to tell
+    save_file(tensors, folder / "model.safetensors")
+    assert main(["verify", str(folder)]) == 2
+    assert "recorded of other weights" in capsys.readouterr().err
+    (folder / "golden.safetensors").unlink()
+    assert main(["verify", str(folder)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_read_weights_tells_what_the_config_says(folder):
@@ -322,3 +408,86 @@ def test_is_finite_is_torchs_isfinite(dtype):
             spoilt[1, 20] = bad
             assert not is_finite(spoilt)
             assert not spoilt.isfinite().all()
+
+
+# --- properties
+
+
+def plain(leaves: st.SearchStrategy[Any] | None = None) -> st.SearchStrategy[Any]:
+    """Any value of JSON."""
+    leaves = leaves or st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+    return st.recursive(
+        leaves, lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=9), inner), max_leaves=9
+    )
+
+
+FIELDS = [field.name for field in fields(ModelConfig)]
+FACTS = {"library": "ctmasknet", "format": 1, "variant": "maskrcnn_resnet50", "config": {}, "metadata": {}}
+METADATA = ("classes", "operating_point", "metrics", "training", "dataset", "license", "note", "derived_from")
+
+
+@given(
+    facts=st.dictionaries(st.sampled_from([*FACTS, "x"]), plain(), max_size=2),
+    config=st.dictionaries(st.sampled_from([*FIELDS, "x"]), plain(), max_size=3),
+    metadata=st.dictionaries(st.sampled_from(METADATA), plain(), max_size=3),
+)
+@settings(max_examples=200, deadline=None)
+def test_whatever_a_config_says_it_is_taken_or_refused_by_name(tmp_path_factory, facts, config, metadata):
+    folder = tmp_path_factory.getbasetemp() / "said"
+    folder.mkdir(exist_ok=True)
+    save_file({}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(FACTS | {"config": config, "metadata": metadata} | facts))
+    try:
+        stored = read_weights(folder)
+        variant = get_variant(stored.variant)
+        config = model_config(variant, **stored.config)
+        model_card(variant, stored.metadata).encode()
+    except CTMaskNetError as error:
+        config = None
+        said = str(error)
+    else:
+        said = json.dumps(config.to_dict(), allow_nan=False)
+    assert len(said) < 5000
+
+
+POSITIVE = st.floats(1e-3, 1e6)
+CONFIGS = st.fixed_dictionaries(
+    {},
+    optional={
+        "num_classes": st.integers(2, 1000),
+        "image_classes": st.integers(2, 1000),
+        "roi_score": st.sampled_from(["softmax", "sigmoid"]),
+        "drop_empty": st.booleans(),
+        "anchor_sizes": st.lists(POSITIVE, min_size=1, max_size=8).map(tuple),
+        "anchor_ratios": st.lists(POSITIVE, min_size=1, max_size=8).map(tuple),
+        "box_score_thresh": st.floats(-1, 2),
+        "box_nms_thresh": st.floats(0, 1),
+        "min_size": st.integers(1, 1024),
+        "image_std": st.tuples(POSITIVE, POSITIVE, POSITIVE),
+    },
+)
+DTYPES = st.sampled_from([torch.float32, torch.float64, torch.int64, torch.int8, torch.uint8, torch.bool])
+SHAPES = st.lists(st.integers(0, 4), max_size=4)
+
+
+@given(config=CONFIGS, shapes=st.dictionaries(st.text(max_size=30), st.tuples(DTYPES, SHAPES)), text=st.text())
+@settings(max_examples=100, deadline=None)
+def test_configs_and_tensors_come_back_as_they_were(tmp_path_factory, config, shapes, text):
+    generator = torch.Generator().manual_seed(len(text))
+    tensors = {
+        key: (torch.randn(shape, generator=generator) * 100).to(dtype)
+        for key, (dtype, shape) in shapes.items()
+        if key != "__metadata__" and key.isprintable()
+    }
+    options = model_config(get_variant(NAME), **config).to_dict()
+    metadata = {"note": text.encode("utf-8", "ignore").decode(), "metrics": {"ap50": 0.1}, "training": {"lr": 1e-5}}
+    folder = tmp_path_factory.getbasetemp() / "trip"
+    write_weights(folder, tensors, variant=NAME, config=options, metadata=metadata)
+    stored = read_weights(folder)
+    assert stored.metadata == metadata
+    assert model_config(get_variant(NAME), **stored.config).to_dict() == options
+    assert stored.tensors.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        expected = tensor.float() if tensor.is_floating_point() else tensor
+        assert stored.tensors[key].dtype == expected.dtype
+        assert torch.equal(stored.tensors[key], expected)

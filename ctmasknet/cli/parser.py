@@ -210,6 +210,18 @@ def build_parser() -> argparse.ArgumentParser:
         help="a file with what is known of the weights: classes, operating_point, metrics, dataset, license, note, ...",
     )
 
+    verify = _command(
+        commands,
+        "verify",
+        variants.verify_command,
+        "check that a folder of weights is what was saved",
+        "Loads the weights strictly, runs the golden input that travels with them, and compares the outputs and the\n"
+        "digest of the weights with those recorded in golden.safetensors.\n\n"
+        "Example: ctmasknet verify runs/one/best",
+    )
+    verify.add_argument("folder", type=Path, metavar="DIR", help="a folder of weights, such as a run's best/")
+    _json_flag(verify)
+
     push = _command(
         commands,
         "push",

@@ -1,4 +1,4 @@
-"""Commands about variants and their weights: list, info, download, convert, push, export, doctor."""
+"""Commands about variants and their weights: list, info, download, convert, verify, push, export, doctor."""
 
 from __future__ import annotations
 
@@ -98,6 +98,24 @@ def push_command(options: argparse.Namespace) -> int:
     pushed = push_folder(options.folder, options.repository, private=options.private)
     use = f'create_model("{pushed.variant}", weights="{pushed}") loads it'
     say(options, pushed.to_dict(), f"{pushed.variant}: {pushed}, sha256 {pushed.sha256}\n{use}")
+    return 0
+
+
+def verify_command(options: argparse.Namespace) -> int:
+    """`ctmasknet verify`; the exit code."""
+    from ctmasknet.weights.assemble import assemble
+    from ctmasknet.weights.files import GOLDEN_NAME, WEIGHTS_NAME, read_weights, sha256_of
+    from ctmasknet.weights.manifest import manifest
+    from ctmasknet.weights.publish import check_golden
+
+    model = assemble(read_weights(options.folder), {})
+    digest = check_golden(model, options.folder / GOLDEN_NAME)
+    sha256 = sha256_of(options.folder / WEIGHTS_NAME)
+    known = next((f"{entry.variant}, {entry.tag}" for entry in manifest() if entry.sha256 == sha256), None)
+    facts = {"variant": model.variant.name, "digest": digest, "sha256": sha256, "manifest": known}
+    compared = "golden outputs and digest match" if digest else "golden outputs match, no digest is recorded"
+    place = f"sha256 {sha256}: {known or 'not in the manifest'}"
+    say(options, facts, f"{options.folder}: {model.variant.name}: {compared}\n{place}")
     return 0
 
 

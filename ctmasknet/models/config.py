@@ -6,7 +6,7 @@ import difflib
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from ctmasknet.errors import ConfigError, typed
+from ctmasknet.errors import ConfigError, shown, typed
 from ctmasknet.registry import Variant
 
 
@@ -83,11 +83,19 @@ class ModelConfig:
         sizes, ratios = (_per_level(name, getattr(self, name), levels) for name in ("anchor_sizes", "anchor_ratios"))
         if len({len(s) * len(r) for s, r in zip(sizes, ratios, strict=True)}) != 1:
             raise ConfigError("every FPN level needs the same number of anchors (sizes x ratios)")
+        if len(sizes[0]) * len(ratios[0]) > _MOST_ANCHORS:
+            raise ConfigError(
+                f"{len(sizes[0])} anchor sizes x {len(ratios[0])} ratios: at most {_MOST_ANCHORS} anchors"
+            )
         return sizes, ratios
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; tuples become lists there."""
         return asdict(self)
+
+
+_MOST = {"num_classes": 1000, "image_classes": 1000, "min_size": 8192, "max_size": 8192}
+_MOST_OF_OTHERS, _MOST_ANCHORS = 100_000, 256  # whole numbers; anchors per cell
 
 
 def model_config(variant: Variant, **overrides: Any) -> ModelConfig:
@@ -104,7 +112,7 @@ def model_config(variant: Variant, **overrides: Any) -> ModelConfig:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=2)
             hint = f"did you mean {' or '.join(near)}?" if near else f"known options: {', '.join(known)}"
-            raise ConfigError(f"{variant.name}: unknown option {name!r}; {hint}")
+            raise ConfigError(f"{variant.name}: unknown option {shown(name)}; {hint}")
     if variant.roi_batch is not None:
         overrides = {"box_score_thresh": -0.01, "box_detections_per_img": variant.roi_batch} | overrides
     config = ModelConfig(**overrides)
@@ -120,6 +128,8 @@ def _checked(name: str, kind: Any, value: Any) -> Any:
         if len(value) != len(get_args(kind)):
             raise ConfigError(f"{name} takes {len(get_args(kind))} numbers, got {len(value)}")
         return tuple(value)
+    if kind is int and value > _MOST.get(name, _MOST_OF_OTHERS):
+        raise ConfigError(f"{name}={shown(value)}: at most {_MOST.get(name, _MOST_OF_OTHERS)}")
     if kind is int and value < 1:
         raise ConfigError(f"{name}={value}: must be at least 1")
     if name.endswith(("nms_thresh", "iou_thresh", "_fraction")) and not 0 <= value <= 1:
@@ -132,9 +142,9 @@ def _levels(name: str, value: Any) -> tuple[Any, ...]:
     levels = typed(name, value, list[list[float] | float])
     rows = [level for level in levels if isinstance(level, list)]
     if not levels or (rows and len(rows) < len(levels)) or [] in rows:
-        raise ConfigError(f"{name}={value!r}: a list of numbers is needed, or one for each FPN level")
+        raise ConfigError(f"{name}={shown(value)}: a list of numbers is needed, or one for each FPN level")
     if min(map(min, rows or [levels])) <= 0:
-        raise ConfigError(f"{name}={value!r}: must be above 0")
+        raise ConfigError(f"{name}={shown(value)}: must be above 0")
     return tuple(map(tuple, rows)) if rows else tuple(levels)
 
 

@@ -131,8 +131,8 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     """
     try:
         with file.open("rb") as opened:
-            head = opened.read(4)
-        if head[:1] != b"\x80" and head != b"PK\x03\x04":
+            head = opened.read(9)  # of safetensors: the length of its header, which begins with a brace
+        if head[8:] == b"{" or not head.startswith((b"\x80", b"PK\x03\x04")):
             tensors = load_file(file)
             return {key: t.float() if t.is_floating_point() else t for key, t in tensors.items()}
     except (SafetensorError, OSError, ValueError, KeyError) as error:

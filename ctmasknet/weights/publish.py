@@ -1,8 +1,9 @@
 """The way out: a folder that `from_pretrained` reads, card and golden file included, and a commit to a Hub repository.
 
 A card is the README.md that travels with a set of weights. A golden file holds an input and the outputs that weights
-gave when they were saved, to check them after a journey: `golden.safetensors` has `image` (H, W) uint8, a synthetic
-slice (no patient's), and what the model made of it on the CPU in float32. A segmenter: the best `RECORDED` detections
+gave when they were saved, to check them after a journey: `golden.safetensors` has `digest` (32,) uint8, the
+`state_digest` of the weights; `image` (H, W) uint8, a synthetic slice (no patient's); and what the model made of it on
+the CPU in float32. A segmenter: the best `RECORDED` detections
 without a score threshold, NMS at 0.5, as boxes (N, 4), scores (N,), labels (N,) and mask areas (N,) in pixels. A
 classifier: logits and probabilities (K,), and boxes, scores and labels of the best `RECORDED` RoIs of its batch.
 
@@ -24,11 +25,10 @@ from typing import Any
 
 import torch
 from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCardData, constants
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ctmasknet.errors import ConfigError, WeightsError, typed
+from ctmasknet.errors import ConfigError, CTMaskNetError, WeightsError, shown, typed
 from ctmasknet.example import example_slice
 from ctmasknet.models import LesionMaskRCNN, Model
 from ctmasknet.models.detector import Shareable
@@ -296,6 +296,7 @@ def _card_header(variant: Variant, metadata: Mapping[str, Any]) -> ModelCardData
 
 
 RECORDED = 16
+_MOST_PIXELS = 2**24
 _NMS_THRESHOLD = 0.5
 _TOLERANCES = {  # fraction of the value recorded, plus so much; boxes and areas in pixels
     "boxes": (0.0, 0.5),
@@ -310,17 +311,20 @@ OF_THE_IMAGE = ("logits", "probabilities")
 
 
 def golden_outputs(model: Model) -> dict[str, Tensor]:
-    """The content of a golden file: a picture and what the model, on the CPU in float32, makes of it."""
+    """The content of a golden file for a model on the CPU in float32."""
     image = torch.from_numpy(example_slice().image[::2, ::2].copy())
     found = {key: t[:RECORDED].contiguous() for key, t in _outputs(model, image, RECORDED).items()}
-    return {"image": image, **found}
+    return {"digest": _digest(model), "image": image, **found}
 
 
-def check_golden(model: Model, path: Path) -> None:
+def check_golden(model: Model, path: Path) -> bool:
     """Compare what the model makes of a golden file's input with the outputs recorded there.
 
     Args:
         model: as configured when it was saved.
+
+    Returns:
+        Whether the file also holds the digest of the weights, which then is right; older files do not.
 
     Raises:
         WeightsError: no such file, unreadable, or outputs that differ by more than the tolerances.
@@ -329,25 +333,41 @@ def check_golden(model: Model, path: Path) -> None:
         raise WeightsError(f"{path}: no such file, so the weights cannot be verified: load them without verify=True")
     try:
         recorded = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise WeightsError(f"{path}: not a readable safetensors file ({error}). Download or copy it again.") from None
-    image = recorded.pop("image", None)
-    if image is None or image.dim() != 2 or image.dtype != torch.uint8:
-        raise WeightsError(f"{path}: holds no (H, W) uint8 image: not a golden file of this library")
+        with_digest = "digest" in recorded
+        problem = _problem(model, recorded)
+    except CTMaskNetError:
+        raise
+    except Exception as error:  # what a damaged file may hold cannot be foreseen
+        raise WeightsError(f"{path}: not a readable golden file ({error}). Download or copy it again.") from None
+    if problem is not None:
+        raise WeightsError(f"{path}: {problem}")
+    return with_digest
+
+
+def _problem(model: Model, recorded: dict[str, Tensor]) -> str | None:
+    image, digest = recorded.pop("image", None), recorded.pop("digest", None)
+    if image is None or image.dim() != 2 or image.dtype != torch.uint8 or image.numel() > _MOST_PIXELS:
+        return "holds no (H, W) uint8 image: not a golden file of this library"
     found = _outputs(model, image, 2 * RECORDED)
     if set(found) != set(recorded):
-        raise WeightsError(f"{path}: holds {', '.join(sorted(recorded))}, not {', '.join(sorted(found))}")
-    regions = len(recorded["scores"]) if recorded["scores"].dim() else -1
+        return f"holds {', '.join(map(shown, sorted(recorded)))}, not {', '.join(sorted(found))}"
     for key, value in recorded.items():
-        count = len(found[key]) if key in OF_THE_IMAGE else regions
+        count = len(found[key]) if key in OF_THE_IMAGE else len(recorded["scores"])
         if value.dtype != found[key].dtype or value.shape != (count, *found[key].shape[1:]):
-            raise WeightsError(f"{path}: the shapes in it contradict each other: not a golden file of this library")
+            return "the shapes in it contradict each other: not a golden file of this library"
     difference = _difference(recorded, found)
     if difference is not None:
-        raise WeightsError(
-            f"{path}: the model does not reproduce its recorded outputs: {difference}. The weights or this "
-            "installation are damaged: ctmasknet doctor, then download them again"
+        return (
+            f"the model does not reproduce its recorded outputs: {difference}. The weights or this installation are "
+            "damaged: ctmasknet doctor, then download them again"
         )
+    if digest is not None and not torch.equal(digest, _digest(model)):
+        return "recorded of other weights, by their SHA-256: download the folder again"
+    return None
+
+
+def _digest(model: Model) -> Tensor:
+    return torch.tensor(list(bytes.fromhex(state_digest(model.state_dict()))), dtype=torch.uint8)
 
 
 def _outputs(model: Model, image: Tensor, count: int) -> dict[str, Tensor]:
