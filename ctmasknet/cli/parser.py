@@ -220,7 +220,6 @@ def build_parser() -> argparse.ArgumentParser:
         "Example: ctmasknet verify runs/one/best",
     )
     verify.add_argument("folder", type=Path, metavar="DIR", help="a folder of weights, such as a run's best/")
-    _json_flag(verify)
 
     push = _command(
         commands,
