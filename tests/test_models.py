@@ -5,56 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 import torchvision
-from test_registry import RELEASED
-from torch import Tensor
+from small_models import images, segmentation_targets
 
-from ctmasknet import ConfigError, InputError, create_model, from_pretrained, list_models
+from ctmasknet import ConfigError, InputError, create_model
 from ctmasknet.models.detector import ResNetFPN
 from ctmasknet.registry import VARIANTS
 
-SEGMENTERS, CLASSIFIERS = list_models(task="segmentation"), list_models(task="classification")
 SMALL = {"min_size": 96, "max_size": 128}
-FEW = {"rpn_post_nms_top_n_test": 60, "rpn_pre_nms_top_n_test": 200}
 # Module S plus the scale and shift of every BatchNorm named bn*, counted in the released code.
 TRAINABLE = {"ctmasknet_resnet18_t1": 596_099, "ctmasknet_resnet34_t1": 601_475, "ctmasknet_resnet50": 2_409_859}
-
-
-def segmentation_targets(counts: list[int], side: int = 96) -> list[dict[str, Tensor]]:
-    """Square lesions of 24 px, `counts[i]` of them in image i."""
-    targets = []
-    for count in counts:
-        corners = torch.tensor([[4.0, 4.0], [40.0, 8.0], [20.0, 50.0]])[:count]
-        boxes = torch.cat([corners, corners + 24], 1).reshape(-1, 4)
-        masks = torch.zeros(count, side, side, dtype=torch.uint8)
-        for mask, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist(), strict=True):
-            mask[y1:y2, x1:x2] = 1
-        targets.append({"boxes": boxes, "labels": torch.ones(count, dtype=torch.int64), "masks": masks})
-    return targets
-
-
-def images(*sides: tuple[int, int]) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.rand(3, *side, generator=generator) for side in sides]
 
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-@pytest.mark.parametrize("name", list(VARIANTS))
-def test_has_as_many_values_as_the_released_code(name):
-    assert sum(t.numel() for t in create_model(name).state_dict().values()) == RELEASED[name]
-
-
-@pytest.mark.parametrize("name", SEGMENTERS)
-def test_the_body_is_torchvisions_resnet_cut_at_the_stage(name):
-    variant = VARIANTS[name]
-    ours = ResNetFPN(variant).body.state_dict()
-    theirs = getattr(torchvision.models, variant.backbone)().state_dict()
-    cut = (*tuple(f"layer{stage}." for stage in range(variant.stages + 1, 5)), "fc.")
-    expected = {key: t.shape for key, t in theirs.items() if not key.startswith(cut)}
-    assert {key: t.shape for key, t in ours.items()} == expected
 
 
 def test_the_body_computes_what_torchvisions_resnet_computes():
@@ -68,63 +32,17 @@ def test_the_body_computes_what_torchvisions_resnet_computes():
         torch.testing.assert_close(ours(x)[-1], trunk(x))
 
 
-@pytest.mark.parametrize("name", SEGMENTERS)
-def test_every_parameter_of_a_segmenter_gets_a_gradient(name):
-    model = create_model(name, **SMALL).train()
-    losses = model(images((96, 96), (96, 96)), segmentation_targets([3, 2]))
-    assert set(losses) == {
-        "loss_classifier",
-        "loss_box_reg",
-        "loss_mask",
-        "loss_objectness",
-        "loss_rpn_box_reg",
-    }
-    total = sum(losses.values())
-    assert torch.isfinite(total)
-    total.backward()
-    dead = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    assert not dead
-
-
-@pytest.mark.parametrize("name", CLASSIFIERS)
-def test_every_trainable_parameter_of_a_classifier_gets_a_gradient_and_no_other(name):
-    model = create_model(name, **SMALL).train()
-    before = {key: t.clone() for key, t in model.named_buffers()}
-    loss = model(images((96, 96), (96, 96)), [{"image_label": 1}, {"image_label": torch.tensor(2)}])["loss_image"]
-    assert torch.isfinite(loss)
-    loss.backward()
-    dead = [key for key, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
-    assert not dead
-    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
-    assert all(torch.equal(t, before[key]) for key, t in model.named_buffers()), "BatchNorm statistics moved"
-
-
 @pytest.mark.parametrize("name", TRAINABLE)
 def test_trains_what_the_released_classifier_trains(name):
     model = create_model(name)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == TRAINABLE[name]
-    trained = {key for key, p in model.named_parameters() if p.requires_grad}
-    assert not any("downsample" in key for key in trained)
-    assert all(key.startswith("module_s.") or ".bn" in key for key in trained)
+    assert not any("downsample" in key for key, p in model.named_parameters() if p.requires_grad)
 
 
 def test_a_classifier_in_training_keeps_its_detector_in_evaluation():
     model = create_model("ctmasknet_resnet18_t2").train()
     assert model.module_s.training
     assert not any(m.training for part in (model.backbone, model.rpn, model.roi_heads) for m in part.modules())
-
-
-@pytest.mark.parametrize("name", list(VARIANTS))
-def test_saves_and_loads_the_same_values_config_and_outputs(name, tmp_path):
-    model = create_model(name, num_classes=3, **SMALL, **FEW)
-    loaded = from_pretrained(model.save_pretrained(tmp_path / "weights"), verify=True)
-    assert loaded.config == model.config
-    assert loaded.variant == model.variant
-    values = loaded.state_dict()
-    assert all(torch.equal(value, values[key]) for key, value in model.state_dict().items())
-    with torch.inference_mode():
-        (before,), (after,) = model(images((96, 96))), loaded(images((96, 96)))
-    assert all(torch.equal(value, after[key]) for key, value in before.items())
 
 
 @pytest.mark.parametrize("counts", [[0, 0], [0, 2], [0]])
@@ -137,27 +55,6 @@ def test_slices_without_lesions_train(counts):
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", list(VARIANTS))
-def test_images_of_different_sizes_in_one_forward(name):
-    model = create_model(name, box_score_thresh=0.0, **SMALL, **FEW)
-    sides = [(96, 96), (80, 120), (64, 100)]
-    with torch.inference_mode():
-        results = model(images(*sides))
-    for result, (height, width) in zip(results, sides, strict=True):
-        boxes = result["boxes"]
-        assert boxes.isfinite().all()
-        assert boxes.min() >= 0
-        assert boxes[:, 2].max() <= width + 1e-3
-        assert boxes[:, 3].max() <= height + 1e-3
-        assert (result["scores"].diff() <= 0).all()
-        if VARIANTS[name].task == "segmentation":
-            assert result["masks"].shape == (len(boxes), 1, height, width)
-            assert result["masks"].isfinite().all()
-        else:
-            assert result["logits"].shape == (3,)
-            assert result["deltas"].shape == (VARIANTS[name].roi_batch, 4)
-
-
 def test_a_batch_gives_what_its_images_give_alone():
     model = create_model("maskrcnn_resnet18_t2", box_score_thresh=0.3, **SMALL)
     batch = images((96, 96), (96, 96))
@@ -166,30 +63,6 @@ def test_a_batch_gives_what_its_images_give_alone():
     for a, b in zip(together, alone, strict=True):
         torch.testing.assert_close(a["scores"], b["scores"], atol=1e-5, rtol=0)
         torch.testing.assert_close(a["boxes"], b["boxes"], atol=1e-2, rtol=0)
-
-
-# Every switch, in as few models as they fit.
-SWITCHES = [
-    {"roi_score": "sigmoid", "mask_score": "logit", "num_classes": 3, "box_detections_per_img": 7},
-    {"drop_empty": False, "replicate": False, "image_classes": 5, "box_nms_thresh": 0.3, "rpn_nms_thresh": 0.5},
-    {"anchor_sizes": [4, 8, 16], "anchor_ratios": [0.5, 1, 2], "box_score_thresh": 0.6},
-]
-
-
-@pytest.mark.parametrize("name", list(VARIANTS))
-def test_all_switches_work_on_every_variant(name):
-    for switch in SWITCHES:
-        model = create_model(name, **{"box_score_thresh": 0.0} | SMALL | FEW | switch)
-        with torch.inference_mode():
-            result = model(images((96, 96)))[0]
-        assert all(value.isfinite().all() for value in result.values())
-        classifier = VARIANTS[name].task == "classification"
-        if "box_detections_per_img" in switch and not classifier:
-            assert len(result["scores"]) <= 7
-        if "num_classes" in switch:
-            assert set(result["labels"].tolist()) <= {1, 2}
-        if classifier:
-            assert len(result["logits"]) == switch.get("image_classes", 3)
 
 
 def test_sigmoid_scores_rois_independently():
@@ -214,8 +87,9 @@ def test_drop_empty_removes_boxes_of_area_zero_and_only_those():
     for drop_empty, rows in ((True, [0, 2]), (False, [0, 1, 2, 3])):
         model.roi_heads.drop_empty = drop_empty
         logits = torch.tensor([[0.0, 4.0], [0.0, 3.0], [0.0, 2.0], [0.0, 1.0]])
-        regions = model.roi_heads.rank(logits, deltas, boxes, (512, 512), 0.0)
-        assert regions.deltas[:, 0].mul(1000).round().int().tolist() == rows
+        regions = model.roi_heads.rank(logits, deltas, boxes, (512, 512))
+        assert regions.deltas[regions.scores > 0, 0].mul(1000).round().int().tolist() == rows
+        assert (regions.scores.diff() <= 0).all()
 
 
 def test_class_zero_is_never_predicted():

@@ -15,73 +15,11 @@ import golden
 import numpy as np
 import pytest
 import torch
-from matching import assert_same_detections, logits_up_to_ties
 from torch.testing import assert_close
 
 from ctmasknet import WeightsError, create_model, from_pretrained, load_released
 from ctmasknet.cli import main
-from ctmasknet.models.inference import Inference, Protocol
-from ctmasknet.registry import VARIANTS
 from ctmasknet.zoo import open_model
-
-SEGMENTERS = [name for name in golden.VARIANTS if name.startswith("maskrcnn")]
-CLASSIFIERS = [name for name in golden.VARIANTS if name.startswith("ctmasknet")]
-
-
-def test_three_variants_of_each_task_were_recorded():
-    assert len(SEGMENTERS) == len(CLASSIFIERS) == 3
-
-
-def results(model, image):
-    """What the plain model gives for an image, and what the one inference gives."""
-    inference = Inference(model)
-    (reading,) = inference.read([image])
-    with torch.inference_mode():
-        plain = model([image])[0]
-    if model.variant.task == "classification":
-        return [plain, inference.classify(reading)]
-    plain["masks"] = plain["masks"][:, 0] > 0.5
-    return [plain, vars(inference.detect(reading, Protocol.of(model))[0])]
-
-
-@pytest.mark.parametrize("name", SEGMENTERS)
-def test_reproduces_the_released_segmenters(name, tmp_path):
-    expected = golden.outputs(name)
-    path = golden.checkpoint(tmp_path / "released.pth", name, seed=int(expected["seed"]))
-    image = golden.image(int(expected["seed"]))
-    for mask_score, area in (("sigmoid", "mask_area"), ("logit", "logit_area")):
-        model = load_released(path, box_score_thresh=0.05, box_nms_thresh=0.5, mask_score=mask_score)
-        for found in results(model, image):
-            pairs = dict(assert_same_detections(found, expected, box=1e-2, score=1e-4, last=1e-4))
-            areas = found["masks"].sum((1, 2)).tolist()
-            for row, pair in pairs.items():
-                assert areas[pair] == pytest.approx(expected[area][row], rel=0.005, abs=1)
-            if mask_score == "sigmoid":
-                best = found["masks"][[pairs[row] for row in range(8)]]
-                assert np.count_nonzero(np.packbits(best.numpy(), axis=-1) != expected["masks8"]) <= 8
-
-
-@pytest.mark.parametrize("name", CLASSIFIERS)
-def test_reproduces_the_released_classifiers(name, tmp_path):
-    expected = golden.outputs(name)
-    path = golden.checkpoint(tmp_path / "released.pth", name, seed=int(expected["seed"]))
-    model = load_released(path)
-    for found in results(model, golden.image(int(expected["seed"]))):
-        assert len(found["scores"]) == VARIANTS[name].roi_batch
-        assert_close(found["probabilities"], found["logits"].softmax(0))
-        possible = logits_up_to_ties(model, found)
-        assert_close(possible[0], found["logits"], atol=1e-5, rtol=0)
-        nearest = min(possible, key=lambda logits: (logits - torch.from_numpy(expected["logits"])).abs().max())
-        assert_close(nearest, torch.from_numpy(expected["logits"]), atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("name", list(VARIANTS))
-def test_recognises_every_variant_from_keys_and_shapes(name, tmp_path):
-    path = golden.checkpoint(tmp_path / "released.pth", name)
-    model = load_released(path)
-    assert model.variant.name == name
-    assert sum(t.numel() for t in model.state_dict().values()) == VARIANTS[name].num_values
-    assert not model.training
 
 
 def test_reads_the_newer_serialization_too(tmp_path):

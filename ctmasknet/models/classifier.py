@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.detection.transform import resize_boxes
 
 from ctmasknet.errors import InputError
 from ctmasknet.models.config import ModelConfig
@@ -21,6 +20,7 @@ from ctmasknet.models.detector import (
     build_transform,
     checked_images,
     require_float32,
+    rescale,
 )
 from ctmasknet.registry import Variant
 
@@ -131,7 +131,7 @@ class COVIDCTMaskNet(Shareable, nn.Module):
         return {
             "logits": logits,
             "probabilities": (logits / self.temperature).softmax(-1),
-            "boxes": resize_boxes(batch.boxes, list(resized), list(size)),
+            "boxes": rescale(batch.boxes, resized, size),
             "scores": batch.scores,
             "labels": batch.labels,
             "deltas": batch.deltas,

@@ -83,11 +83,11 @@ class Regions:
         """Some of them: row numbers, or a mask."""
         return Regions(self.boxes[rows], self.scores[rows], self.labels[rows], self.deltas[rows])
 
-    def kept(self, score_threshold: float, nms_threshold: float, count: int) -> Tensor:
-        """Numbers of the rows scored above a threshold that NMS per class leaves, best first, so many at most."""
-        rows = (self.scores > score_threshold).nonzero().squeeze(1)
-        left = batched_nms(self.boxes[rows], self.scores[rows].detach(), self.labels[rows], nms_threshold)
-        return rows[left[:count]]
+    def kept(self, above: int, nms_threshold: float, count: int) -> Tensor:
+        """Numbers of the rows that NMS per class leaves of the first `above`, best first, so many at most."""
+        best = slice(above)
+        left = batched_nms(self.boxes[best], self.scores[best].detach(), self.labels[best], nms_threshold)
+        return left[:count]
 
 
 class LesionRoIHeads(RoIHeads):
@@ -145,13 +145,12 @@ class LesionRoIHeads(RoIHeads):
         logits, deltas = self.box_predictor(self.box_head(self.box_roi_pool(features, proposals, image_shapes)))
         counts = [len(p) for p in proposals]
         per_image = zip(logits.split(counts), deltas.split(counts), proposals, image_shapes, strict=True)
-        ranked = [self.rank(*image, self.score_thresh) for image in per_image]
-        return [r[r.kept(self.score_thresh, self.nms_thresh, self.detections_per_img)] for r in ranked]
+        ranked = [self.rank(*image) for image in per_image]
+        above = [int((r.scores > self.score_thresh).sum()) for r in ranked]
+        return [r[r.kept(n, self.nms_thresh, self.detections_per_img)] for r, n in zip(ranked, above, strict=True)]
 
-    def rank(
-        self, logits: Tensor, deltas: Tensor, proposals: Tensor, shape: tuple[int, int], score_threshold: float
-    ) -> Regions:
-        """The regions of one image above a score, not empty, best first, before NMS.
+    def rank(self, logits: Tensor, deltas: Tensor, proposals: Tensor, shape: tuple[int, int]) -> Regions:
+        """Every region of one image, best first, before NMS; empty ones that are to be dropped stand last, scored -1.
 
         Args:
             logits, deltas: (R, K) and (R, 4 K), what the box predictor says of the (R, 4) proposals.
@@ -163,13 +162,10 @@ class LesionRoIHeads(RoIHeads):
         boxes = clip_boxes_to_image(boxes[:, 1:].reshape(-1, 4), shape)
         scores = scores[:, 1:].reshape(-1)
         deltas = deltas.view(len(proposals), -1, 4)[:, 1:].reshape(-1, 4)
-        valid = scores > score_threshold
         if self.drop_empty:
             sides = boxes[:, 2:] - boxes[:, :2]
-            valid &= sides.prod(1) > 0
-        rows = valid.nonzero().squeeze(1)
-        rows = rows[scores[rows].detach().argsort(descending=True, stable=True)]
-        return Regions(boxes, scores, labels, deltas)[rows]
+            scores = scores.masked_fill(sides.prod(1) <= 0, -1.0)
+        return Regions(boxes, scores, labels, deltas)[scores.detach().argsort(descending=True, stable=True)]
 
 
 class Shareable:
@@ -316,6 +312,12 @@ def build_rpn(config: ModelConfig, variant: Variant) -> RegionProposalNetwork:
     return rpn
 
 
+def rescale(boxes: Tensor, size: tuple[int, int], target: tuple[int, int]) -> Tensor:
+    """(N, 4) boxes in an image of size (h, w) -> the same in one of size (H, W)."""
+    height, width = target[0] / size[0], target[1] / size[1]
+    return torch.stack([side * factor for side, factor in zip(boxes.unbind(1), (width, height) * 2, strict=True)], 1)
+
+
 def checked_images(images: Sequence[Tensor]) -> list[Tensor]:
     """The images as a list, if they are what a model takes: (3, H, W) float32 tensors with values in 0..1.
 
@@ -335,7 +337,10 @@ def checked_images(images: Sequence[Tensor]) -> list[Tensor]:
             raise InputError(f"{name} has shape {tuple(image.shape)}: {wanted} (repeat grey: image.expand(3, -1, -1))")
         if image.dtype != torch.float32:
             raise InputError(f"{name} is {image.dtype}: {wanted} (8 bit: image.float() / 255)")
-        low, high = (float(extreme) for extreme in image.detach().aminmax())
+    # One copy to the host for all.
+    extremes = torch.stack([torch.stack(image.detach().aminmax()) for image in images]).tolist()
+    for number, (low, high) in enumerate(extremes):
+        name = f"images[{number}]"
         if not low - low == high - high == 0:
             raise InputError(f"{name} holds NaN or infinite values: replace them first")
         if low < -_SLACK or high > 1 + _SLACK:

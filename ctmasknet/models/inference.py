@@ -11,13 +11,14 @@ Thresholds are arguments, and neither the model's mode nor its settings are chan
 several threads. A slice's result depends on that slice alone: only slices that are of one shape after resizing are
 batched, so nothing is padded for a neighbour's sake, and on a CPU each goes alone.
 
-The models' own `forward` is for training, and the reference for this. It gives the same detections up to rounding
-(`tests/test_fast.py`). What is done differently:
+The models' own `forward` is for training, and the reference for this: detections are the same up to rounding. What is
+done differently:
 
 - BatchNorm is folded into the convolutions before it, tensors are channels-last, optionally in lower precision;
 - the RPN chooses its best anchors first and decodes those, where torchvision decodes all (read in 0.29);
-- on a CPU, RoIAlign runs on all threads;
-- masks are pasted inside their boxes only and kept as bool.
+- RoIAlign sums weighted feature rows, which on a CPU runs on all threads;
+- masks are pasted by products of matrices and kept as bool;
+- on a GPU the host waits for the device once per batch and once per NMS.
 
 Box arithmetic is float32 throughout. The model itself is copied, not changed.
 """
@@ -26,6 +27,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -34,14 +36,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.rpn import RegionProposalNetwork
-from torchvision.models.detection.transform import resize_boxes
-from torchvision.ops import MultiScaleRoIAlign, batched_nms, clip_boxes_to_image, remove_small_boxes, roi_align
+from torchvision.ops import MultiScaleRoIAlign, batched_nms, clip_boxes_to_image, remove_small_boxes
 
 from ctmasknet.errors import ConfigError
 from ctmasknet.models.classifier import COVIDCTMaskNet
-from ctmasknet.models.detector import LesionMaskRCNN, Regions, checked_images, require_float32
+from ctmasknet.models.config import ModelConfig
+from ctmasknet.models.detector import LesionMaskRCNN, Regions, checked_images, require_float32, rescale
 from ctmasknet.registry import Variant
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -51,17 +51,16 @@ EVERY_SCORE = -0.01
 
 _READING_SETTINGS = (
     "num_classes",
-    "anchor_sizes",
-    "anchor_ratios",
+    "roi_score",
+    "drop_empty",
+    "anchor_",
     "min_size",
     "max_size",
-    "image_mean",
-    "image_std",
-    "rpn_pre_nms_top_n_test",
-    "rpn_post_nms_top_n_test",
-    "rpn_nms_thresh",
-    "rpn_score_thresh",
+    "image_m",
+    "image_s",
+    "rpn_",
 )
+_READING_WEIGHTS = ("backbone.", "rpn.", "roi_heads.box_")
 
 
 @dataclass(frozen=True)
@@ -115,17 +114,20 @@ class Reading:
 
     Attributes:
         features: (1, C, H, W) float32 per level, finest first.
-        proposals: (R, 4), pixels of the resized image.
-        logits, deltas: (R, K) and (R, 4 K), one row per proposal.
+        regions: of every proposal and class, best first, in pixels of the resized image: see `LesionRoIHeads.rank`.
+        scores: theirs, on the host.
         resized, size: (height, width) as the network saw it and as given.
     """
 
     features: list[Tensor]
-    proposals: Tensor
-    logits: Tensor
-    deltas: Tensor
+    regions: Regions
+    scores: Tensor
     resized: tuple[int, int]
     size: tuple[int, int]
+
+    def kept(self, score_threshold: float, nms_threshold: float, count: int) -> Tensor:
+        """Numbers of the regions scored above a threshold that NMS per class leaves, best first, so many at most."""
+        return self.regions.kept(int((self.scores > score_threshold).sum()), nms_threshold, count)
 
 
 class Inference:
@@ -147,12 +149,17 @@ class Inference:
         self._stamp = _stamp(model)
         self._network = _Network(model, dtype)
         self._transform = copy.deepcopy(model.transform).eval()
+        device = next(model.parameters()).device
+        self._mean, self._std = (
+            torch.tensor(values, device=device)[:, None, None]
+            for values in (model.config.image_mean, model.config.image_std)
+        )
+        self._cells = [cell.to(device) for cell in model.rpn.anchor_generator.cell_anchors]
         heads = model.roi_heads
         size = heads.box_roi_pool.output_size[0]
         # Pooled rows come as (7 * 7, C), not (C, 7 * 7): the first layer's weights are put in that order.
         weight = heads.box_head.fc6.weight.detach()
-        channels = weight.shape[1] // size**2
-        self._fc6 = weight.view(len(weight), channels, size**2).transpose(1, 2).reshape(len(weight), -1).contiguous()
+        self._fc6 = weight.view(len(weight), -1, size**2).transpose(1, 2).reshape(len(weight), -1).contiguous()
         self._scales = feature_scales(model.variant)
         self._mask_head: nn.Module | None = None
         if heads.mask_head is not None:
@@ -173,12 +180,11 @@ class Inference:
             InputError: images of another kind, or with NaN; says which.
         """
         images = checked_images(images)
-        resized = [self._transform.resize(self._transform.normalize(image), None)[0] for image in images]
+        resized = [self._transform.resize((image - self._mean) / self._std, None)[0] for image in images]
         groups: dict[tuple[int, ...], list[int]] = {}
         for index, image in enumerate(resized):
             # On a CPU one image at a time is as fast as several, and holds less memory.
-            alone = (index,) if image.device.type == "cpu" else ()
-            groups.setdefault((*image.shape, *alone), []).append(index)
+            groups.setdefault((*image.shape, index if image.device.type == "cpu" else 0), []).append(index)
         readings: dict[int, Reading] = {}
         for members in groups.values():
             sizes = [(int(images[index].shape[-2]), int(images[index].shape[-1])) for index in members]
@@ -192,16 +198,16 @@ class Inference:
         Raises:
             TypeError: the model is a classifier, which has no masks.
         """
-        ranked = self._rank(reading, min(p.score_threshold for p in protocols))
-        kept = [ranked.kept(p.score_threshold, p.nms_threshold, p.detections) for p in protocols]
-        wanted = torch.cat(kept).unique()
-        logits = self._mask_logits(reading, ranked[wanted])
+        kept = [reading.kept(p.score_threshold, p.nms_threshold, p.detections) for p in protocols]
+        wanted = kept[0] if len(kept) == 1 else torch.cat(kept).unique()
+        logits = self._mask_logits(reading, reading.regions[wanted])
         results = []
         for protocol, rows in zip(protocols, kept, strict=True):
-            found, masks = ranked[rows], logits[torch.searchsorted(wanted, rows)]
+            found = reading.regions[rows]
+            masks = logits if len(kept) == 1 else logits[torch.searchsorted(wanted, rows)]
             if protocol.mask_score == "sigmoid":
                 masks = masks.sigmoid()
-            boxes = resize_boxes(found.boxes, list(reading.resized), list(reading.size))
+            boxes = rescale(found.boxes, reading.resized, reading.size)
             results.append(Detections(boxes, found.labels, found.scores, paste_masks(masks, boxes, reading.size)))
         return results
 
@@ -220,8 +226,7 @@ class Inference:
     def regions(self, reading: Reading) -> Regions:
         """The regions that a classifier's RoI batch is made of, at the model's thresholds: ranked, none repeated."""
         heads = self.model.roi_heads
-        ranked = self._rank(reading, heads.score_thresh)
-        return ranked[ranked.kept(heads.score_thresh, heads.nms_thresh, heads.detections_per_img)]
+        return reading.regions[reading.kept(heads.score_thresh, heads.nms_thresh, heads.detections_per_img)]
 
     @torch.inference_mode()
     def score_map(self, reading: Reading, *, nms_threshold: float = PAPER.nms_threshold, rois: int = 128) -> Tensor:
@@ -236,15 +241,15 @@ class Inference:
         Returns:
             (H, W) float32.
         """
-        ranked = self._rank(reading, EVERY_SCORE)
-        best = ranked[ranked.kept(EVERY_SCORE, nms_threshold, rois)]
+        best = reading.regions[reading.kept(EVERY_SCORE, nms_threshold, rois)]
         logits = self._mask_logits(reading, best)
         combined = logits.new_full(reading.size, -torch.inf)
         speaking = torch.zeros_like(combined)
-        boxes = resize_boxes(best.boxes, list(reading.resized), list(reading.size))
-        for _, place, values in _pasted(logits, boxes, reading.size):
-            combined[place] = torch.maximum(combined[place], values)
-            speaking[place] += 1
+        boxes = rescale(best.boxes, reading.resized, reading.size)
+        for (part, *place), values in _pasted(logits, boxes, reading.size):
+            where = tuple(place)
+            combined[where] = torch.maximum(combined[where], values.amax(0))
+            speaking[where] += len(logits[part])
         return torch.where(speaking < len(logits), combined.clamp(min=0), combined) if len(logits) else speaking
 
     def _read(self, images: list[Tensor], sizes: list[tuple[int, int]]) -> list[Reading]:
@@ -252,15 +257,15 @@ class Inference:
         shape = (int(images[0].shape[-2]), int(images[0].shape[-1]))
         tensors = self._transform.batch_images(images, self._transform.size_divisible)
         features, objectness, rpn_deltas = self._network(tensors)
-        batch = ImageList(tensors, [shape] * len(images))
-        proposals = choose_proposals(self.model, objectness, rpn_deltas, batch)
+        proposals = choose_proposals(self.model, self._cells, objectness, rpn_deltas, tensors.shape[-2], shape)
         logits, deltas = self._box_branch(features, proposals)
         counts = [len(p) for p in proposals]
+        rows = zip(logits.split(counts), deltas.split(counts), proposals, strict=True)
+        ranked = [self.model.roi_heads.rank(*row, shape) for row in rows]
+        scores = torch.cat([regions.scores for regions in ranked]).cpu().split([len(r.scores) for r in ranked])
         return [
-            Reading([level[index : index + 1] for level in features], boxes, own_logits, own_deltas, shape, size)
-            for index, (boxes, own_logits, own_deltas, size) in enumerate(
-                zip(proposals, logits.split(counts), deltas.split(counts), sizes, strict=True)
-            )
+            Reading([level[index : index + 1] for level in features], ranked[index], scores[index], shape, size)
+            for index, size in enumerate(sizes)
         ]
 
     def _box_branch(self, features: list[Tensor], proposals: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -271,11 +276,6 @@ class Inference:
             hidden[part] = F.linear(rows.flatten(1), self._fc6, heads.box_head.fc6.bias)
         return heads.box_predictor(F.relu(heads.box_head.fc7(F.relu(hidden))))
 
-    def _rank(self, reading: Reading, score_threshold: float) -> Regions:
-        return self.model.roi_heads.rank(
-            reading.logits, reading.deltas, reading.proposals, reading.resized, score_threshold
-        )
-
     def _mask_logits(self, reading: Reading, regions: Regions) -> Tensor:
         """(N, 28, 28) raw mask scores."""
         if self._mask_head is None:
@@ -283,13 +283,11 @@ class Inference:
         heads, labels = self.model.roi_heads, regions.labels
         side = heads.mask_roi_pool.output_size[0]
         chosen = reading.features[0].new_empty(len(labels), 2 * side, 2 * side)
-        if len(labels) == 0:
-            return chosen
-        samples = heads.mask_roi_pool.sampling_ratio
-        for part, rows in pool(reading.features, [regions.boxes], self._scales, side, samples):
-            maps = rows.view(len(rows), side, side, -1).permute(0, 3, 1, 2)
-            logits = heads.mask_predictor(self._mask_head(maps))
-            chosen[part] = logits[torch.arange(len(part), device=logits.device), labels[part]]
+        for part, rows in pool(
+            reading.features, [regions.boxes], self._scales, side, heads.mask_roi_pool.sampling_ratio
+        ):
+            logits = heads.mask_predictor(self._mask_head(rows.view(len(rows), side, side, -1).permute(0, 3, 1, 2)))
+            chosen[part] = logits[torch.arange(len(rows), device=logits.device), labels[part]]
         return chosen
 
 
@@ -312,15 +310,17 @@ def same_detector(one: LesionMaskRCNN | COVIDCTMaskNet, other: LesionMaskRCNN | 
 
     So it is with a classifier whose training left its segmenter's weights as they were (`cache_rois`).
     """
-    if any(getattr(one.config, name) != getattr(other.config, name) for name in _READING_SETTINGS):
+    if any(
+        getattr(one.config, name) != getattr(other.config, name)
+        for name in ModelConfig.__dataclass_fields__
+        if name.startswith(_READING_SETTINGS)
+    ):
         return False
-    mine, theirs = (_reading_weights(model) for model in (one, other))
+    mine, theirs = (
+        {key: value for key, value in model.state_dict().items() if key.startswith(_READING_WEIGHTS)}
+        for model in (one, other)
+    )
     return mine.keys() == theirs.keys() and all(torch.equal(value, theirs[key]) for key, value in mine.items())
-
-
-def _reading_weights(model: LesionMaskRCNN | COVIDCTMaskNet) -> dict[str, Tensor]:
-    parts = ("backbone.", "rpn.", "roi_heads.box_")
-    return {key: value for key, value in model.state_dict().items() if key.startswith(parts)}
 
 
 def _stamp(model: nn.Module) -> list[tuple[int, int]]:
@@ -344,21 +344,16 @@ class _Network(nn.Module):
         self.to(dtype=dtype).to(memory_format=torch.channels_last).requires_grad_(False)
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Per level: features (B, C, H, W), objectness (B, H * W * A), deltas (B, H * W * A, 4)."""
+        """Per level: features (B, C, H, W), objectness (B, H, W, A), deltas (B, H, W, A * 4)."""
         x = images.to(dtype=self.dtype, memory_format=torch.channels_last)
         maps = self.body(x)
         features = list(self.fpn({str(level): m for level, m in enumerate(maps)}).values())
         objectness, deltas = self.rpn_head(features)
         return (
             [f.float() for f in features],
-            [_rows_of(o, 1).squeeze(2).float() for o in objectness],
-            [_rows_of(d, 4).float() for d in deltas],
+            [o.permute(0, 2, 3, 1).float() for o in objectness],
+            [d.permute(0, 2, 3, 1).float() for d in deltas],
         )
-
-
-def _rows_of(output: Tensor, columns: int) -> Tensor:
-    """(B, A * columns, H, W) -> (B, H * W * A, columns), the order of torchvision's anchors."""
-    return output.permute(0, 2, 3, 1).reshape(len(output), -1, columns)
 
 
 def fold_batch_norm(body: nn.Module) -> None:
@@ -377,92 +372,108 @@ def fold_batch_norm(body: nn.Module) -> None:
 
 
 def choose_proposals(
-    model: LesionMaskRCNN | COVIDCTMaskNet, objectness: list[Tensor], deltas: list[Tensor], batch: ImageList
+    model: LesionMaskRCNN | COVIDCTMaskNet,
+    cells: list[Tensor],
+    objectness: list[Tensor],
+    deltas: list[Tensor],
+    height: int,
+    size: tuple[int, int],
 ) -> list[Tensor]:
-    """The RPN's proposals, (N, 4) per image, from its head's (B, H * W * A) and (B, H * W * A, 4) rows per level.
+    """The RPN's proposals, (N, 4) per image, from what its head says of every level.
 
     As torchvision's `filter_proposals`, but the best anchors of each level are chosen before any is decoded.
+
+    Args:
+        cells: (A, 4) anchors round the corner of a cell, per level.
+        objectness, deltas: (B, H, W, A) and (B, H, W, A * 4), per level.
+        height: of the padded images.
+        size: (height, width) of the images in them.
     """
     rpn, config = model.rpn, model.config  # the RPN's own counts depend on its mode
-    generator = rpn.anchor_generator
-    height, width = batch.tensors.shape[-2:]
     boxes, scores, levels = [], [], []
-    for level, (scored, rows, cells) in enumerate(zip(objectness, deltas, generator.cell_anchors, strict=True)):
-        cells = cells.to(rows)
-        count = min(config.rpn_pre_nms_top_n_test, scored.shape[1])
-        best, index = scored.topk(count, dim=1)
-        # The grid of a level: its cells are the image's divided by a whole stride.
-        grid_width, stride_y, stride_x = _grid(rows.shape[1] // len(cells), height, width)
-        cell = index // len(cells)
-        shift = torch.stack([(cell % grid_width) * stride_x, (cell // grid_width) * stride_y], dim=-1).to(rows)
-        anchors = cells[index % len(cells)] + shift.repeat(1, 1, 2)
-        chosen = rows.gather(1, index[..., None].expand(-1, -1, 4))
-        decoded = rpn.box_coder.decode_single(chosen.reshape(-1, 4), anchors.reshape(-1, 4))
-        boxes.append(decoded.view(len(rows), count, 4))
+    for level, (cell, scored, rows) in enumerate(zip(cells, objectness, deltas, strict=True)):
+        images, grid_height, grid_width, _ = scored.shape
+        count = min(config.rpn_pre_nms_top_n_test, scored[0].numel())
+        best, index = scored.flatten(1).topk(count, dim=1)
+        place = index // len(cell)
+        shift = torch.stack([place % grid_width, place // grid_width], dim=-1) * (height // grid_height)
+        anchors = cell[index % len(cell)] + shift.repeat(1, 1, 2)
+        chosen = rows.reshape(images, -1, 4).gather(1, index[..., None].expand(-1, -1, 4))
+        decoded = rpn.box_coder.decode_single(chosen.flatten(0, 1), anchors.flatten(0, 1))
+        boxes.append(clip_boxes_to_image(decoded, size).view(images, count, 4))
         scores.append(best.sigmoid())
-        levels.append(torch.full((count,), level, device=rows.device))
-    all_boxes, all_scores, all_levels = torch.cat(boxes, 1), torch.cat(scores, 1), torch.cat(levels)
-    return [
-        _suppress(rpn, b, s, all_levels, size)[: config.rpn_post_nms_top_n_test]
-        for b, s, size in zip(all_boxes, all_scores, batch.image_sizes, strict=True)
-    ]
-
-
-def _grid(cells: int, height: int, width: int) -> tuple[int, int, int]:
-    """Width and strides of a level's grid, from its number of cells: strides are equal powers of two."""
-    stride = 1
-    while (height // stride) * (width // stride) > cells:
-        stride *= 2
-    return width // stride, stride, stride
-
-
-def _suppress(
-    rpn: RegionProposalNetwork, boxes: Tensor, scores: Tensor, levels: Tensor, size: tuple[int, int]
-) -> Tensor:
-    boxes = clip_boxes_to_image(boxes, size)
-    if rpn.min_size > 0 or rpn.score_thresh > 0:
-        kept = remove_small_boxes(boxes, rpn.min_size)
-        kept = kept[scores[kept] >= rpn.score_thresh]
-        boxes, scores, levels = boxes[kept], scores[kept], levels[kept]
-    kept = batched_nms(boxes, scores, levels, rpn.nms_thresh)
-    return boxes[kept]
+        levels.append(torch.full_like(index[0], level))
+    level_of = torch.cat(levels)
+    proposals = []
+    for box, score in zip(torch.cat(boxes, 1), torch.cat(scores, 1), strict=True):
+        own_level = level_of
+        if rpn.min_size > 0 or rpn.score_thresh > 0:
+            large = remove_small_boxes(box, rpn.min_size)
+            large = large[score[large] >= rpn.score_thresh]
+            box, score, own_level = box[large], score[large], level_of[large]
+        kept = batched_nms(box, score, own_level, rpn.nms_thresh)
+        proposals.append(box[kept[: config.rpn_post_nms_top_n_test]])
+    return proposals
 
 
 def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """(N, 28, 28) mask scores -> (N, H, W) bool, above 0.5; torchvision's pasting, inside each box only."""
+    """(N, 28, 28) mask scores -> (N, H, W) bool, above 0.5; torchvision's `paste_masks_in_image`."""
     result = torch.zeros(len(masks), *size, dtype=torch.bool, device=masks.device)
-    for row, place, values in _pasted(masks, boxes, size):
-        result[row][place] = values > 0.5
+    for place, values in _pasted(masks, boxes, size):
+        result[place] = values > 0.5
     return result
 
 
-def _pasted(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Iterator[tuple[int, tuple[slice, slice], Tensor]]:
-    """Of each mask its number, rows and columns of the image, and its values there."""
+def _pasted(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
+    """Which masks, rows and columns of the image, and the masks' values there, 0 outside their boxes.
+
+    On a CPU one mask at a time, inside its box; elsewhere all over the whole image, which asks the device nothing.
+
+    torchvision stretches a mask with a border of zeros over its box, widened by as much and cut to whole pixels.
+    Bilinear stretching is separable, so here it is a product of matrices.
+    """
     height, width = size
-    side = masks.shape[-1]
     padded = F.pad(masks, (1, 1, 1, 1))
-    half = (boxes[:, 2:] - boxes[:, :2]) * 0.5 * ((side + 2) / side)
+    side = padded.shape[-1]
+    half = (boxes[:, 2:] - boxes[:, :2]) * 0.5 * (side / (side - 2))
     centre = (boxes[:, 2:] + boxes[:, :2]) * 0.5
-    corners = torch.cat([centre - half, centre + half], dim=1).to(torch.int64).tolist()
-    for row, (mask, (x1, y1, x2, y2)) in enumerate(zip(padded, corners, strict=True)):
-        w, h = max(x2 - x1 + 1, 1), max(y2 - y1 + 1, 1)
-        resized = F.interpolate(mask[None, None], size=(h, w), mode="bilinear", align_corners=False)[0, 0]
-        left, top = max(x1, 0), max(y1, 0)
-        right, bottom = min(x2 + 1, width), min(y2 + 1, height)
-        yield row, (slice(top, bottom), slice(left, right)), resized[top - y1 : bottom - y1, left - x1 : right - x1]
+    first, last = (centre - half).to(torch.int64), (centre + half).to(torch.int64)
+    windows = [(slice(0, len(masks)), slice(0, height), slice(0, width))] if len(masks) else []
+    if masks.device.type == "cpu":
+        windows = [
+            (slice(row, row + 1), slice(max(y1, 0), min(y2 + 1, height)), slice(max(x1, 0), min(x2 + 1, width)))
+            for row, (x1, y1, x2, y2) in enumerate(torch.cat([first, last], dim=1).tolist())
+        ]
+    for window in windows:
+        part, *sides = window
+        y, x = (
+            stretch(first[part, axis], last[part, axis], torch.arange(s.start, s.stop, device=masks.device), side)
+            for axis, s in zip((1, 0), sides, strict=True)
+        )
+        yield window, y @ (padded[part] @ x.transpose(1, 2))
+
+
+def stretch(first: Tensor, last: Tensor, pixels: Tensor, side: int) -> Tensor:
+    """(N, P, side): the weight of each of `side` mask cells at each of (P,) pixels, 0 outside (N,) first..last."""
+    extent = (last - first + 1)[:, None]
+    place = pixels - first[:, None]
+    at = ((place + 0.5) * (side / extent.float()) - 0.5).clamp(0, side - 1)[:, :, None]
+    low, cell = at.floor(), torch.arange(side, device=at.device)
+    weights = (cell == low) * (1 - (at - low)) + (cell == low + 1) * (at - low)
+    return weights * ((place >= 0) & (place < extent))[:, :, None]
 
 
 # RoIAlign on all threads of a CPU, forward and backward; torchvision's runs on one (read in 0.29). Every bin is a
 # weighted sum of feature rows, the four cells around each of its samples, and `embedding_bag` computes such sums; the
 # transpose, a weighted sum of bins for every cell, is the gradient. Values and gradients are torchvision's up to
-# rounding (`tests/test_roi_align.py`). On other devices torchvision's operator is used.
+# rounding.
 _CANONICAL_SIZE, _CANONICAL_LEVEL = 224.0, 4  # of the FPN paper, as in torchvision's MultiScaleRoIAlign
-_AT_ONCE = 512  # boxes, to bound the memory
+_AT_ONCE = {"cpu": 512, "cuda": 8192}  # boxes, to bound the memory
 
 
 def pool(
     features: list[Tensor], boxes: list[Tensor], scales: list[float], side: int, samples: int
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[slice, Tensor]]:
     """RoIAlign (not aligned, as torchvision's Mask R-CNN has it) of every box, a part of the boxes at a time.
 
     Args:
@@ -473,21 +484,16 @@ def pool(
         samples: sampling points per bin and axis.
 
     Yields:
-        Which boxes, (R,) of all images' boxes in a row, and what is pooled in them: (R, side * side, C).
+        Which of all images' boxes in a row, and what is pooled in them: (R, side * side, C).
     """
-    device = features[0].device
-    image = torch.cat([torch.full((len(b),), i, device=device) for i, b in enumerate(boxes)])
-    every = torch.cat(boxes)
-    if device.type != "cpu":
-        yield torch.arange(len(every)), _pool_by_torchvision(features, every, image, scales, side, samples)
-        return
-    plan = _Plan.of(features, every, image, scales, side, samples)
-    table = _table(features)
-    for start in range(0, len(every), _AT_ONCE):
-        part = torch.arange(start, min(start + _AT_ONCE, len(every)))
-        cells, weights = plan.samples(part)
+    table, every = _table(features), torch.cat(boxes)
+    image = torch.cat([torch.full_like(b[:, 0], number, dtype=torch.int64) for number, b in enumerate(boxes)])
+    step = _AT_ONCE.get(every.device.type, 512)
+    for start in range(0, len(every), step):
+        part = slice(start, min(start + step, len(every)))
+        cells, weights = _samples(features, every[part], image[part], scales, side, samples)
         bins = F.embedding_bag(cells, table, per_sample_weights=weights, mode="sum")
-        yield part, bins.view(len(part), side * side, -1)
+        yield part, bins.view(-1, side * side, bins.shape[1])
 
 
 def feature_scales(variant: Variant) -> list[float]:
@@ -517,8 +523,8 @@ class CPURoIAlign(nn.Module):
         image = torch.cat([torch.full((len(b),), i) for i, b in enumerate(boxes)])
         side = self.output_size[0]
         every = torch.cat(boxes).detach()
-        plan = _Plan.of(features, every, image, self.scales, side, self.sampling_ratio)
-        bins = _WeightedRows.apply(_table(features), *plan.samples(torch.arange(len(every))))
+        cells, weights = _samples(features, every, image, self.scales, side, self.sampling_ratio)
+        bins = _WeightedRows.apply(_table(features), cells, weights)
         return bins.view(len(every), side, side, bins.shape[1]).permute(0, 3, 1, 2)
 
 
@@ -545,36 +551,29 @@ class _WeightedRows(torch.autograd.Function):
         return table, None, None
 
 
-@dataclass
-class _Plan:
-    """Which cells the bins of R boxes read, and how much of each."""
+def _samples(
+    features: list[Tensor], boxes: Tensor, image: Tensor, scales: list[float], side: int, samples: int
+) -> tuple[Tensor, Tensor]:
+    """(R * side * side, 4 * samples ** 2) cells of the `_table` that the bins of R boxes read, and their weights."""
+    level = fpn_levels(boxes, scales)
+    sizes = [f.shape[0] * f.shape[2] * f.shape[3] for f in features]
+    heights, widths = (_of_level([f.shape[axis] for f in features], level) for axis in (2, 3))
+    scale = _of_level(scales, level)
+    y, y_weight = _axis(boxes[:, 1] * scale, boxes[:, 3] * scale, heights, side, samples)
+    x, x_weight = _axis(boxes[:, 0] * scale, boxes[:, 2] * scale, widths, side, samples)
+    first = _of_level([0, *itertools.accumulate(sizes[:-1])], level) + image * heights * widths
+    rows = first[:, None, None] + y * widths[:, None, None]
+    cells = rows[:, :, None, :, None] + x[:, None, :, None, :]
+    weights = y_weight[:, :, None, :, None] * x_weight[:, None, :, None, :]
+    return cells.flatten(3).flatten(0, 2), weights.flatten(3).flatten(0, 2)
 
-    first: Tensor  # (R,) row of the table where the box's feature map begins
-    widths: Tensor  # (R,) of that map
-    rows: tuple[Tensor, Tensor]  # see _axis
-    columns: tuple[Tensor, Tensor]
 
-    @classmethod
-    def of(
-        cls, features: list[Tensor], boxes: Tensor, image: Tensor, scales: list[float], side: int, samples: int
-    ) -> _Plan:
-        level = fpn_levels(boxes, scales)
-        heights = torch.tensor([f.shape[2] for f in features])[level]
-        widths = torch.tensor([f.shape[3] for f in features])[level]
-        sizes = [f.shape[0] * f.shape[2] * f.shape[3] for f in features]
-        first = torch.tensor([sum(sizes[:i]) for i in range(len(sizes))])[level] + image * heights * widths
-        scale = torch.tensor(scales)[level]
-        rows = _axis(boxes[:, 1] * scale, boxes[:, 3] * scale, heights, side, samples)
-        columns = _axis(boxes[:, 0] * scale, boxes[:, 2] * scale, widths, side, samples)
-        return cls(first, widths, rows, columns)
-
-    def samples(self, part: Tensor) -> tuple[Tensor, Tensor]:
-        """(R * side * side, 4 * samples ** 2) cells and weights of some boxes."""
-        (y, y_weight), (x, x_weight) = ((index[part], weight[part]) for index, weight in (self.rows, self.columns))
-        y = self.first[part, None, None] + y * self.widths[part, None, None]
-        cells = y[:, :, None, :, None] + x[:, None, :, None, :]
-        weights = y_weight[:, :, None, :, None] * x_weight[:, None, :, None, :]
-        return cells.flatten(3).flatten(0, 2), weights.flatten(3).flatten(0, 2)
+def _of_level(values: Sequence[float], level: Tensor) -> Tensor:
+    """(N,): the value of each box's level, without a copy from the host."""
+    chosen = torch.full(level.shape, values[0], device=level.device)
+    for number, value in enumerate(values[1:], start=1):
+        chosen = chosen.masked_fill(level == number, value)
+    return chosen
 
 
 def _table(features: list[Tensor]) -> Tensor:
@@ -586,7 +585,7 @@ def fpn_levels(boxes: Tensor, scales: list[float]) -> Tensor:
     """(N,) int64: the FPN level of each (N, 4) box by its size, 0 the finest (FPN paper, equation 1)."""
     if len(scales) == 1:
         return torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
-    finest = -torch.tensor(scales[0]).log2().item()
+    finest = -math.log2(scales[0])
     sides = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
     level = torch.floor(_CANONICAL_LEVEL + torch.log2(sides / _CANONICAL_SIZE) + 1e-6)
     return level.clamp(finest, finest + len(scales) - 1).to(torch.int64) - int(finest)
@@ -598,7 +597,7 @@ def _axis(start: Tensor, end: Tensor, cells: Tensor, side: int, samples: int) ->
     Boxes reach from `start` to `end`, (R,) in cells, on an axis of so many cells, (R,).
     """
     step = (end - start).clamp(min=1.0) / side
-    offsets = (torch.arange(side * samples) + 0.5) / samples
+    offsets = (torch.arange(side * samples, device=start.device) + 0.5) / samples
     at = start[:, None] + step[:, None] * offsets
     last = (cells - 1)[:, None]
     outside = (at < -1) | (at > cells[:, None])
@@ -611,17 +610,3 @@ def _axis(start: Tensor, end: Tensor, cells: Tensor, side: int, samples: int) ->
     index = torch.stack([low, high], dim=-1)
     shape = len(start), side, 2 * samples
     return index.view(shape), weight.view(shape)
-
-
-def _pool_by_torchvision(
-    features: list[Tensor], boxes: Tensor, image: Tensor, scales: list[float], side: int, samples: int
-) -> Tensor:
-    rois = torch.cat([image[:, None].to(boxes), boxes], dim=1)
-    if len(scales) == 1:
-        return roi_align(features[0], rois, side, scales[0], samples).flatten(2).transpose(1, 2)
-    level = fpn_levels(boxes, scales)
-    pooled = boxes.new_zeros(len(boxes), features[0].shape[1], side, side)
-    for number, (feature, scale) in enumerate(zip(features, scales, strict=True)):
-        rows = (level == number).nonzero().squeeze(1)
-        pooled[rows] = roi_align(feature, rois[rows], side, scale, samples)
-    return pooled.flatten(2).transpose(1, 2)
