@@ -20,7 +20,7 @@ from ctmasknet.data.slices import Slice, read_slice, require_finite
 from ctmasknet.errors import ConfigError, CTMaskNetError, InputError
 from ctmasknet.models import Model
 from ctmasknet.models.detector import LesionMaskRCNN
-from ctmasknet.models.inference import Detections, Inference, Precision, Protocol, Reading, dtype_of, same_detector
+from ctmasknet.models.inference import Inference, Precision, Protocol, Reading, dtype_of, same_detector
 from ctmasknet.registry import Task
 from ctmasknet.results import Prediction, RoIBatch, VolumePrediction, gather
 from ctmasknet.weights.files import state_digest
@@ -101,6 +101,10 @@ class Predictor:
         self.score_map = score_map
         self._prepared = _Prepared({}, False)
 
+    @property
+    def _class_names(self) -> tuple[str, ...]:
+        return ("background",) if self.segmenter is None else class_names(self.segmenter)
+
     def __repr__(self) -> str:
         """What it runs, in a line."""
         models = (("segmenter", self.segmenter), ("classifier", self.classifier))
@@ -142,9 +146,11 @@ class Predictor:
         Raises:
             InputError: at the first image that cannot be used.
         """
-        slices = (_checked(image if isinstance(image, Slice) else read_slice(image, units=units)) for image in images)
-        while chunk := list(itertools.islice(slices, self.batch_size)):
-            yield from self._predict_in_memory(chunk, self.score_map)
+        reads = ((None, image if isinstance(image, Slice) else read_slice(image, units=units)) for image in images)
+        for _, result in self.stream(reads):
+            if isinstance(result, CTMaskNetError):
+                raise result
+            yield result
 
     def stream(
         self, reads: Iterable[tuple[Key, Slice | Other]], *, score_map: bool | None = None
@@ -161,13 +167,12 @@ class Predictor:
             memory.
         """
         maps = self.score_map if score_map is None else score_map
-        waiting: list[tuple[Key, Slice | Other]] = []
-        for read in reads:
-            waiting.append(read)
-            if len(waiting) >= self.batch_size:
-                yield from self._predict_past_errors(waiting, maps)
-                waiting = []
-        yield from self._predict_past_errors(waiting, maps)
+        waiting = iter(reads)
+        while chunk := list(itertools.islice(waiting, self.batch_size)):
+            items = [_checked(item) if isinstance(item, Slice) else item for _, item in chunk]
+            results = iter(self._predict_in_memory([item for item in items if isinstance(item, Slice)], maps))
+            for (key, _), item in zip(chunk, items, strict=True):
+                yield key, next(results) if isinstance(item, Slice) else item
 
     def volume(
         self,
@@ -195,7 +200,7 @@ class Predictor:
         return gather(
             volume,
             _counted(results, len(volume.names), progress),
-            class_names=("background",) if self.segmenter is None else class_names(self.segmenter),
+            class_names=self._class_names,
             score_threshold=self.score_threshold,
             has_segmentation=self.segmenter is not None,
             caveats=self.caveats,
@@ -205,37 +210,12 @@ class Predictor:
             },
         )
 
-    def _predict_past_errors(
-        self, reads: list[tuple[Key, Slice | Other]], score_map: bool
-    ) -> Iterator[tuple[Key, Prediction | Other | CTMaskNetError]]:
-        usable = [read if isinstance(read, Slice) else None for _, read in reads]
-        problems: list[CTMaskNetError | None] = [None] * len(reads)
-        for index, one in enumerate(usable):
-            try:
-                usable[index] = None if one is None else _checked(one)
-            except InputError as error:
-                usable[index], problems[index] = None, error
-        slices = [one for one in usable if one is not None]
-        try:
-            results: Iterator[Prediction | CTMaskNetError] = iter(self._predict_in_memory(slices, score_map))
-        except OutOfMemoryError:
-            results = iter([self._alone(one, score_map) for one in slices])
-        for (key, read), one, problem in zip(reads, usable, problems, strict=True):
-            yield key, next(results) if one is not None else problem or read  # type: ignore[misc]
-
-    def _alone(self, one: Slice, score_map: bool) -> Prediction | CTMaskNetError:
-        try:
-            return self._predict_in_memory([one], score_map)[0]
-        except OutOfMemoryError as error:
-            return error
-
-    def _predict_in_memory(self, slices: list[Slice], score_map: bool) -> list[Prediction]:
+    def _predict_in_memory(self, slices: list[Slice], score_map: bool) -> list[Prediction | OutOfMemoryError]:
         """Predict; where the device's memory does not suffice, halve the batch, for good, and go on.
 
-        Raises:
-            OutOfMemoryError: one slice alone is too much.
+        The result of a slice that is too much alone is the error.
         """
-        results: list[Prediction] = []
+        results: list[Prediction | OutOfMemoryError] = []
         while len(results) < len(slices):
             chunk = slices[len(results) : len(results) + self.batch_size]
             try:
@@ -247,10 +227,9 @@ class Predictor:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             if len(chunk) == 1:
-                raise OutOfMemoryError(
-                    f"{chunk[0].source}: out of memory on {self.device} with a single slice ({reason}). "
-                    "Free the device, or pass device='cpu'."
-                )
+                message = f"out of memory on {self.device} with a single slice ({reason}). Free the device, or pass"
+                results.append(OutOfMemoryError(f"{chunk[0].source}: {message} device='cpu'."))
+                continue
             self.batch_size = len(chunk) // 2
             warnings.warn(
                 f"out of memory on {self.device} with {len(chunk)} slices: going on with batches of {self.batch_size}",
@@ -259,25 +238,33 @@ class Predictor:
         return results
 
     def _predict(self, slices: list[Slice], score_map: bool) -> list[Prediction]:
-        tensors = [torch.from_numpy(s.pixels).to(self.device).expand(3, -1, -1) for s in slices]
+        on_gpu = self.device.type == "cuda"
+        pixels = [torch.from_numpy(s.pixels) for s in slices]
+        pixels = [p.pin_memory() for p in pixels] if on_gpu else pixels
+        tensors = [p.to(self.device, non_blocking=True).expand(3, -1, -1) for p in pixels]
         inferences, one_detector = self._prepare()
         segmenter, classifier = inferences.get("segmentation"), inferences.get("classification")
-        found: list[Detections] | list[None] = [None] * len(slices)
-        classified: list[dict[str, Tensor]] | list[None] = [None] * len(slices)
-        maps: list[Tensor] | list[None] = [None] * len(slices)
+        found: list[dict[str, Tensor]] = [{} for _ in slices]
         readings: list[Reading] | None = None
         if segmenter is not None:
             thresholds: dict[str, Any] = {key: getattr(self, key) for key in ("score_threshold", "nms_threshold")}
             protocol = replace(Protocol.of(segmenter.model), **thresholds)
             readings = segmenter.read(tensors)
-            found = [segmenter.detect(reading, protocol)[0] for reading in readings]
-            if score_map:
-                maps = [segmenter.score_map(reading) for reading in readings]
+            for one, reading in zip(found, readings, strict=True):
+                one |= vars(segmenter.detect(reading, protocol)[0])
+                if score_map:
+                    one["score_map"] = segmenter.score_map(reading)
         if classifier is not None:
             if readings is None or not one_detector:
                 readings = classifier.read(tensors)
-            classified = [classifier.classify(reading) for reading in readings]
-        return [self._result(*item) for item in zip(slices, found, classified, maps, strict=True)]
+            for one, reading in zip(found, readings, strict=True):
+                one |= {f"roi_{key}": value for key, value in classifier.classify(reading).items()}
+        # From a GPU into pinned memory, and one wait for all.
+        hosts = [{key: value.to("cpu", non_blocking=True) for key, value in one.items()} for one in found]
+        if on_gpu:
+            torch.cuda.current_stream(self.device).synchronize()
+        arrays = [{key: value.numpy() for key, value in one.items()} for one in hosts]
+        return [self._result(*item) for item in zip(slices, arrays, strict=True)]
 
     def _prepare(self) -> _Prepared:
         """What runs the models; made again if their weights have changed since. In threads the last made stays."""
@@ -289,43 +276,32 @@ class Predictor:
             prepared = self._prepared = _Prepared(inferences, len(models) == 2 and same_detector(*models))
         return prepared
 
-    def _result(
-        self,
-        source: Slice,
-        found: Detections | None,
-        classified: dict[str, Tensor] | None,
-        score_map: Tensor | None,
-    ) -> Prediction:
+    def _result(self, source: Slice, found: dict[str, np.ndarray]) -> Prediction:
         height, width = source.pixels.shape
-        names: tuple[str, ...] = ("background",)
-        if self.segmenter is not None:
-            names = class_names(self.segmenter)
         lesions: dict[str, Any] = {
             "boxes": np.zeros((0, 4), np.float32),
             "scores": np.zeros(0, np.float32),
             "labels": np.zeros(0, np.int64),
             "masks": np.zeros((0, height, width), bool),
         }
-        if found is not None:
-            lesions = {key: getattr(found, key).cpu().numpy() for key in lesions}
         probabilities, roi_batch = None, None
-        if classified is not None and self.classifier is not None:
-            values = classified["probabilities"].cpu().tolist()
-            probabilities = dict(zip(class_names(self.classifier), values, strict=True))
-            roi_batch = RoIBatch(*(classified[key].cpu().numpy() for key in ("boxes", "scores", "labels", "deltas")))
+        if self.classifier is not None:
+            names, values = class_names(self.classifier), found["roi_probabilities"].tolist()
+            probabilities = dict(zip(names, values, strict=True))
+            roi_batch = RoIBatch(*(found[f"roi_{key}"] for key in ("boxes", "scores", "labels", "deltas")))
         return Prediction(
             image_size=(height, width),
-            **lesions,
+            **{key: found.get(key, none) for key, none in lesions.items()},
             class_probabilities=probabilities,
             roi_batch=roi_batch,
-            class_names=names,
+            class_names=self._class_names,
             image=source.pixels,
             units=source.units,
             source=source.source,
             score_threshold=self.score_threshold,
-            has_segmentation=found is not None,
+            has_segmentation=self.segmenter is not None,
             caveats=self.caveats,
-            score_map=None if score_map is None else score_map.cpu().numpy(),
+            score_map=found.get("score_map"),
         )
 
 
@@ -334,11 +310,15 @@ class _Prepared(NamedTuple):
     one_detector: bool  # a reading of the segmenter's serves the classifier
 
 
-def _checked(one: Slice) -> Slice:
+def _checked(one: Slice) -> Slice | InputError:
     """The slice, if its values are what the models take; read_slice sees to it, others may not."""
-    require_finite(one.pixels, one.source)
+    try:
+        require_finite(one.pixels, one.source)
+    except InputError as error:
+        return error
     if one.pixels.min() < 0 or one.pixels.max() > 1:
-        raise InputError(f"{one.source}: values outside 0..1; read it with read_slice, which puts HU into the window")
+        words = "values outside 0..1; read it with read_slice, which puts HU into the window"
+        return InputError(f"{one.source}: {words}")
     return one
 
 

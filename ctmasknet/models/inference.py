@@ -40,7 +40,6 @@ from torchvision.ops import MultiScaleRoIAlign, batched_nms, clip_boxes_to_image
 
 from ctmasknet.errors import ConfigError
 from ctmasknet.models.classifier import COVIDCTMaskNet
-from ctmasknet.models.config import ModelConfig
 from ctmasknet.models.detector import LesionMaskRCNN, Regions, checked_images, require_float32, rescale
 from ctmasknet.registry import Variant
 
@@ -50,15 +49,9 @@ EVERY_SCORE = -0.01
 """Score threshold that lets every RoI through (paper section 3)."""
 
 _READING_SETTINGS = (
-    "num_classes",
-    "roi_score",
-    "drop_empty",
-    "anchor_",
-    "min_size",
-    "max_size",
-    "image_m",
-    "image_s",
-    "rpn_",
+    *("num_classes", "roi_score", "drop_empty", "bbox_reg_weights", "anchor_sizes", "anchor_ratios"),
+    *("min_size", "max_size", "image_mean", "image_std"),
+    *("rpn_pre_nms_top_n_test", "rpn_post_nms_top_n_test", "rpn_nms_thresh", "rpn_score_thresh"),
 )
 _READING_WEIGHTS = ("backbone.", "rpn.", "roi_heads.box_")
 
@@ -310,11 +303,7 @@ def same_detector(one: LesionMaskRCNN | COVIDCTMaskNet, other: LesionMaskRCNN | 
 
     So it is with a classifier whose training left its segmenter's weights as they were (`cache_rois`).
     """
-    if any(
-        getattr(one.config, name) != getattr(other.config, name)
-        for name in ModelConfig.__dataclass_fields__
-        if name.startswith(_READING_SETTINGS)
-    ):
+    if any(getattr(one.config, name) != getattr(other.config, name) for name in _READING_SETTINGS):
         return False
     mine, theirs = (
         {key: value for key, value in model.state_dict().items() if key.startswith(_READING_WEIGHTS)}
