@@ -144,7 +144,7 @@ class Evaluation:
             axis.set_title(
                 f"{figures['n']} {group}s: Brier score {figures['brier']:.3f}, ECE {figures['ece']:.3f}", fontsize=9
             )
-            axis.legend(loc="upper left", fontsize=8, frameon=False)
+        figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
         return figure
 
     def __repr__(self) -> str:
