@@ -6,8 +6,9 @@ DICOM included, are rounded to 256 levels); the consumer makes three floating-po
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ AnySample = SegmentationSample | ClassificationSample
 Sample = TypeVar("Sample", SegmentationSample, ClassificationSample)
 
 
-class SliceDataset(Dataset[Sample], Generic[Sample]):
+class SliceDataset(Dataset[Sample]):
     """What the data sets have in common.
 
     Attributes:
@@ -159,7 +160,7 @@ def require_trainable(dataset: SliceDataset[Any], *, source: str = "the training
 class CachedDataset(SliceDataset[Sample]):
     """Keeps decoded samples in memory; a hit equals the first reading, tensor for tensor.
 
-    Masks are kept as bits within their boxes: about 1% of their size. Samples beyond the limit are read anew
+    Masks are kept as the ends of their runs, about 1% of their size. Samples beyond the limit are read anew
     every time. Fill it before worker processes fork, or each of them fills its own.
 
     Attributes:
@@ -176,15 +177,16 @@ class CachedDataset(SliceDataset[Sample]):
         self.patients = source.patients
         self.limit = limit
         self.nbytes = 0
-        self._kept: dict[int, tuple[AnySample, Bits]] = {}
+        self._kept: dict[int, AnySample] = {}
 
     def __getitem__(self, index: int) -> Sample:
-        kept = self._kept.get(index)
-        if kept is not None:
-            return cast(Sample, _unpacked(*kept))
+        if index in self._kept:
+            return cast(Sample, _unpacked(self._kept[index]))
         sample = self.source[index]
         packed = _packed(sample)
-        nbytes = _nbytes(*packed)
+        nbytes = packed.image.nbytes
+        if isinstance(packed, SegmentationSample):
+            nbytes += sum(tensor.nbytes for tensor in packed.target.values())
         if self.limit is None or self.nbytes + nbytes <= self.limit:
             self._kept[index] = packed
             self.nbytes += nbytes
@@ -204,37 +206,27 @@ class CachedDataset(SliceDataset[Sample]):
         return self
 
 
-Bits = tuple[np.ndarray, ...]
-"""A mask each, bit by bit within its box."""
-
-
-def _packed(sample: AnySample) -> tuple[AnySample, Bits]:
-    """A copy of the sample without its masks, and these in few bytes."""
+def _packed(sample: AnySample) -> AnySample:
+    """A copy that has, in place of its masks, the runs of ones in all their pixels: (R, 2) begins and ends."""
+    image = sample.image.clone()
     if isinstance(sample, ClassificationSample):
-        return sample._replace(image=sample.image.clone()), ()
-    kept = {key: value.clone() for key, value in sample.target.items() if key != "masks"}
-    bits = [
-        np.packbits(mask[y1:y2, x1:x2].numpy())
-        for mask, (x1, y1, x2, y2) in zip(sample.target["masks"], kept["boxes"].int().tolist(), strict=True)
-    ]
-    return sample._replace(image=sample.image.clone(), target=kept), tuple(bits)
+        return sample._replace(image=image)
+    target = {key: value.clone() for key, value in sample.target.items() if key != "masks"}
+    none = np.zeros(1, np.uint8)
+    turns = np.flatnonzero(np.diff(sample.target["masks"].numpy().ravel(), prepend=none, append=none))
+    target["runs"] = torch.from_numpy(turns.astype(np.int32).reshape(-1, 2))
+    return sample._replace(image=image, target=target)
 
 
-def _unpacked(sample: AnySample, bits: Bits) -> AnySample:
+def _unpacked(sample: AnySample) -> AnySample:
     """The sample anew: whoever changes what he was given must not change the cache."""
     image = sample.image.clone()
     if isinstance(sample, ClassificationSample):
         return sample._replace(image=image)
     target = {key: value.clone() for key, value in sample.target.items()}
-    target["masks"] = torch.zeros((len(bits), *image.shape[1:]), dtype=torch.uint8)
-    for mask, packed, (x1, y1, x2, y2) in zip(target["masks"], bits, target["boxes"].int().tolist(), strict=True):
-        pixels = np.unpackbits(packed, count=(y2 - y1) * (x2 - x1))
-        mask[y1:y2, x1:x2] = torch.from_numpy(pixels.reshape(y2 - y1, x2 - x1))
+    shape = (len(target["labels"]), *image.shape[1:])
+    pixels = np.zeros(math.prod(shape), np.uint8)
+    for begin, end in target.pop("runs").tolist():
+        pixels[begin:end] = 1
+    target["masks"] = torch.from_numpy(pixels.reshape(shape))
     return sample._replace(image=image, target=target)
-
-
-def _nbytes(sample: AnySample, bits: Bits) -> int:
-    held: list[Any] = [sample.image, *bits]
-    if isinstance(sample, SegmentationSample):
-        held += sample.target.values()
-    return sum(array.nbytes for array in held)
