@@ -130,6 +130,9 @@ def test_a_frame_that_claims_another_size_never_reaches_its_decoder(tmp_path: Pa
     frame = bytearray(jpeg_ls(STORED))
     struct.pack_into(">2H", frame, frame.index(b"\xff\xf7") + 5, 65_535, 65_535)
     refused(read_slice, compressed(tmp_path / "c.dcm", "1.2.840.10008.1.2.4.80", bytes(frame)), "are damaged")
+    for syntax, encode in (("70", jpeg_2000), ("70", jpeg_ls), ("90", jpeg_ls), ("80", jpeg_2000)):
+        path = compressed(tmp_path / "e.dcm", f"1.2.840.10008.1.2.4.{syntax}", encode(STORED))
+        refused(read_slice, path, "are damaged")
     segment = b"\x81\x00" * (1 << 20)  # 128 MB of zeros
     frame = struct.pack("<16I", 2, 64, 64 + len(segment), *[0] * 13) + segment + segment
     refused(read_slice, compressed(tmp_path / "d.dcm", "1.2.840.10008.1.2.5", bytes(frame)), "are damaged")
@@ -196,8 +199,13 @@ def test_a_scan_of_a_terabyte_is_refused_by_its_header(tmp_path: Path, name: str
     refused(open_volume, nifti(tmp_path / name, shape, size=1000), f"{MAX_VOXELS:,}")
 
 
+def test_a_packed_scan_of_gigabytes_is_not_unpacked(tmp_path: Path) -> None:
+    path = nifti(tmp_path / "a.nii.gz", (1024, 1024, 1024), dtype=np.float64, size=1000)
+    refused(open_volume, path, "8,589,934,944 bytes once unpacked are too many")
+
+
 def test_a_claim_of_gigabytes_takes_the_memory_of_what_is_there(tmp_path: Path) -> None:
-    refused(open_volume, nifti(tmp_path / "a.nii.gz", (1024, 1024, 1024), size=10_000_000), "cut off")
+    refused(open_volume, nifti(tmp_path / "a.nii.gz", (1024, 1024, 1000), size=10_000_000), "cut off")
     refused(open_volume, nifti(tmp_path / "a.nii", (1024, 1024, 1024), size=10_000_000), "cut off")
     with little():  # a bomb behind a small scan is not read
         path = nifti(tmp_path / "b.nii.gz", (40, 40, 4), size=60_000_000)

@@ -44,10 +44,11 @@ from ctmasknet.data.slices import (
 )
 from ctmasknet.errors import ConfigError, InputError, import_extra
 
-READ_AHEAD = 8  # slices
+READ_AHEAD, READERS = 8, 2  # slices, threads
 NOT_SQUARE = 1.2  # ratio of the sides of a pixel; less, the models take in their stride
 TILTED = 15.0  # degrees; a gantry is seldom tilted further
 MAX_VOXELS = 1 << 31  # of a scan; 2048 slices of 1024 x 1024, and their mask takes 2 GB
+MAX_UNPACKED = 1 << 31  # bytes of a .nii.gz, which are held in memory; 4096 slices of 512 x 512 in 16 bits
 
 Spacing = tuple[float, float, float]
 
@@ -67,7 +68,6 @@ class Volume:
             slice (gaps of a DICOM series) are absent.
         problems: what is wrong with the scan, one line each: gaps, duplicates, files left out.
         header: the header of the NIfTI file it was read from; None for DICOM.
-        threads: how many threads may usefully call `read` at once.
         units: what its values were taken for, if the scan does not say it itself: see `Slice.units`.
         plane: index -> the slice as it lies in the grid, in 0..1.
         frames: index -> the DICOM file of a slice and the frame in it, counted from 0; empty for NIfTI.
@@ -80,7 +80,6 @@ class Volume:
     names: dict[int, str]
     problems: tuple[str, ...]
     header: Any = field(repr=False)
-    threads: int
     units: str | None
     plane: Callable[[int], npt.NDArray[np.float32]] = field(repr=False)
     frames: dict[int, tuple[str, int]] = field(default_factory=dict, repr=False)
@@ -141,7 +140,7 @@ class Volume:
             except InputError as error:
                 return error
 
-        yield from read_ahead(read, sorted(self.names), threads=self.threads, depth=READ_AHEAD)
+        yield from read_ahead(read, sorted(self.names), threads=READERS, depth=READ_AHEAD)
 
     def to_grid(self, image: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """A (H, W) picture of a slice -> its plane of the grid, the inverse of how `read` turns it."""
@@ -269,7 +268,6 @@ def _open_dicom(name: str, units: str | None, spacing: Spacing | None, series: s
         names={index: plane.name for index, plane in planes.items()},
         problems=tuple(problems),
         header=None,
-        threads=2,
         units=taken_for(units, offset),
         plane=lambda index: read(index, offset)[0].T,
         frames={index: (plane.path, plane.frame) for index, plane in planes.items()},
@@ -349,7 +347,6 @@ def _open_nifti(name: str, units: str | None, spacing: Spacing | None) -> Volume
         names={index: f"{name}[{index}]" for index in range(grid[axis])},
         problems=tuple(problems),
         header=header,
-        threads=2,
         units=taken_for(units, offset),
         plane=plane_of,
     )
@@ -387,6 +384,8 @@ def _stored(image: Any, grid: tuple[int, int, int], name: str) -> npt.NDArray[An
     proxy, file = image.dataobj, os.fspath(image.file_map["image"].filename)
     end = proxy.offset + math.prod(grid) * proxy.dtype.itemsize
     if file.lower().endswith(".gz"):
+        if end > MAX_UNPACKED:
+            raise InputError(f"{name}: {end:,} bytes once unpacked are too many. Unpack it: a .nii is read from disk.")
         data = np.empty(end + 1, np.uint8)  # takes memory as it is filled
         filled = 0
         with gzip.open(file) as stream:

@@ -53,17 +53,17 @@ IMAGE_PLUGINS: dict[str, type[ImageFile.ImageFile]] = {
     "tiff": TiffImageFile,
 }
 
-JPEG_LOSSLESS = ("1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70")
 DEFLATED = "1.2.840.10008.1.2.1.99"
-DECODERS = {  # transfer syntax: pydicom's plugin, and the module it needs
-    "1.2.840.10008.1.2.5": ("pydicom", "pydicom"),  # RLE
-    "1.2.840.10008.1.2.4.50": ("pillow", "PIL"),  # JPEG of 8 bits
-    "1.2.840.10008.1.2.4.51": ("pillow", "PIL"),
-    **dict.fromkeys(JPEG_LOSSLESS, ("gdcm", "gdcm")),
-    "1.2.840.10008.1.2.4.80": ("pyjpegls", "jpeg_ls"),  # JPEG-LS
-    "1.2.840.10008.1.2.4.81": ("pyjpegls", "jpeg_ls"),
-    "1.2.840.10008.1.2.4.90": ("pylibjpeg", "openjpeg"),  # JPEG 2000
-    "1.2.840.10008.1.2.4.91": ("pylibjpeg", "openjpeg"),
+DECODERS = {  # transfer syntax: pydicom's plugin, the module it needs, and what starts a frame in JPEG's segments
+    "1.2.840.10008.1.2.5": ("pydicom", "pydicom", ()),  # RLE
+    "1.2.840.10008.1.2.4.50": ("pillow", "PIL", (0xFFC0, 0xFFC1, 0xFFC2)),  # JPEG of 8 bits
+    "1.2.840.10008.1.2.4.51": ("pillow", "PIL", (0xFFC0, 0xFFC1, 0xFFC2)),
+    "1.2.840.10008.1.2.4.57": ("gdcm", "gdcm", (0xFFC3,)),  # JPEG Lossless
+    "1.2.840.10008.1.2.4.70": ("gdcm", "gdcm", (0xFFC3,)),
+    "1.2.840.10008.1.2.4.80": ("pyjpegls", "jpeg_ls", (0xFFF7,)),  # JPEG-LS
+    "1.2.840.10008.1.2.4.81": ("pyjpegls", "jpeg_ls", (0xFFF7,)),
+    "1.2.840.10008.1.2.4.90": ("pylibjpeg", "openjpeg", ()),  # JPEG 2000
+    "1.2.840.10008.1.2.4.91": ("pylibjpeg", "openjpeg", ()),
 }
 
 REFUSED_MAGIC = {
@@ -535,7 +535,7 @@ def _decode(dataset: Any, name: str, index: int) -> np.ndarray:
     if syntax.is_encapsulated:
         if syntax not in DECODERS:
             raise InputError(f"{name}: pixels compressed as {syntax.name} are not supported. Save it uncompressed.")
-        plugin, module = DECODERS[syntax]
+        plugin, module, _ = DECODERS[syntax]
         import_extra(module, "io", f"{name}: decoding {syntax.name}")
         frame = pydicom.encaps.get_frame(
             dataset.PixelData, index, number_of_frames=int(dataset.get("NumberOfFrames") or 1)
@@ -556,27 +556,30 @@ def _is_sound(frame: bytes, rows: int, columns: int, syntax: str) -> bool:
 
     Decoders allocate what it says. GDCM ends the whole process on unsound Huffman tables.
     """
-    if DECODERS[syntax][0] == "pydicom":  # RLE holds no size, and expands at most 64 times
+    plugin, _, starts = DECODERS[syntax]
+    if plugin == "pydicom":  # RLE holds no size, and expands at most 64 times
         return len(frame) <= min(5 * rows * columns + 64, MAX_RLE)
     try:
-        if frame[:4] == b"\xff\x4f\xff\x51":  # ITU-T T.800, A.5.1: ends, starts, tiles, components, sampling
-            right, bottom, left, top, width, height, *rest = struct.unpack_from(">8IHxBB", frame, 8)
-            sizes = (bottom, right, left, top, *rest) == (rows, columns, 0, 0, 0, 0, 1, 1, 1)
-            return sizes and width * height >= MIN_SIDE**2  # smaller tiles are a great many
-        return frame[:2] == b"\xff\xd8" and _is_sound_jpeg(frame, rows, columns, syntax in JPEG_LOSSLESS)
+        if plugin != "pylibjpeg":
+            return frame[:2] == b"\xff\xd8" and _is_sound_jpeg(frame, rows, columns, starts)
+        # JPEG 2000 (ITU-T T.800, A.5.1): ends, starts, tiles, components, sampling.
+        right, bottom, left, top, width, height, *rest = struct.unpack_from(">8IHxBB", frame, 8)
+        sizes = (bottom, right, left, top, *rest) == (rows, columns, 0, 0, 0, 0, 1, 1, 1)
+        # Smaller tiles are a great many.
+        return frame[:4] == b"\xff\x4f\xff\x51" and sizes and width * height >= MIN_SIDE**2
     except struct.error:
         return False
 
 
-def _is_sound_jpeg(frame: bytes, rows: int, columns: int, lossless: bool) -> bool:
+def _is_sound_jpeg(frame: bytes, rows: int, columns: int, starts: tuple[int, ...]) -> bool:
     """As `_is_sound`, of the segments before the pixels (ITU-T T.81, B.2; T.87, C.2)."""
-    place, tables, component = 2, set(), None
+    place, tables, component, lossless = 2, set(), None, 0xFFC3 in starts
     while True:
         marker, length = struct.unpack_from(">HH", frame, place)
         body = frame[place + 4 : place + 2 + length]
         if length < 2 or len(body) != length - 2:
             return False
-        if marker in ((0xFFC3,) if lossless else (0xFFC0, 0xFFC1, 0xFFC2, 0xFFF7)):  # start of frame
+        if marker in starts:
             precision, height, width, components, component, sampling = struct.unpack_from(">BHHBBB", body)
             if (height, width, components, len(body)) != (rows, columns, 1, 9) or not 2 <= precision <= 16:
                 return False
