@@ -250,6 +250,24 @@ def chunk(name: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
 
+def test_a_jpeg_of_a_thousand_scans_is_not_decoded(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    Image.new("L", (MAX_SIDE, MAX_SIDE), 90).save(path, progressive=True)
+    assert read_slice(path).pixels.shape == (MAX_SIDE, MAX_SIDE)
+    data = path.read_bytes()
+    last = data[data.rindex(b"\xff\xda") : -2]
+    path.write_bytes(data[:-2] + last * 10_000 + b"\xff\xd9")
+    refused(read_slice, path, "more than 100 scans")
+
+
+def test_a_picture_of_gigabytes_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "a.png").open("wb") as stream:
+        stream.write(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">2I5B", 64, 64, 8, 0, 0, 0, 0)))
+        stream.write(struct.pack(">I", 2**31 - 1) + b"tEXt")
+        stream.truncate(1 << 31)
+    refused(read_slice, tmp_path / "a.png", "268,435,456 bytes")
+
+
 def test_a_mask_of_gigapixels_is_refused_by_its_header(tmp_path: Path) -> None:
     header = struct.pack(">2I5B", 60_000, 60_000, 8, 0, 0, 0, 0)
     path = tmp_path / "a.png"

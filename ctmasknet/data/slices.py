@@ -30,6 +30,8 @@ from ctmasknet.errors import ConfigError, CTMaskNetError, InputError, import_ext
 LUNG_WINDOW = (-1350.0, 150.0)  # HU
 MIN_SIDE = 32  # pixels; two cells of the models' stride 16, less cannot be a chest
 MAX_SIDE = 4096  # pixels; eight times a CT slice, more is a mistake or an attack
+MAX_PICTURE = 1 << 28  # bytes of a file; four channels of MAX_SIDE x MAX_SIDE with 32 bits
+MAX_SCANS = 100  # of a progressive JPEG, which has about ten; each takes as long as the whole, in 30 bytes
 MAX_RLE = 1 << 24  # bytes of a frame; they decode to 64 times as many at most
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 
@@ -56,8 +58,8 @@ IMAGE_PLUGINS: dict[str, type[ImageFile.ImageFile]] = {
 DEFLATED = "1.2.840.10008.1.2.1.99"
 DECODERS = {  # transfer syntax: pydicom's plugin, the module it needs, and what starts a frame in JPEG's segments
     "1.2.840.10008.1.2.5": ("pydicom", "pydicom", ()),  # RLE
-    "1.2.840.10008.1.2.4.50": ("pillow", "PIL", (0xFFC0, 0xFFC1, 0xFFC2)),  # JPEG of 8 bits
-    "1.2.840.10008.1.2.4.51": ("pillow", "PIL", (0xFFC0, 0xFFC1, 0xFFC2)),
+    "1.2.840.10008.1.2.4.50": ("pillow", "PIL", (0xFFC0, 0xFFC1)),  # JPEG of 8 bits
+    "1.2.840.10008.1.2.4.51": ("pillow", "PIL", (0xFFC0, 0xFFC1)),
     "1.2.840.10008.1.2.4.57": ("gdcm", "gdcm", (0xFFC3,)),  # JPEG Lossless
     "1.2.840.10008.1.2.4.70": ("gdcm", "gdcm", (0xFFC3,)),
     "1.2.840.10008.1.2.4.80": ("pyjpegls", "jpeg_ls", (0xFFF7,)),  # JPEG-LS
@@ -214,6 +216,11 @@ def _kind_of(head: bytes, name: str) -> str:
 
 def _open_image(stream: BinaryIO, kind: str, name: str) -> Image.Image:
     """Open an image file, its pixels not yet decoded."""
+    if os.fstat(stream.fileno()).st_size > MAX_PICTURE:
+        raise InputError(f"{name}: a picture of more than {MAX_PICTURE:,} bytes is not one slice. Save it again.")
+    if kind == "jpeg" and stream.read().count(b"\xff\xda") > MAX_SCANS:
+        raise InputError(f"{name}: a JPEG of more than {MAX_SCANS} scans is not one slice. Save it again.")
+    stream.seek(0)
     with reading(name, kind.upper()):
         image = IMAGE_PLUGINS[kind](stream)
         require_size((image.height, image.width), name)
