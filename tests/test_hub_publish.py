@@ -347,14 +347,25 @@ def test_the_tool_publishes_what_it_finds_and_writes_the_manifest(author, hub, f
     assert (code, hub.count()) == (0, before)
     assert f"{OWNER}/{SEGMENTER}-ct" in out
     assert f"{OWNER}/{CLASSIFIER}-ct" in out
+    code, out, err = author(publish, *options, "--out", str(tmp_path / "ready"))
+    assert (code, hub.count()) == (0, before), err
+    written = json.loads(listed.read_text())
+    assert [entry["variant"] for entry in written["weights"]] == [SEGMENTER]
+    ready = {entry["variant"]: tmp_path / "ready" / f"{entry['variant']}-ct" for entry in written["prepared"]}
+    assert ready.keys() == {SEGMENTER, CLASSIFIER}
+    for entry in written["prepared"]:
+        assert sorted(path.name for path in ready[entry["variant"]].iterdir()) == FILES
+        assert entry["sha256"] == sha256_of(ready[entry["variant"]] / "model.safetensors")
+        from_pretrained(ready[entry["variant"]], verify=True)
+    options[-1] = str(tmp_path / "ready")
     code, out, err = author(publish, *options)
     assert code == 0, err
     written = json.loads(listed.read_text())
-    assert written["backbones"] == {"kept": 1}
+    assert (written["backbones"], written["prepared"]) == ({"kept": 1}, [])
     entries = [ManifestEntry(**entry) for entry in written["weights"]]
     assert [(entry.variant, entry.tag) for entry in entries] == [
-        (CLASSIFIER, "ct"),
         (SEGMENTER, "ct"),
+        (CLASSIFIER, "ct"),
         (SEGMENTER, "old"),
     ]
     for entry in entries[:2]:

@@ -2,7 +2,11 @@
 the manifest: repository, commit, SHA-256.
 
     python tools/publish_hub.py --namespace OWNER --tag covid-ct runs/ --dry-run
-    python tools/publish_hub.py --namespace OWNER --tag covid-ct runs/
+    python tools/publish_hub.py --namespace OWNER --tag covid-ct runs/ --out ready/
+    python tools/publish_hub.py --namespace OWNER --tag covid-ct ready/
+
+With --out nothing is pushed: the folders are written there as they would be, and their hashes into the manifest's list
+of what is prepared, which no user is offered; publishing them later takes them off it.
 
 A repository is called OWNER/VARIANT-TAG. Folders below those named count if they hold model.safetensors and
 config.json; of a run's best/ and last/, best/ counts. Every folder is checked before the first is pushed. The published
@@ -22,10 +26,11 @@ from typing import Any
 from ctmasknet import CTMaskNetError
 from ctmasknet.errors import WeightsError
 from ctmasknet.models import Model
-from ctmasknet.weights.files import CONFIG_NAME, WEIGHTS_NAME
+from ctmasknet.output import write_files
+from ctmasknet.weights.files import CONFIG_NAME, WEIGHTS_NAME, sha256_of
 from ctmasknet.weights.hub import hub_source
 from ctmasknet.weights.manifest import MANIFEST
-from ctmasknet.weights.publish import Published, check_folder, push_folder
+from ctmasknet.weights.publish import check_folder, packed, push_folder
 
 BUNDLED = MANIFEST.parent / "bundled"
 
@@ -39,6 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--dry-run", action="store_true", help="check and say what would be pushed; ask the Hub nothing"
     )
+    parser.add_argument("-o", "--out", type=Path, metavar="DIR", help="write folders ready to push here instead")
     parser.add_argument("--manifest", type=Path, default=MANIFEST, help="the file to update (default: the package's)")
     options = parser.parse_args(arguments)
     try:
@@ -49,8 +55,19 @@ def main(arguments: list[str] | None = None) -> int:
         if options.dry_run:
             return 0
         for repository, (folder, model) in found.items():
+            facts = {"variant": model.variant.name, "tag": options.tag}
+            facts |= {key: model.metadata[key] for key in ("classes", "metrics", "license")}
+            if options.out is not None:
+                target = options.out / repository.split("/")[1]
+                write_files({target / name: content for name, content in packed(folder, repository)[1].items()})
+                sha256, size = sha256_of(target / WEIGHTS_NAME), (target / WEIGHTS_NAME).stat().st_size
+                record(options.manifest, facts | {"sha256": sha256, "bytes": size}, "prepared")
+                print(f"ready to push: {target}")
+                continue
             published = push_folder(folder, repository, private=options.private)
-            record(options.manifest, published, model.metadata, options.tag)
+            facts |= {"sha256": published.sha256, "bytes": published.bytes}
+            place = {"repository": published.repository, "revision": published.revision}
+            record(options.manifest, facts | place, "weights")
             print(f"published {published}")
     except CTMaskNetError as error:
         print(f"publish_hub: {error}", file=sys.stderr)
@@ -84,25 +101,17 @@ def collect(folders: list[Path], namespace: str, tag: str) -> dict[str, tuple[Pa
     return found
 
 
-def record(manifest: Path, published: Published, metadata: dict[str, Any], tag: str) -> None:
-    """Write a published set of weights into the manifest."""
+def record(manifest: Path, entry: dict[str, Any], where: str) -> None:
+    """Write a set of weights into a list of the manifest, ``"weights"`` (published) or ``"prepared"``."""
     known: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
-    place = {"repository": published.repository, "revision": published.revision}
-    entries: list[dict[str, Any]] = known["weights"]
-    same = next((e for e in entries if e["variant"] == published.variant and e["sha256"] == published.sha256), None)
+    entries = known.setdefault(where, [])
+    same = next((e for e in entries if e["variant"] == entry["variant"] and e["sha256"] == entry["sha256"]), None)
     if same is not None:
-        same.update(place)
+        same.update({key: value for key, value in entry.items() if key in ("repository", "revision")})
     else:
-        entry = {
-            "variant": published.variant,
-            "tag": tag,
-            "sha256": published.sha256,
-            "bytes": published.bytes,
-            **{key: metadata[key] for key in ("classes", "metrics", "license")},
-            **place,
-        }
-        others = [e for e in entries if (e["variant"], e["tag"]) != (published.variant, tag)]
-        known["weights"] = [entry, *others]
+        known[where] = [entry, *(e for e in entries if (e["variant"], e["tag"]) != (entry["variant"], entry["tag"]))]
+    if where == "weights":
+        known["prepared"] = [e for e in known.get("prepared", []) if e["sha256"] != entry["sha256"]]
     manifest.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
 
 

@@ -105,13 +105,13 @@ def verify_command(options: argparse.Namespace) -> int:
     """`ctmasknet verify`; the exit code."""
     from ctmasknet.weights.assemble import assemble
     from ctmasknet.weights.files import GOLDEN_NAME, WEIGHTS_NAME, read_weights, sha256_of
-    from ctmasknet.weights.manifest import manifest
+    from ctmasknet.weights.manifest import known_as
     from ctmasknet.weights.publish import check_golden
 
     model = assemble(read_weights(options.folder), {})
     digest = check_golden(model, options.folder / GOLDEN_NAME)
     sha256 = sha256_of(options.folder / WEIGHTS_NAME)
-    known = next((f"{entry.variant}, {entry.tag}" for entry in manifest() if entry.sha256 == sha256), None)
+    known = known_as(sha256)
     facts = {"variant": model.variant.name, "digest": digest, "sha256": sha256, "manifest": known}
     compared = "golden outputs and digest match" if digest else "golden outputs match, no digest is recorded"
     place = f"sha256 {sha256}: {known or 'not in the manifest'}"

@@ -90,6 +90,13 @@ def manifest() -> tuple[ManifestEntry, ...]:
     return tuple(ManifestEntry(**(entry | {"classes": tuple(entry["classes"])})) for entry in entries)
 
 
+def known_as(sha256: str) -> str | None:
+    """Variant and tag of the weights file with this hash, published or only prepared for it; None if unknown."""
+    lists = json.loads(MANIFEST.read_text(encoding="utf-8"))
+    entries = lists["weights"] + lists.get("prepared", [])
+    return next((f"{entry['variant']}, {entry['tag']}" for entry in entries if entry["sha256"] == sha256), None)
+
+
 def backbone_entry(backbone: str) -> BackboneEntry:
     """The ImageNet weights of a body, by timm's name (``"resnet18"``)."""
     return BackboneEntry(**json.loads(MANIFEST.read_text(encoding="utf-8"))["backbones"][backbone])

@@ -49,6 +49,7 @@ from ctmasknet.weights.files import (
 )
 from ctmasknet.weights.hub import HubSource, explained, hub_source
 
+_TRAVEL = (CARD_NAME, CONFIG_NAME, GOLDEN_NAME, WEIGHTS_NAME)
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
@@ -149,16 +150,8 @@ def push_folder(folder: str | os.PathLike[str], repository: str, *, private: boo
             bytes than were sent.
     """
     target = _target(repository)
-    model, folder = check_folder(folder), Path(folder)
-    card_file, golden, weights = folder / CARD_NAME, folder / GOLDEN_NAME, folder / WEIGHTS_NAME
-    own = card_file.read_text(encoding="utf-8") if card_file.is_file() else None
-    card = own or model_card(model.variant, model.metadata)
-    operations = [
-        CommitOperationAdd(CARD_NAME, card.replace(FOLDER, repository).encode()),
-        CommitOperationAdd(CONFIG_NAME, str(folder / CONFIG_NAME)),
-        CommitOperationAdd(GOLDEN_NAME, str(golden) if golden.is_file() else save(golden_outputs(model))),
-        CommitOperationAdd(WEIGHTS_NAME, str(weights)),
-    ]
+    model, files = packed(folder, repository)
+    operations = [CommitOperationAdd(name, content) for name, content in files.items()]
     if constants.HF_HUB_OFFLINE:
         raise WeightsError(f"{repository}: HF_HUB_OFFLINE forbids publishing")
     api = HfApi()
@@ -167,13 +160,26 @@ def push_folder(folder: str | os.PathLike[str], repository: str, *, private: boo
     try:
         commit = explained(target, lambda: api.create_commit(repository, operations, commit_message=message))
     except ValueError as error:  # the client's word for a card whose metadata the Hub refuses
-        raise WeightsError(f"{card_file}: the Hub refuses the card: {' '.join(str(error).split())}") from None
+        raise WeightsError(
+            f"{Path(folder) / CARD_NAME}: the Hub refuses the card: {' '.join(str(error).split())}"
+        ) from None
     there = explained(target, lambda: api.get_paths_info(repository, [WEIGHTS_NAME], revision=commit.oid))
-    sha256 = sha256_of(weights)
+    sha256 = sha256_of(Path(folder) / WEIGHTS_NAME)
     lfs = getattr(there[0], "lfs", None) if there else None
     if lfs is None or lfs.sha256 != sha256:
         raise WeightsError(f"{repository}@{commit.oid}: the Hub holds other weights than were sent: push again")
     return Published(model.variant.name, repository, commit.oid, sha256, lfs.size)
+
+
+def packed(folder: str | os.PathLike[str], repository: str) -> tuple[Model, dict[str, bytes]]:
+    """The model of a folder, checked as by `check_folder`, and by name the content of the four files that travel."""
+    model, folder = check_folder(folder), Path(folder)
+    files = {file.name: file.read_bytes() for file in folder.iterdir() if file.name in _TRAVEL}
+    card = files.get(CARD_NAME) or model_card(model.variant, model.metadata).encode()
+    made = {CARD_NAME: card.replace(FOLDER.encode(), repository.encode())}
+    if GOLDEN_NAME not in files:
+        made[GOLDEN_NAME] = save(golden_outputs(model))
+    return model, files | made
 
 
 def check_folder(folder: str | os.PathLike[str]) -> Model:

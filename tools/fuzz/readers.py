@@ -1,8 +1,9 @@
-"""Fuzz the readers of image files: `python tools/fuzz/readers.py TARGET [options of libFuzzer]`.
+"""Fuzz the readers of files: `python tools/fuzz/readers.py TARGET [options of libFuzzer]`.
 
-Needs Atheris (`pip install atheris`) and the extra `dev`. TARGET is png, jpeg, webp, tiff, dicom, nifti or nifti.gz,
-or a compressed frame in a sound DICOM file: jpeg8, lossless, jpegls, jpeg2000, rle. Anything but a slice or one line of
-ours is a find: libFuzzer writes the input to `crash-...`, which belongs into tests/test_hostile_data.py.
+Needs Atheris (`pip install atheris`) and the extra `dev`. TARGET is png, jpeg, webp, tiff, dicom, nifti or nifti.gz; a
+compressed frame in a sound DICOM file: jpeg8, lossless, jpegls, jpeg2000, rle; or of weights pth (both serializations),
+config, safetensors. Anything but what the file holds or one line of ours is a find: libFuzzer writes the input to
+`crash-...`, which belongs into tests/test_hostile_data.py, test_released.py or test_weights.py.
 """
 
 from __future__ import annotations
@@ -21,16 +22,24 @@ import jpeg_ls
 import nibabel
 import numpy as np
 import pydicom
+import torch
 from openjpeg.utils import encode_array
 from PIL import Image
+from safetensors.torch import save
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
-with atheris.instrument_imports(include=["ctmasknet.data"]):
+with atheris.instrument_imports(include=["ctmasknet.data", "ctmasknet.weights", "ctmasknet.models.config", "pickle"]):
+    from golden import anchor_generator, save_released
     from scans import block_volume, dicom_dataset
 
     from ctmasknet.data.scans import open_volume
     from ctmasknet.data.slices import read_slice
     from ctmasknet.errors import CTMaskNetError
+    from ctmasknet.models.config import model_config
+    from ctmasknet.registry import get_variant
+    from ctmasknet.weights.files import read_weights, write_weights
+    from ctmasknet.weights.publish import model_card
+    from ctmasknet.weights.released import read_released
 
 SIZE = 40, 48
 STORED = np.linspace(0, 2000, SIZE[0] * SIZE[1]).astype(np.uint16).reshape(SIZE)
@@ -65,9 +74,28 @@ def dicom(frame: bytes | None = None, syntax: str = "1.2.840.10008.1.2.1") -> by
     return buffer.getvalue()
 
 
+def checkpoint(folder: Path, *, legacy: bool) -> bytes:
+    """A segmenter's checkpoint, but for the sizes of its tensors."""
+    names = ["backbone.body.conv1", "backbone.body.layer1.0.conv1", "backbone.body.layer1.1.conv1"]
+    names += ["backbone.body.layer2.0.conv1", "backbone.fpn.inner_blocks.0", "roi_heads.box_predictor.cls_score"]
+    content = {"model_weights": {f"{name}.weight": torch.zeros(2) for name in names}, "epoch": 1}
+    content["anchor_generator"] = anchor_generator("torchvision.models.detection.rpn", ((2, 4),), ((1.0, 2.0),))
+    return save_released(folder / "released.pth", content, legacy=legacy).read_bytes()
+
+
+def read_config(path: Path) -> None:
+    """All that is made of a config.json before a model is built."""
+    stored = read_weights(path.parent)
+    variant = get_variant(stored.variant or "")
+    model_config(variant, **stored.config)
+    model_card(variant, stored.metadata)
+
+
 def main() -> None:
     """Fuzz one target until it fails or is told to stop."""
     target, *options = sys.argv[1:]
+    folder = Path(tempfile.mkdtemp())
+    write_weights(folder, {}, variant="maskrcnn_resnet18_t2", config={"anchor_sizes": [1.0]}, metadata={"note": "x"})
     nifti = nibabel.Nifti1Image(block_volume(), np.eye(4)).to_bytes()
     seeds: dict[str, Callable[[], bytes]] = {
         **{kind: lambda kind=kind: picture(kind) for kind in ("png", "jpeg", "webp", "tiff")},
@@ -75,15 +103,26 @@ def main() -> None:
         "nifti": lambda: nifti,
         "nifti.gz": lambda: gzip.compress(nifti),
         **{name: frame for name, (_, frame) in FRAMES.items()},
+        "pth": lambda: checkpoint(folder, legacy=True),
+        "config": (folder / "config.json").read_bytes,
+        "safetensors": lambda: save({"a": torch.zeros(2), "b": torch.zeros(1, 2, dtype=torch.int64)}),
     }
-    folder = Path(tempfile.mkdtemp())
+    names = {"nifti": "a.nii", "nifti.gz": "a.nii.gz", "config": "config.json", "safetensors": "model.safetensors"}
+    readers: dict[str, list[Callable[[Path], object]]] = {
+        "pth": [read_released],
+        "config": [read_config],
+        "safetensors": [read_config],
+    }
+    images = [read_slice, lambda path: open_volume(path, units="range").read(0)]
     (folder / "corpus").mkdir()
     (folder / "corpus" / "seed").write_bytes(seeds[target]())
-    path = folder / {"nifti": "a.nii", "nifti.gz": "a.nii.gz"}.get(target, "a.dcm")
+    if target == "pth":
+        (folder / "corpus" / "zip").write_bytes(checkpoint(folder, legacy=False))
+    path = folder / names.get(target, "a.dcm")
 
     def once(data: bytes) -> None:
         path.write_bytes(dicom(data, FRAMES[target][0]) if target in FRAMES else data)
-        for read in (read_slice, lambda path: open_volume(path, units="range").read(0)):
+        for read in readers.get(target, images):
             try:
                 read(path)
             except CTMaskNetError as error:
