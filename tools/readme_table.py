@@ -1,4 +1,4 @@
-"""Write the table of variants in README.md and docs/models.md from registry and manifest; --check only compares.
+"""Write the table of variants in README.md and docs/models.md from registry, manifest and benchmark; --check compares.
 
 python tools/readme_table.py
 """
@@ -6,6 +6,7 @@ python tools/readme_table.py
 from __future__ import annotations
 
 import argparse
+import csv
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from ctmasknet.registry import VARIANTS, Variant
 from ctmasknet.weights.manifest import ManifestEntry, manifest
 
 ROOT = Path(__file__).parents[1]
+SPEED = ROOT / "docs" / "tables" / "benchmark-predict.csv"  # of tools/benchmark.py predict
 PAGES = (ROOT / "README.md", ROOT / "docs" / "models.md")
 BEGIN, END = "<!-- variants: tools/readme_table.py -->", "<!-- end of variants -->"
 
@@ -39,19 +41,23 @@ def main(arguments: list[str] | None = None) -> int:
 
 def table() -> str:
     """Two Markdown tables, segmenters and classifiers; ours and the paper's figures in columns of their own."""
+    with SPEED.open(encoding="utf-8", newline="") as stream:
+        speed = {row["variant"]: float(row["Predictor, ms"]) for row in csv.DictReader(stream)}
     entries = {entry.variant: entry for entry in reversed(manifest())}
-    segmenters = ["| segmenter | values | weights: AP@0.5 · Dice | paper: parameters | paper: AP@0.5 · mAP |"]
-    classifiers = ["| classifier | values | weights: sensitivity | paper: parameters | paper: COVID-19 · overall |"]
-    rule = "| --- | ---: | --- | ---: | --- |"
+    segmenters = ["| segmenter | values | ms | weights: AP@0.5 · Dice | paper: parameters | paper: AP@0.5 · mAP |"]
+    classifiers = [
+        "| classifier | values | ms | weights: sensitivity | paper: parameters | paper: COVID-19 · overall |"
+    ]
+    rule = "| --- | ---: | ---: | --- | ---: | --- |"
     segmenters.append(rule)
     classifiers.append(rule)
     for variant in VARIANTS.values():
         rows = segmenters if variant.task == "segmentation" else classifiers
-        rows.append(_row(variant, entries.get(variant.name)))
+        rows.append(_row(variant, speed[variant.name], entries.get(variant.name)))
     return "\n".join([*segmenters, "", *classifiers]) + "\n"
 
 
-def _row(variant: Variant, entry: ManifestEntry | None) -> str:
+def _row(variant: Variant, milliseconds: float, entry: ManifestEntry | None) -> str:
     paper = variant.paper
     ours = "–"
     if variant.task == "segmentation":
@@ -65,7 +71,9 @@ def _row(variant: Variant, entry: ManifestEntry | None) -> str:
             rates = [entry.metrics[f"sensitivity_{name}"] for name in entry.classes]
             ours = f"{entry.tag}: " + " / ".join(f"{rate:.2f}" for rate in rates)
     values = f"{variant.num_values / 1e6:.2f}M"
-    return f"| `{variant.name}` | {values} | {ours} | {paper.parameters_millions:.2f}M | {reported} |"
+    return (
+        f"| `{variant.name}` | {values} | {milliseconds:.0f} | {ours} | {paper.parameters_millions:.2f}M | {reported} |"
+    )
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def find_series(name: str, units: str | None, series: str | None, dataset: Any) 
                 raise
             problems.append(str(error))
     if others:
-        problems.append(f"{name}: {others} files that are not DICOM were left out")
+        problems.append(f"{name}: files left out because they are not DICOM: {others}")
     return _choose(groups, problems, name, series), problems
 
 
@@ -198,8 +198,8 @@ def place(
             planes.append(plane)
     if duplicates:
         problems.append(
-            f"{name}: {len(duplicates)} slices lie where another one does and were left out, "
-            f"{Path(duplicates[0].name).name} first"
+            f"{name}: slices left out because another lies in the same place: {len(duplicates)}, "
+            f"first {Path(duplicates[0].name).name}"
         )
     places, step = _even_grid(planes, normal, group, spacing, problems, name)
     affine = np.eye(4)
@@ -249,7 +249,7 @@ def _even_grid(
         problems.append(f"{name}: slices are shifted against each other by up to {sideways.max():.1f} mm")
     for before in np.flatnonzero(jumps > 1):
         problems.append(
-            f"{name}: gap of {jumps[before] - 1} slices after {Path(planes[before].name).name}; "
+            f"{name}: slices missing after {Path(planes[before].name).name}: {jumps[before] - 1}; "
             "left empty, not counted in volumes"
         )
     return places.tolist(), step

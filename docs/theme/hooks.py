@@ -1,17 +1,16 @@
-"""MkDocs hook: shows the notebook of this folder as a page, from its Markdown and code cells.
-
-The notebook is kept without outputs, so there is nothing else to show.
-"""
+"""MkDocs hooks: the notebook, which is kept without outputs, as a page; marks on the names in code."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
 
 NAME = "notebooks/finetune"
+_SHORT_WORD, _NAME = re.compile(r"(?<!\S)\S{2,34}(?!\S)"), r'<span class="name">\g<0></span>'
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -21,6 +20,11 @@ def on_files(files: Files, config: Any) -> Files:
     parts.insert(1, f"[Download the notebook]({Path(NAME).name}.ipynb).")
     files.append(File.generated(config, f"{NAME}.md", content="\n\n".join(parts) + "\n"))
     return files
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Mark the words of inline code, so that site.css can keep names and options in one piece."""
+    return re.sub(r"<code>([^<\n]+)</code>", lambda code: f"<code>{_SHORT_WORD.sub(_NAME, code[1])}</code>", html)
 
 
 def _text(cell: dict[str, Any]) -> str:
