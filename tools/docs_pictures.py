@@ -1,4 +1,4 @@
-"""Make docs/overlay.png, docs/failures.png and docs/demo.png again: what the bundled weights see, and where they fail.
+"""Make the pictures of docs/gallery.md again: what the bundled weights see, and where they fail.
 
 python tools/docs_pictures.py
 
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from phantom import FIELD_OF_VIEW, GROUND_GLASS, Phantom, phantom
+from phantom import FIELD_OF_VIEW, GROUND_GLASS, Phantom, phantom, write_scan
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -30,13 +30,14 @@ from ctmasknet.registry import DEFAULT_CLASSIFIER, DEFAULT_SEGMENTER
 from ctmasknet.weights.manifest import default_entry
 
 DOCS = Path(__file__).parents[1] / "docs"
-PICTURES = ("overlay.png", "failures.png", "demo.png")
+PICTURES = ("overlay.png", "montage.png", "failures.png", "demo.png")
 WINDOW = "1200,1000"  # pixels
 
 
 def main() -> int:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     save(predict(SLICE, device="cpu").plot(), DOCS / "overlay.png")
+    save(scan(), DOCS / "montage.png")
     save(failures(), DOCS / "failures.png")
     save(page(), DOCS / "demo.png")
     return 0
@@ -53,6 +54,13 @@ def save(picture: Image.Image, path: Path) -> None:
     for name, digest in weights().items():
         text.add_text(name, digest)
     picture.save(path, pnginfo=text, optimize=True)
+
+
+def scan() -> Image.Image:
+    """The montage of a phantom's scan."""
+    with tempfile.TemporaryDirectory() as folder:
+        volume = write_scan(Path(folder), 8, seed=3, size=320) / "scan.nii.gz"
+        return Predictor(DEFAULT_SEGMENTER, None, device="cpu").volume(volume).plot().quantize(128)
 
 
 def failures() -> Image.Image:

@@ -614,11 +614,12 @@ def write_scan(root: Path, count: int, seed: int = 0, *, size: int = 512) -> Pat
     # NIfTI counts columns to the patient's left and rows to the back, so both axes of its affine are negative.
     affine = np.diag([-pixel, -pixel, 5, 1])
     nibabel.save(nibabel.Nifti1Image(np.stack(planes, -1).swapaxes(0, 1), affine), root / "scan.nii.gz")
-    series, study = uid.generate_uid(), uid.generate_uid()
+    series, study, frame = (uid.generate_uid() for _ in range(3))
     for number, plane in enumerate(planes):
         one = dataset.Dataset()
         one.SOPClassUID, one.SOPInstanceUID = uid.CTImageStorage, uid.generate_uid()
-        one.SeriesInstanceUID, one.StudyInstanceUID = series, study
+        one.SeriesInstanceUID, one.StudyInstanceUID, one.FrameOfReferenceUID = series, study, frame
+        one.PatientName, one.PatientID = "Phantom", "phantom"
         one.Modality, one.PhotometricInterpretation = "CT", "MONOCHROME2"
         one.Rows, one.Columns = plane.shape
         one.SamplesPerPixel, one.PixelRepresentation = 1, 1

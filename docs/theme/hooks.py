@@ -1,8 +1,9 @@
-"""MkDocs hooks: the notebook, which is kept without outputs, as a page; marks on the names in code."""
+"""MkDocs hooks: the notebook, which is kept without outputs, as a page; the repository; marks on the names in code."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,12 @@ from mkdocs.structure.files import File, Files
 
 NAME = "notebooks/finetune"
 _SHORT_WORD, _NAME = re.compile(r"(?<!\S)\S{2,34}(?!\S)"), r'<span class="name">\g<0></span>'
+
+
+def on_config(config: Any) -> Any:
+    """Link to the repository that the site is built from."""
+    config.repo_url = os.environ.get("REPOSITORY_URL", config.repo_url)
+    return config
 
 
 def on_files(files: Files, config: Any) -> Files:
