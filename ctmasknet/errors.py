@@ -39,7 +39,7 @@ class MissingExtraError(CTMaskNetError, ImportError):
 
 
 def typed(name: str, value: Any, kind: Any) -> Any:
-    """A plain value as its type annotation has it: whole numbers serve as floats, tuples become lists.
+    """A plain value as its type annotation has it: whole numbers serve as floats, tuples become lists, paths text.
 
     Args:
         name: of the field, for the error.
@@ -67,6 +67,9 @@ def typed(name: str, value: Any, kind: Any) -> Any:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if number and abs(value) <= sys.float_info.max:  # a whole number may be too large for a float
                 return float(value)
+        elif option is Path:
+            if isinstance(value, Path):
+                return str(value)
         elif isinstance(value, option) and (option is bool or not isinstance(value, bool)):
             return value
     raise ConfigError(f"{name}={shown(value)}: {' or '.join(dict.fromkeys(map(_called, options)))} is needed")

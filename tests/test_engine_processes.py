@@ -115,7 +115,6 @@ def test_two_processes_have_equal_weights_after_every_step_and_count_every_slice
     alone = validate_segmenter(
         model,  # type: ignore[arg-type]
         iter(slices),  # type: ignore[arg-type]
-        lambda value: [value],
         score_threshold=config.score_threshold,
         nms_threshold=config.nms_threshold,
     )

@@ -11,7 +11,7 @@ segmenter, and augmented slices repeat from a fixed number of views.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,13 +22,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ctmasknet.data.augment import Augmentation, augment, sample_generator
 from ctmasknet.data.datasets import AnySample, ClassificationSample, SegmentationSample, SliceDataset
 from ctmasknet.engine.config import TrainConfig
+from ctmasknet.evaluation.evaluate import gather
 from ctmasknet.models import COVIDCTMaskNet
 from ctmasknet.models.classifier import fill_batch, image_loss
 from ctmasknet.models.detector import Regions
 from ctmasknet.models.inference import Inference
-
-Gather = Callable[[Any], list[Any]]
-"""Collects a picklable value of every process: value -> list of all."""
 
 
 class Batch(NamedTuple):
@@ -199,11 +197,11 @@ class RoIViews(Dataset[tuple[Tensor, dict[str, Any], str]]):
         classifier: its detector finds the RoIs; it stays as it is.
         slices: where the views come from.
         views: how often each slice is seen; the first time as it is, then changed at random.
-        rank, world, gather: each process sees a part of the slices, and all get all RoIs.
+        rank, world: each process sees a part of the slices, and all get all RoIs.
     """
 
     def __init__(
-        self, classifier: COVIDCTMaskNet, slices: TrainingSlices, *, views: int, rank: int, world: int, gather: Gather
+        self, classifier: COVIDCTMaskNet, slices: TrainingSlices, *, views: int, rank: int, world: int
     ) -> None:
         self.seed, self.views = slices.seed, views
         device = next(classifier.parameters()).device

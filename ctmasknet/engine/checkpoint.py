@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 KEPT = 2
-_FORMAT = "2"
+_FORMAT = "3"
 _NAME = re.compile(r"step-(\d+)\.safetensors")
 
 
@@ -148,23 +148,19 @@ def checkpoints_from(path: Path) -> list[Path]:
     return found
 
 
-def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """An optimizer's state as flat tensors, ``"<parameter>.<name>"``, and its groups as plain values."""
-    state = optimizer.state_dict()
-    tensors = {
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An optimizer's state as flat tensors, ``"<parameter>.<name>"``."""
+    return {
         f"{index}.{name}": torch.as_tensor(value)
-        for index, values in state["state"].items()
+        for index, values in optimizer.state_dict()["state"].items()
         for name, value in values.items()
     }
-    return tensors, state["param_groups"]
 
 
-def unpack_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], groups: list[dict[str, Any]]
-) -> None:
-    """Restore what `pack_optimizer` gave."""
+def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Restore what `pack_optimizer` gave; parameter groups and their settings stay as they are."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -151,8 +151,8 @@ class TrainConfig:
     data: PathLike | list[PathLike]
     out: PathLike
     val: PathLike | list[PathLike] | None = None
-    names: PathLike | list[str] | None = None
-    val_names: PathLike | list[str] | None = None
+    names: PathLike | list[PathLike] | None = None
+    val_names: PathLike | list[PathLike] | None = None
     classes: LesionClasses = "merge"
     min_area: int = 100
     weights: PathLike | None = None
@@ -200,8 +200,6 @@ class TrainConfig:
     caveat: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("data", "val", "out", "weights", "weights_backbone", "names", "val_names", "resume"):
-            object.__setattr__(self, name, _plain_path(getattr(self, name)))
         for name, kind in get_type_hints(type(self)).items():
             if getattr(self, name) is not None or name not in RECIPES["segmentation"]["fast"]:
                 object.__setattr__(self, name, typed(name, getattr(self, name), kind))
@@ -320,11 +318,3 @@ def _augmentation(values: Mapping[str, Any]) -> Augmentation:
         if name not in kinds:
             raise ConfigError(f"augmentation: unknown field {name!r}; known: {', '.join(kinds)}")
     return Augmentation(**{name: typed(f"augmentation.{name}", value, kinds[name]) for name, value in values.items()})
-
-
-def _plain_path(value: Any) -> Any:
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, list | tuple):
-        return [_plain_path(item) for item in value]
-    return value

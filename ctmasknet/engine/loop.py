@@ -9,7 +9,7 @@ import torch
 from ctmasknet.engine.batches import EpochBatches, make_loader, seed_step
 from ctmasknet.engine.config import TrainConfig
 from ctmasknet.engine.run import Run, StopRequest, TrainResult, Watch
-from ctmasknet.engine.setup import gatherer, learning_rate, prepare, start_accelerator
+from ctmasknet.engine.setup import learning_rate, prepare, start_accelerator
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -25,16 +25,15 @@ def train(config: TrainConfig) -> TrainResult:
     """
     accelerator = start_accelerator(config)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
-    gather = gatherer(accelerator)
-    setup = prepare(config, device, rank=rank, world=world, gather=gather)
+    setup = prepare(config, device, rank=rank, world=world)
     batches = EpochBatches(len(setup.names), config, rank=rank, world=world, weights=setup.weights)
     loader = make_loader(setup.samples, batches, workers=config.workers, device=device)
     steps = batches.steps * config.epochs
-    run = Run(config, setup, batches, writes=accelerator.is_main_process, gather=gather)
+    run = Run(config, setup, batches, writes=accelerator.is_main_process)
     run.open()
     accelerator.wait_for_everyone()
     model, optimizer = accelerator.prepare(setup.trained, run.optimizer)
-    state, watch = run.state, Watch(run, accelerator, gather)
+    state, watch = run.state, Watch(run, accelerator)
 
     with StopRequest() as stop, closing(run.tensorboard):
         while not state.done:

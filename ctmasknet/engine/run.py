@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ctmasknet.engine.batches import Batch, EpochBatches, Gather
+from ctmasknet.engine.batches import Batch, EpochBatches
 from ctmasknet.engine.checkpoint import (
     FOLDER,
     KEPT,
@@ -37,6 +37,7 @@ from ctmasknet.engine.config import TrainConfig
 from ctmasknet.engine.record import Record, TensorBoard, TrainResult, figures, peak_memory, plot_curves
 from ctmasknet.engine.setup import Setup, build_average, build_optimizer, learning_rate, share_buffers
 from ctmasknet.errors import ConfigError, CTMaskNetError
+from ctmasknet.evaluation.evaluate import gather
 from ctmasknet.output import json_bytes, write_files
 from ctmasknet.weights.files import read_weights, state_digest
 
@@ -46,10 +47,8 @@ log = logging.getLogger(__name__)
 class Run:
     """A run's model, optimizer, average and state, and its folder, in which the process with `writes` alone writes."""
 
-    def __init__(
-        self, config: TrainConfig, setup: Setup, batches: EpochBatches, *, writes: bool, gather: Gather
-    ) -> None:
-        self.config, self.setup, self.batches, self.writes, self._gather = config, setup, batches, writes, gather
+    def __init__(self, config: TrainConfig, setup: Setup, batches: EpochBatches, *, writes: bool) -> None:
+        self.config, self.setup, self.batches, self.writes = config, setup, batches, writes
         self.out = Path(config.out)
         self.optimizer = build_optimizer(setup.trained, config)
         self.average = build_average(setup.trained, config)
@@ -106,10 +105,10 @@ class Run:
                 write_files({token: b""})
             except CTMaskNetError as error:
                 problem = error
-        found, problem, token = self._gather((found, problem, token))[0]
+        found, problem, token = gather((found, problem, token))[0]
         if problem is not None:
             raise problem
-        seen = all(self._gather(_appears(token)))
+        seen = all(gather(_appears(token)))
         if self.writes:
             token.unlink()
         if not seen:
@@ -136,7 +135,7 @@ class Run:
         try:
             self.setup.trained.load_state_dict(parts["model"])
             self.average.module.load_state_dict(parts["average"])
-            unpack_optimizer(self.optimizer, parts["optimizer"], facts["optimizer_groups"])
+            unpack_optimizer(self.optimizer, parts["optimizer"])
         except (RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"{path}: does not fit these settings ({reason}); restore them") from None
@@ -159,6 +158,7 @@ class Run:
             # Batches are counted from the start of an epoch: of another size, they would be other slices.
             "batches_per_step": self.config.accumulate,
             "classes": list(self.setup.class_names),
+            "optimizer": self.config.optimizer,
             "cache_rois": self.config.cache_rois,
             # What a checkpoint lacks because it is not trained: with cache_rois, the detector.
             "weights_that_are_not_trained": self._untrained,
@@ -282,19 +282,13 @@ class Run:
         self._tick()
         if not self.writes or self.state.bad_in_row:
             return
-        packed, groups = pack_optimizer(self.optimizer)
         parts = {
             "model": self.setup.trained.state_dict(),
             "average": self.average.module.state_dict(),
-            "optimizer": packed,
+            "optimizer": pack_optimizer(self.optimizer),
         }
         tensors = {f"{part}/{key}": value for part, named in parts.items() for key, value in named.items()}
-        facts = {
-            "config": self.config.to_dict(),
-            "state": asdict(self.state),
-            "optimizer_groups": groups,
-            **self._must_match(),
-        }
+        facts = {"config": self.config.to_dict(), "state": asdict(self.state), **self._must_match()}
         write_checkpoint(self.out, self.state.step, tensors, facts)
         self._saved = time.monotonic()
 
@@ -331,7 +325,7 @@ class Run:
 
 
 _CHANGES_TRAINING = (
-    "data", "names", "classes", "min_area", "model_options", "optimizer", "lr", "weight_decay", "schedule",
+    "data", "names", "classes", "min_area", "model_options", "lr", "weight_decay", "schedule",
     "warmup", "balance", "batch_size", "accumulate", "epochs", "clip_norm", "ema", "precision", "augment",
     "augmentation", "train_min_size", "full_size_epochs", "cache_rois", "roi_views", "seed",
 )  # fmt: skip
@@ -350,8 +344,8 @@ def _appears(path: Path, seconds: float = 10.0) -> bool:
 class Watch:
     """Averages the losses of a step over its batches and processes; skips and counts the steps that are not finite."""
 
-    def __init__(self, run: Run, accelerator: Any, gather: Gather) -> None:
-        self._run, self._accelerator, self._gather = run, accelerator, gather
+    def __init__(self, run: Run, accelerator: Any) -> None:
+        self._run, self._accelerator = run, accelerator
         self._passes: list[tuple[dict[str, Tensor], list[str]]] = []
         # BatchNorm's running statistics take in every forward pass, those of a skipped step too.
         self._buffers = list(run.setup.trained.buffers())
@@ -389,7 +383,7 @@ class Watch:
 
     def _skip(self, bad: list[str], step: list[str]) -> None:
         """Count a step that is skipped, for these slices or, where only its gradient is to blame, all of it."""
-        run, shares = self._run, self._gather((bad, step))
+        run, shares = self._run, gather((bad, step))
         names = [name for share in shares for name in share[0]] or [name for share in shares for name in share[1]]
         run.state.skipped += 1
         run.state.bad_in_row += 1

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from ctmasknet.data.datasets import CachedDataset, SliceDataset, open_dataset, require_trainable
 from ctmasknet.data.layouts import shared_patients
-from ctmasknet.engine.batches import Gather, ModuleSOnRoIs, RoIViews, TrainingSlices, as_target, balanced, on_device
+from ctmasknet.engine.batches import ModuleSOnRoIs, RoIViews, TrainingSlices, as_target, balanced, on_device
 from ctmasknet.engine.config import PAPER_SAMPLING, TrainConfig
 from ctmasknet.engine.validation import (
     choose_temperature,
@@ -80,7 +80,7 @@ class Setup:
         return {key: tensor for key, tensor in self.model.state_dict().items() if key not in trained}
 
 
-def prepare(config: TrainConfig, device: torch.device, *, rank: int, world: int, gather: Gather) -> Setup:
+def prepare(config: TrainConfig, device: torch.device, *, rank: int, world: int) -> Setup:
     """Open the data, build the model, and put both where they are used.
 
     Raises:
@@ -96,7 +96,7 @@ def prepare(config: TrainConfig, device: torch.device, *, rank: int, world: int,
     samples = TrainingSlices(source, config.settings, config.seed)
     setup = Setup(model, model, samples, data.names, data.class_names, balanced(data) if config.balance else None)
     if config.cache_rois:
-        cached = partial(RoIViews, model, rank=rank, world=world, gather=gather)
+        cached = partial(RoIViews, model, rank=rank, world=world)
         setup.samples = cached(samples, views=config.roi_views if config.augment else 1)
         setup.trained = ModuleSOnRoIs(model)
         if kept is not None:
@@ -119,12 +119,12 @@ def prepare(config: TrainConfig, device: torch.device, *, rank: int, world: int,
         setup.draw = lambda trained: draw_examples(trained, shown, **point)
 
     def validate(trained: Any) -> Metrics:
-        figures = metrics_of(trained, share(), gather)
-        return figures | validation_losses(trained, share(), gather) if config.validation_loss else figures
+        figures = metrics_of(trained, share())
+        return figures | validation_losses(trained, share()) if config.validation_loss else figures
 
     setup.validate = validate
     if config.operating_point:
-        setup.finally_validate = lambda trained: choose(trained, share(), gather)
+        setup.finally_validate = lambda trained: choose(trained, share())
     return setup
 
 
@@ -265,14 +265,6 @@ def start_accelerator(config: TrainConfig) -> Any:
     return accelerate.Accelerator(
         mixed_precision="no", gradient_accumulation_steps=config.accumulate, cpu=wanted.type == "cpu"
     )
-
-
-def gatherer(accelerator: Any) -> Gather:
-    """A function that collects a picklable value of every process."""
-    if accelerator.num_processes == 1:
-        return lambda value: [value]
-    operations = import_extra("accelerate.utils", "train", "training")
-    return lambda value: operations.gather_object([value])
 
 
 def share_buffers(module: nn.Module) -> None:

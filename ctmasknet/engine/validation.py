@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ctmasknet.data.datasets import ClassificationSample, SegmentationSample
-from ctmasknet.engine.batches import Gather, as_target, model_input
+from ctmasknet.engine.batches import as_target, model_input
 from ctmasknet.errors import import_extra
+from ctmasknet.evaluation.evaluate import gather
 from ctmasknet.evaluation.metrics import (
     NMS_THRESHOLDS,
     ClassificationMetrics,
@@ -35,7 +35,6 @@ from ctmasknet.predictor import Predictor
 def validate_segmenter(
     model: LesionMaskRCNN,
     samples: Iterator[SegmentationSample],
-    gather: Gather,
     *,
     score_threshold: float,
     nms_threshold: float,
@@ -51,13 +50,13 @@ def validate_segmenter(
     for sample in samples:
         ((found,),) = found_on(inference, [sample], protocol)
         rows += segmentation_rows(sample.target, found)
-    results = SegmentationMetrics(_all(rows, gather)).compute()
+    results = SegmentationMetrics(_all(rows)).compute()
     values = {key: value for key, value in results.items() if value is not None}
     return values | {"score": values["ap50"] + values["dice_pooled"]}
 
 
 def choose_thresholds(
-    model: LesionMaskRCNN, samples: Iterator[SegmentationSample], gather: Gather
+    model: LesionMaskRCNN, samples: Iterator[SegmentationSample]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """The operating point of highest AP@0.5 + pooled Dice, and the metrics of a run at it, from one pass.
 
@@ -69,7 +68,7 @@ def choose_thresholds(
         mask AP of the detections above score 0.05.
     """
     inference = Inference(model)
-    rows = _all([row for sample in samples for row in search_rows(inference, [sample])], gather)
+    rows = _all([row for sample in samples for row in search_rows(inference, [sample])])
     best = operating_points(rows)[0]
     score = best.pop("objective")
     point = {key: best.pop(key) for key in ("score_threshold", "nms_threshold")}
@@ -88,7 +87,6 @@ def draw_examples(model: LesionMaskRCNN, samples: list[SegmentationSample], **th
 def validate_classifier(
     model: nn.Module,
     samples: Iterator[ClassificationSample],
-    gather: Gather,
     class_names: tuple[str, ...],
 ) -> dict[str, float]:
     """Accuracy, calibration (`ClassificationMetrics`), per class sensitivity and AUC; `score` is the mean sensitivity.
@@ -96,15 +94,15 @@ def validate_classifier(
     Args:
         model: a classifier, or its module S alone, whose samples are RoIs.
     """
-    return _classified(*_logits(model, samples, gather), class_names)
+    return _classified(*_logits(model, samples), class_names)
 
 
 def choose_temperature(
-    model: nn.Module, samples: Iterator[ClassificationSample], gather: Gather, class_names: tuple[str, ...]
+    model: nn.Module, samples: Iterator[ClassificationSample], class_names: tuple[str, ...]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """The temperature of least log loss (Guo et al. 2017), between 0.05 and 20, and the metrics with it."""
     optimize = import_extra("scipy.optimize", "train", "fitting a temperature")
-    logits, labels, names = _logits(model, samples, gather)
+    logits, labels, names = _logits(model, samples)
 
     def loss(logarithm: float) -> float:
         return float(nn.functional.cross_entropy(logits / math.exp(logarithm), labels))
@@ -114,9 +112,7 @@ def choose_temperature(
 
 
 @torch.no_grad()
-def _logits(
-    model: nn.Module, samples: Iterator[ClassificationSample], gather: Gather
-) -> tuple[Tensor, Tensor, list[str]]:
+def _logits(model: nn.Module, samples: Iterator[ClassificationSample]) -> tuple[Tensor, Tensor, list[str]]:
     """Logits (N, K), labels (N,) and names of all processes' samples."""
     inference = Inference(model) if isinstance(model, COVIDCTMaskNet) else None
     model.eval()
@@ -126,7 +122,7 @@ def _logits(
         images = [model_input(image, device)]
         found = model(images)[0] if inference is None else inference.classify(inference.read(images)[0])
         own.append((found["logits"].tolist(), label, name))
-    logits, labels, names = zip(*_all(own, gather), strict=True)
+    logits, labels, names = zip(*_all(own), strict=True)
     return torch.tensor(logits, dtype=torch.float64), torch.tensor(labels), list(names)
 
 
@@ -142,12 +138,16 @@ def _classified(logits: Tensor, labels: Tensor, names: list[str], class_names: t
 
 
 @torch.no_grad()
-def validation_losses(model: nn.Module, samples: Iterator[Any], gather: Gather) -> dict[str, float]:
+def validation_losses(model: nn.Module, samples: Iterator[Any]) -> dict[str, float]:
     """Mean training losses of `model` on data it does not train on; its BatchNorm statistics stay as they are."""
     device = next(model.parameters()).device
     sums: dict[str, float] = {}
     count = 0
-    with torch.random.fork_rng(), _training_without_statistics(model):
+    model.train()
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+    with torch.random.fork_rng():
         for image, target, name in map(as_target, samples):
             # The RoIs that the losses sample depend on the slice, not on what was drawn before.
             torch.manual_seed(zlib.crc32(name.encode()))
@@ -155,24 +155,13 @@ def validation_losses(model: nn.Module, samples: Iterator[Any], gather: Gather) 
             for key, value in model([model_input(image, device)], [moved]).items():
                 sums[key] = sums.get(key, 0.0) + float(value)
             count += 1
+    model.eval()
     shares = gather((sums, count))
     total = sum(share[1] for share in shares)
     keys = sorted({key for share in shares for key in share[0]})
     return {f"val_{key}": sum(share[0].get(key, 0.0) for share in shares) / total for key in keys}
 
 
-@contextmanager
-def _training_without_statistics(model: nn.Module) -> Iterator[None]:
-    model.train()
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
-            module.eval()
-    try:
-        yield
-    finally:
-        model.eval()
-
-
-def _all(rows: list[Any], gather: Gather) -> list[Any]:
+def _all(rows: list[Any]) -> list[Any]:
     """The rows of all processes."""
     return [row for share in gather(rows) for row in share]

@@ -427,7 +427,7 @@ def _measure(
         names = "\n".join(source.names[index] for index in chosen)
         _settle(Path(out), settings | {"slices": hashlib.sha256(names.encode()).hexdigest()[:16]})
         done = {row["image_id"]: row for row in read_logs(sorted(Path(out).glob("rows-*.jsonl")), "image_id")}
-    _gather(None)  # every process has read before one writes
+    gather(None)  # every process has read before one writes
     own = [index for index in chosen if source.names[index] not in done][rank::world]
     loader = DataLoader(Subset(source, own), collate_fn=list, **loading)
     fresh: list[Row] = []
@@ -442,12 +442,12 @@ def _measure(
                 log.append(*rows)
             fresh += rows
             bar.update(len(rows))
-    for rows in _gather(fresh):
+    for rows in gather(fresh):
         done |= {row["image_id"]: row for row in rows}
     return [done[source.names[index]] for index in chosen]
 
 
-def _gather(value: Any) -> list[Any]:
+def gather(value: Any) -> list[Any]:
     """A value of each process, once all have come here."""
     world = process_shard()[1]
     if world == 1:
