@@ -104,6 +104,7 @@ def test_the_onnx_segmenter_gives_empty_outputs_where_nothing_is_found(tmp_path)
 @pytest.mark.parametrize("replicate", [True, False])
 def test_the_onnx_classifier_gives_what_the_model_gives_with_few_regions_or_none(tmp_path, replicate):
     model = spread_model("ctmasknet_resnet18_t2", replicate=replicate, box_score_thresh=0.45)
+    model.metadata["temperature"] = 2.5
     ctmasknet.export(model, tmp_path / "model.onnx")
     assert min(assert_matches(tmp_path / "model.onnx", model, image) for image in slices()) > 0
     model.roi_heads.score_thresh = 2.0
