@@ -67,8 +67,8 @@ class TrainResult:
 
 
 _ON_THE_CARD = (
-    "recipe", "weights", "optimizer", "lr", "weight_decay", "schedule", "epochs", "batch_size", "accumulate", "ema",
-    "precision", "augment", "train_min_size", "cache_rois", "seed",
+    "recipe", "weights", "optimizer", "lr", "weight_decay", "schedule", "epochs", "balance", "batch_size", "accumulate",
+    "ema", "precision", "augment", "train_min_size", "cache_rois", "seed",
 )  # fmt: skip
 
 
