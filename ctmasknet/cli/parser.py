@@ -241,8 +241,8 @@ def build_parser() -> argparse.ArgumentParser:
         "measure a model, or other people's predictions, on labelled slices",
         "MODEL is a variant's name (its default weights), a folder of weights, an author's .pth, or a .json of\n"
         "predictions: COCO results, or [{image_id, probabilities}] for classifiers. Segmenters: AP by the released\n"
-        "protocol, COCO AP, Dice, lesions found; classifiers: sensitivity, specificity, AUC by slice and patient; 95%\n"
-        "intervals over patients. Several processes: accelerate launch -m ctmasknet evaluate ...\n\n"
+        "protocol, COCO AP, Dice, lesions found. Classifiers: sensitivity, specificity, AUC, calibration, by slice\n"
+        "and patient. 95% intervals over patients. Several processes: torchrun -m ctmasknet evaluate ...\n\n"
         "Examples:\n"
         "  ctmasknet evaluate maskrcnn_resnet18_t2 --data lesions/val\n"
         "  ctmasknet evaluate ctmasknet_resnet18_t1 --data classes/val --json -o work > result.json\n"
@@ -260,7 +260,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--seed", type=int, default=0, help="of every draw (default: 0)")
     evaluate.add_argument("--classes", choices=("merge", "both", "ggo"), help="lesion classes (default: the model's)")
     evaluate.add_argument(
-        "-o", "--out", metavar="DIR", help="keep what was measured per slice here, to go on after a kill"
+        "-o", "--out", metavar="DIR", help="write the results here; an interrupted run carries on from them"
     )
     _running_flags(evaluate)
 
