@@ -43,10 +43,9 @@ from ctmasknet.zoo import class_names
 
 OPSET = 17
 OUTPUTS = {
-    "segmentation": {"boxes": 1, "labels": 1, "scores": 1, "masks": 4},
-    "classification": {"logits": 0, "probabilities": 0, "boxes": 1, "scores": 1, "labels": 1, "deltas": 1},
+    "segmentation": ("boxes", "labels", "scores", "masks"),
+    "classification": ("logits", "probabilities", "boxes", "scores", "labels", "deltas"),
 }
-"""Per task the outputs in their order, and how many of their dimensions, from the first on, depend on the image."""
 
 TOLERANCES = {
     "boxes": 1e-2,  # pixels
@@ -57,7 +56,6 @@ TOLERANCES = {
     "probabilities": 1e-4,
     "deltas": 1e-3,
 }
-_DIMENSIONS = ("regions", "one", "height", "width")
 _FEW_PIXELS, _VERGE = 4, 0.02
 _PAD = 32  # pixels: a resized image is padded to a multiple, as in GeneralizedRCNNTransform
 _TOGETHER = 1000  # boxes: torchvision does the NMS of more than so many class by class (4000 numbers, on a CPU)
@@ -179,9 +177,10 @@ def to_onnx(model: Model, metadata: dict[str, str]) -> bytes:
     """The bytes of an ONNX file with `metadata` in its ``metadata_props``."""
     onnx, _ = import_onnx()
     outputs = OUTPUTS[model.variant.task]
-    axes = {name: dict(enumerate(_DIMENSIONS[:count])) for name, count in outputs.items() if count}
-    if "masks" in axes:
-        del axes["masks"][1]
+    sides = {"image": {1: "height", 2: "width"}, "masks": {0: "regions", 2: "height", 3: "width"}}
+    axes = {name: {0: "regions"} for name in outputs if name not in OF_THE_IMAGE} | sides
+    if "masks" not in outputs:
+        del axes["masks"]
     with torch.no_grad(), warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         # What tracing cannot follow, it warns of; whether it matters here, the check on other sizes tells.
@@ -197,7 +196,7 @@ def to_onnx(model: Model, metadata: dict[str, str]) -> bytes:
             opset_version=OPSET,
             input_names=["image"],
             output_names=list(outputs),
-            dynamic_axes={"image": {1: "height", 2: "width"}} | axes,
+            dynamic_axes=axes,
         )
         graph = onnx.load_model(file)
     onnx.helper.set_model_props(graph, metadata)
@@ -234,10 +233,7 @@ def check_images() -> list[Tensor]:
 
 
 def compare(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, float]:
-    """Largest difference of each output; infinite where the number of regions differs.
-
-    Regions are compared with their nearest: the order of equal scores means nothing.
-    """
+    """Largest difference of each output, of regions from their nearest; infinite where their number differs."""
     if len(expected["scores"]) != len(given["scores"]):
         return dict.fromkeys(expected, float("inf"))
     rows = nearest(expected, given, box=TOLERANCES["boxes"], score=TOLERANCES["scores"])
@@ -419,7 +415,7 @@ def rescale(boxes: Tensor, size: Tensor, target: Tensor) -> Tensor:
 
 
 def nms_per_class(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: float, known: Sequence[int]) -> Tensor:
-    """Rows kept by NMS within each of the `known` classes, best first; `torchvision.ops.batched_nms`, bit for bit.
+    """Rows kept by NMS within each of the `known` classes, best first: `torchvision.ops.batched_nms`, bit for bit.
 
     torchvision moves boxes of different classes apart and does all at once, unless there are many. The move rounds
     coordinates, which can tip a decision, so it is done here too; then each class by itself comes to the same.
@@ -457,8 +453,7 @@ def batch_rows(valid: Tensor, slots: int, *, replicate: bool) -> Tensor:
 def paste(masks: Tensor, boxes: Tensor, size: Tensor) -> Tensor:
     """(N, M, M) masks -> (N, H, W) in the image, 0 outside their boxes: torchvision's `paste_masks_in_image`.
 
-    There, a mask with a border of zeros is stretched over its box, widened by as much and cut to whole pixels. Bilinear
-    stretching is separable, so here it is a product of matrices: no loop over masks in the graph.
+    A mask with a border of zeros is stretched over its box, widened by as much and cut to whole pixels.
     """
     side = masks.shape[-1] + 2
     cells = torch.as_tensor(side)

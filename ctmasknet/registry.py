@@ -45,12 +45,10 @@ class PaperFigures:
     """What the paper prints for one variant: its own data and hardware, not reproduced here.
 
     Attributes:
-        parameters_millions: Table 1, total parameters.
-        trainable_millions: Table 1, trainable parameters of the classifiers.
+        parameters_millions, trainable_millions: Table 1, of classifiers the trainable ones too.
         minutes: Tables 2 and 3, training time.
         ap50, ap75, ap: Table 2, average precision at IoU 0.5, 0.75 and 0.5:0.95 (segmenters).
-        sensitivity: Table 3, fraction per class in the order of `IMAGE_CLASSES` (classifiers).
-        accuracy: Table 3, overall accuracy as a fraction (classifiers).
+        sensitivity, accuracy: Table 3, fractions; sensitivity in the order of `IMAGE_CLASSES` (classifiers).
     """
 
     parameters_millions: float

@@ -51,10 +51,10 @@ class StoredWeights:
     """What a weights file says, before a model is built of it.
 
     Attributes:
-        path: the safetensors file.
+        path: the file.
         tensors: key -> tensor, floating-point ones in float32 however they are stored.
-        variant: name of the variant, None if no config.json lies beside the file.
-        config: the options the model was saved with; empty without a config.json.
+        variant: its name, None if no config.json lies beside the file; then `config` and `metadata` are empty.
+        config: the options the model was saved with.
         metadata: operating point, metrics, data set, licence; plain values.
     """
 

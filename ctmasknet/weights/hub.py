@@ -218,14 +218,12 @@ def explained(source: HubSource, request: Callable[[], Result], name: str | None
     try:
         return request()
     except GatedRepoError:
-        raise WeightsError(
-            f"{source.repository}: gated: ask for access at {constants.ENDPOINT}/{source.repository}, then set "
-            "HF_TOKEN (or: hf auth login)"
-        ) from None
+        page = f"{constants.ENDPOINT}/{source.repository}"
+        raise WeightsError(f"{source.repository}: gated: ask for access at {page}, then set HF_TOKEN") from None
     except RepositoryNotFoundError:
         raise WeightsError(
             f"{source.repository}: no such folder here, and no such repository at {constants.ENDPOINT} or a private "
-            "one: check the name; for a private one set HF_TOKEN (or: hf auth login)"
+            "one: check the name; for a private one set HF_TOKEN"
         ) from None
     except RevisionNotFoundError:
         raise WeightsError(f"{source.repository}: has no revision {source.revision!r}") from None

@@ -20,15 +20,11 @@ class ManifestEntry:
     """One known set of weights: bundled with the package, on the Hub, or both.
 
     Attributes:
-        variant: registry name.
         tag: which training they come from.
         sha256, bytes: of the safetensors file.
-        classes: names of the detector's classes, or of the image classes for a classifier.
-        metrics: figures measured with these weights.
         license: SPDX identifier of the weights (they inherit their training data's terms).
         file: path of the bundled safetensors file, relative to this package; None if not bundled.
-        repository: Hub repository, ``"owner/name"``; None if not published.
-        revision: its commit, 40 hexadecimal digits.
+        repository, revision: on the Hub, ``"owner/name"`` and 40-hex commit; None if not published.
     """
 
     variant: str

@@ -55,14 +55,7 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 @dataclass(frozen=True)
 class Published:
-    """Weights on the Hub.
-
-    Attributes:
-        variant: registry name.
-        repository: ``"owner/name"``.
-        revision: the commit, 40 hexadecimal digits.
-        sha256, bytes: of `model.safetensors`, as the Hub states them.
-    """
+    """Weights on the Hub at a commit; `sha256` and `bytes` are those of `model.safetensors` as the Hub states them."""
 
     variant: str
     repository: str
@@ -324,10 +317,7 @@ def golden_outputs(model: Model) -> dict[str, Tensor]:
 
 
 def check_golden(model: Model, path: Path) -> bool:
-    """Compare what the model makes of a golden file's input with the outputs recorded there.
-
-    Args:
-        model: as configured when it was saved.
+    """Compare what the model, as configured when it was saved, makes of a golden file's input with what is recorded.
 
     Returns:
         Whether the file also holds the digest of the weights, which then is right; older files do not.
