@@ -35,14 +35,14 @@ from ctmasknet.data.layouts import slice_name
 from ctmasknet.data.scans import NIFTI_SUFFIXES, is_dicom, is_scan, open_volume, read_ahead
 from ctmasknet.data.slices import PICTURE_SUFFIXES, Slice, read_slice
 from ctmasknet.errors import ConfigError, CTMaskNetError, DataError, InputError, import_extra
-from ctmasknet.output import Log, OutputError, PathLike, join_logs, json_bytes, read_logs, write_files
+from ctmasknet.output import Log, OutputError, PathLike, csv_text, join_logs, json_bytes, read_logs, write_files
 from ctmasknet.predictor import Predictor
 from ctmasknet.registry import __version__
-from ctmasknet.results import Prediction, VolumePrediction, counted
+from ctmasknet.results import Keep, Prediction, VolumePrediction, counted
 
 Format = Literal["files", "dicom", "jsonl", "coco"]
 
-PREDICTIONS, RUN = "predictions.jsonl", "run.json"
+PREDICTIONS, RUN, SCANS = "predictions.jsonl", "run.json", "scans.csv"
 COCO_RESULTS, COCO_IMAGES = "coco_results.json", "coco_images.json"
 LEFT_OUT = "left out"
 FAILURES_LISTED = 10_000
@@ -162,6 +162,7 @@ def predict_files(
     units: str | None = None,
     spacing: tuple[float, float, float] | None = None,
     series: str | None = None,
+    keep: Keep = "all",
     format: Format = "files",
     slices: bool = False,
     readers: int = READERS,
@@ -176,10 +177,10 @@ def predict_files(
     Args:
         predictor: its `batch_size` slices go through the models at once.
         inputs: slices, scans, folders (see `find_inputs`) and shell wildcards.
-        out: folder for predictions.jsonl, run.json and the results per file (see `place_of`).
+        out: folder for predictions.jsonl, scans.csv (a row per scan), run.json and results per file (see `place_of`).
         names: only these of the inputs, by name without folder and picture suffix: a text file with one name per
             line, or a sequence of names. None: all.
-        units, spacing, series: as `Predictor.volume` takes them.
+        units, spacing, series, keep: as `Predictor.volume` takes them.
         format: ``"files"`` also writes JSON and overlay of every slice; ``"dicom"`` writes DICOM SEG and SR beside a
             scan's files, and takes DICOM scans only (extra ``dicom``); ``"jsonl"`` writes the lines alone (scans get
             their files all the same); ``"coco"`` also writes COCO results at the end.
@@ -216,7 +217,7 @@ def predict_files(
         raise ConfigError(f"several processes cannot restart together: delete {os.fspath(out)} first")
     folder = Path(out)
     summary = RunSummary(
-        settings=_settings(predictor, format, units=units, spacing=spacing, series=series),
+        settings=_settings(predictor, format, units=units, spacing=spacing, series=series, keep=keep),
         environment=_environment(predictor, shard),
         started=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         caveats=list(predictor.caveats),
@@ -245,7 +246,7 @@ def predict_files(
         reading = {"units": units, "spacing": spacing, "series": series}
         write = partial(_write, out=folder, root=summary.root, format=format)
         try:
-            predicted = _predicted(predictor, todo, reading, format, readers, bar)
+            predicted = _predicted(predictor, todo, reading, keep, format, readers, bar)
             for _, result in read_ahead(write, predicted, threads=WRITERS, depth=2 * WRITERS):
                 if log is not None and result.record is not None:
                     log.append(result.record)
@@ -263,8 +264,10 @@ def predict_files(
                 write_files({run: json_bytes(summary.to_dict(), indent=2)})
     if (series is not None or spacing is not None) and summary.slices and not summary.scans:
         warnings.warn("series and spacing are for scans: these were single slices, read without them", stacklevel=2)
-    if _join(folder, summary, world) and format == "coco":
-        write_coco_results(folder / PREDICTIONS, folder, annotations=annotations)
+    if _join(folder, summary, world):
+        _write_scan_table(folder)
+        if format == "coco":
+            write_coco_results(folder / PREDICTIONS, folder, annotations=annotations)
     return summary
 
 
@@ -405,7 +408,13 @@ def common_root(inputs: Iterable[str]) -> str | None:
 
 
 def _predicted(
-    predictor: Predictor, todo: list[Work], reading: Mapping[str, Any], format: Format, readers: int, bar: Any
+    predictor: Predictor,
+    todo: list[Work],
+    reading: Mapping[str, Any],
+    keep: Keep,
+    format: Format,
+    readers: int,
+    bar: Any,
 ) -> Iterator[tuple[Work, Prediction | VolumePrediction | CTMaskNetError]]:
     """Read ahead and predict, in the order of `todo`."""
 
@@ -435,7 +444,7 @@ def _predicted(
             volume = open_volume(one.name, **reading)
             if format == "dicom":
                 require_frames(volume)
-            yield one, predictor.volume(volume, progress=show)
+            yield one, predictor.volume(volume, keep=keep, progress=show)
         except CTMaskNetError as error:
             yield one, error
 
@@ -542,7 +551,7 @@ def _forget(out: Path, log: Log) -> None:
             others.enter_context(Log(path))
         log.clear()
         try:
-            for name in (RUN, COCO_RESULTS, COCO_IMAGES):
+            for name in (RUN, SCANS, COCO_RESULTS, COCO_IMAGES):
                 (out / name).unlink(missing_ok=True)
             if (out / "parts").is_dir():
                 shutil.rmtree(out / "parts")
@@ -599,6 +608,29 @@ def _join(out: Path, summary: RunSummary, world: int) -> bool:
         whole["environment"] = {**whole["environment"], "shard": None, "processes": world}
         write_files({out / RUN: json_bytes(whole, indent=2)})
     return True
+
+
+def _write_scan_table(out: Path) -> None:
+    """scans.csv: figures of every scan in predictions.jsonl, and what made them; none without scans."""
+    names = ("slices", "slices_failed", "slices_with_lesions", "lesion_ml")
+    rows = []
+    for line in read_logs([out / PREDICTIONS]):
+        if line["kind"] != "scan":
+            continue
+        x, y, z = line["spacing_mm"]
+        row = {"source": line["source"], **{name: line[name] for name in names}, "lesions": len(line["lesions"])}
+        row |= line["involvement"] or {}
+        row |= {f"{name}_ml": ml for name, ml in (line["lesion_ml_by_class"] or {}).items()}
+        row |= {f"share_{name}": share for name, share in (line["class_shares"] or {}).items()}
+        row |= {"spacing_x_mm": x, "spacing_y_mm": y, "spacing_z_mm": z, "units": line["units"]}
+        row |= {"problems": " | ".join(line["problems"]), "score_threshold": line["score_threshold"]}
+        for slot, model in line["models"].items():
+            row |= {slot: model and model["variant"], f"{slot}_sha256": model and model["sha256"]}
+        rows.append({**row, "version": line["version"]})
+    if rows:
+        head = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
+        table = csv_text([head, *([row.get(name) for name in head] for row in rows)])
+        write_files({out / SCANS: table.encode("utf-8", "backslashreplace")})
 
 
 # COCO results

@@ -28,6 +28,7 @@ _BOX_ALPHA = 0.75
 _BACKING_ALPHA = 0.72
 _SMALLEST_SIDE = 768  # a picture's longer side is enlarged to at least this
 _TILE, _CAPTION, _COLUMNS = 288, 20, 4  # of a montage: side of a tile and height of its caption, tiles in a row
+_PAGE, _INK, _FAINT_INK = (1240, 1754), (0, 0, 0), (90, 90, 90)  # of a report: A4 at 150 dpi
 _STRIP = (18, 18, 20)
 _TEXT = (240, 240, 240)
 _FAINT_TEXT = (160, 160, 165)
@@ -153,10 +154,63 @@ def montage(
         class_names: index = label, background first.
         headline, notes: see `overlay`.
     """
+    return _with_text(
+        _mosaic(tiles, class_names), _style((_COLUMNS * _TILE, _COLUMNS * _TILE)), headline, notes, {}, {}
+    )
+
+
+def report(
+    title: str,
+    headline: str,
+    tiles: Sequence[Tile],
+    class_names: Sequence[str],
+    tables: Sequence[Sequence[Sequence[str]]],
+    notes: Sequence[str] = (),
+) -> Image.Image:
+    """A page, A4 upright at 150 dpi: title, a line of text, up to 12 slices, tables, notes and the disclaimer.
+
+    Args:
+        tiles, class_names: see `montage`.
+        tables: rows of cells, the head first.
+        notes: small print; those without room are counted.
+    """
+    page = Image.new("RGB", _PAGE, (255, 255, 255))
+    draw = ImageDraw.Draw(page)
+    large, body, small = (ImageFont.load_default(size=size) for size in (34, 20, 17))
+    left, bottom, inner = 60, _PAGE[1] - 60, _PAGE[0] - 120
+    y = 50
+    for text, font, step in ((title, large, 46), (headline, body, 28)):
+        for line in _wrap(text, font, inner):
+            draw.text((left, y), line, fill=_INK, font=font)
+            y += step
+    shown = ImageOps.contain(_mosaic(tiles, class_names), (inner, 850))
+    page.paste(shown, (left, y + 14))
+    y += shown.height + 36
+    for head, *rows in tables:
+        widths = [max(map(body.getlength, cells)) for cells in zip(head, *rows, strict=True)]
+        gap = min(40, (inner - sum(widths)) / len(widths))
+        for row in (head, *rows):
+            x = float(left)
+            for cell, width in zip(row, widths, strict=True):
+                draw.text((x, y), cell, fill=_FAINT_INK if row is head else _INK, font=body)
+                x += width + gap
+            y += 27
+        y += 18
+    lines = [line for note in notes for line in _wrap(note, small, inner)]
+    room = (bottom - y) // 22 - 1
+    if len(lines) > room:
+        lines[room - 1 :] = [f"and {len(lines) - room + 1} more lines of notes"]
+    for line in (*lines, *_wrap(DISCLAIMER, small, inner)):
+        draw.text((left, y), line, fill=_FAINT_INK, font=small)
+        y += 22
+    return page
+
+
+def _mosaic(tiles: Sequence[Tile], class_names: Sequence[str]) -> Image.Image:
     columns = min(_COLUMNS, max(len(tiles), 1))
     cell = _TILE + _CAPTION
     picture = Image.new("RGB", (columns * _TILE, -(-len(tiles) // columns) * cell), _STRIP)
-    style = _style((_COLUMNS * _TILE, _COLUMNS * _TILE))
+    font = _style((_COLUMNS * _TILE, _COLUMNS * _TILE)).small
     draw = ImageDraw.Draw(picture)
     for place, (caption, grey, labels) in enumerate(tiles):
         x, y = place % columns * _TILE, place // columns * cell
@@ -166,8 +220,8 @@ def montage(
             paint(shown, [labels == label], class_colour(class_names, label), 1, contour)
         shown = ImageOps.pad(shown, (_TILE, _TILE), color=_STRIP)
         picture.paste(shown, (x, y))
-        draw.text((x + 4, y + _TILE + _CAPTION // 2), caption, fill=_TEXT, font=style.small, anchor="lm")
-    return _with_text(picture, style, headline, notes, {}, {})
+        draw.text((x + 4, y + _TILE + _CAPTION // 2), caption, fill=_TEXT, font=font, anchor="lm")
+    return picture
 
 
 def paint(picture: Image.Image, masks: Iterable[npt.NDArray[np.bool_]], colour: Colour, scale: int, line: int) -> None:

@@ -39,6 +39,7 @@ NONE = "none"
 DEFAULTS = (DEFAULT_SEGMENTER, DEFAULT_CLASSIFIER)
 OVERLAY, SCORE_MAP, CONTRIBUTIONS, MONTAGE = "Overlay", "Score map", "RoI contributions", "Montage"
 UNITS = {"as the file says": None, "Hounsfield units": "hu", "stretch its own range": "range"}
+SLICE_HEAD = ["lesion", "score", "area, px", "box x1 y1 x2 y2, px"]
 MAX_FILES = 2000  # of one upload: a series
 KEPT_SECONDS = 3600  # what a visitor sent, after the last click
 CSS = """
@@ -137,6 +138,11 @@ def _words(name: str, summary: str, notes: Sequence[str]) -> str:
     return f"<h3>{escape(name)}: {escape(summary)}</h3>" + "".join(f"<p>{escape(note)}</p>" for note in notes)
 
 
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    cells = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows)
+    return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
+
+
 def _grey(one: Slice) -> Image.Image:
     return Image.fromarray(np.rint(one.pixels * 255).astype(np.uint8))
 
@@ -190,8 +196,10 @@ def _build(
         """Picture and facts; of a single slice also files."""
         predictor.score_threshold, predictor.nms_threshold = point
         if case.scan is not None and what == MONTAGE:
-            words = _words(case.name, case.scan.summary, (*case.notes, *case.scan.caveats))
-            return {picture: case.scan.plot(), facts: words, lesions: gr.update(visible=False)}
+            words = _words(case.name, case.scan.summary, (*case.scan.problems, *case.scan.caveats))
+            head, *rows = case.scan.lesion_rows() or [[]]
+            found = gr.update(value=rows, headers=head, visible=bool(rows))
+            return {picture: case.scan.plot(), facts: words + _table(case.scan.involvement_rows()), lesions: found}
         predictor.score_map = what == SCORE_MAP
         prediction = predictor(case.slice(index))
         found = prediction.to_dict()["lesions"]
@@ -200,7 +208,7 @@ def _build(
         drawn = {
             picture: _draw(what, prediction, predictor.classifier),
             facts: _words(prediction.source, prediction.summary, [classes, *prediction.caveats]),
-            lesions: gr.update(value=rows, visible=bool(rows)),
+            lesions: gr.update(value=rows, headers=SLICE_HEAD, visible=bool(rows)),
         }
         if case.scan is None:
             written = prediction.save(case.folder / "results")
@@ -239,6 +247,13 @@ def _build(
             yield {picture: gr.skip() if case is None else _grey(case.slice(settings[1]))}
 
     @guarded
+    def on_slide(case: Case | None, what: str, *settings: Any) -> Iterator[Shown]:
+        """A slice of the scan instead of its montage."""
+        what = OVERLAY if what == MONTAGE else what
+        for drawn in on_show(case, what, *settings):
+            yield {**drawn, view: what}
+
+    @guarded
     def on_models(case: Case | None, seg: str, cls: str) -> Iterator[Shown]:
         _, (score, overlap) = predictor_of(seg, cls)
         if case is not None:
@@ -271,8 +286,7 @@ def _build(
                 buttons = ["download", "fullscreen"]
                 picture = gr.Image(str(SLICE), format="png", show_label=False, buttons=buttons, elem_id="picture")
                 facts = gr.HTML(elem_id="facts")
-                headers = ["lesion", "score", "area, px", "box x1 y1 x2 y2, px"]
-                lesions = gr.Dataframe(headers=headers, interactive=False, visible=False, elem_id="lesions")
+                lesions = gr.Dataframe(headers=SLICE_HEAD, interactive=False, visible=False, elem_id="lesions")
                 label = "Results, as ctmasknet predict writes them"
                 files = gr.File(label=label, visible=False, interactive=False, elem_id="files")
         everything, settings = [state, status, view, at, picture, facts, lesions, files, cut, nms], [view, at, cut, nms]
@@ -282,8 +296,9 @@ def _build(
         common |= {"show_progress": "minimal"}
         gr.on([upload.change, units.input], on_open, [upload, units, state], everything, **common)
         gr.on([seg.input, cls.input], on_models, [state, seg, cls], everything, **common)
-        moved = [view.input, at.change, cut.change, nms.change]  # `input` misses the number beside a slider
-        gr.on(moved, on_show, [state, *settings], everything, trigger_mode="always_last", **common)
+        moved = [view.input, cut.change, nms.change]  # `input` misses the number beside a slider
+        for triggers, handle in ((moved, on_show), ([at.change], on_slide)):
+            gr.on(triggers, handle, [state, *settings], everything, trigger_mode="always_last", **common)
         stop.click(lambda case: case and case.stopped.set(), state, None, api_visibility="private", queue=False)
     return page
 

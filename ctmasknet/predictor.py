@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_args
 
 import numpy as np
@@ -15,14 +16,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ctmasknet.data.scans import Volume, open_volume
+from ctmasknet.data.scans import Volume, is_scan, open_volume
 from ctmasknet.data.slices import Slice, read_slice, require_finite
 from ctmasknet.errors import ConfigError, CTMaskNetError, InputError
 from ctmasknet.models import Model
 from ctmasknet.models.detector import LesionMaskRCNN
 from ctmasknet.models.inference import Inference, Precision, Protocol, Reading, dtype_of, same_detector
 from ctmasknet.registry import Task
-from ctmasknet.results import Prediction, RoIBatch, VolumePrediction, gather
+from ctmasknet.results import Keep, Prediction, RoIBatch, VolumePrediction, gather
 from ctmasknet.weights.files import state_digest
 from ctmasknet.zoo import DEFAULT, choose_device, class_names, open_model
 
@@ -176,25 +177,29 @@ class Predictor:
 
     def volume(
         self,
-        scan: str | os.PathLike[str] | Volume,
+        scan: str | os.PathLike[str] | Volume | Any,
         *,
         units: str | None = None,
         series: str | None = None,
         spacing: tuple[float, float, float] | None = None,
+        keep: Keep = "all",
         progress: bool | Callable[[int, int], None] = False,
     ) -> VolumePrediction:
         """Predict a whole scan, slice by slice (extra ``io``); slices that cannot be used are reported in it.
 
         Args:
-            scan: a folder with a DICOM series, a DICOM file of one or many frames, a NIfTI file, or what `open_volume`
-                gave.
+            scan: whatever `ctmasknet.data.scans.open_volume` takes, or what it gave: a folder with a DICOM series, a
+                DICOM file of one or many frames, a NIfTI file, an image of nibabel or SimpleITK, an array (S, H, W).
             units, series, spacing: see `ctmasknet.data.scans.open_volume`.
+            keep: ``"lungs"`` drops lesions that lie outside the lungs, where lungs are found.
             progress: True shows a bar on a terminal; a function is called with the numbers of slices done and in all.
 
         Raises:
             InputError: not a scan, not on an even grid, or without a usable slice; names the file and the fix.
             MissingExtraError: pydicom, nibabel or the decoder is not installed.
         """
+        if keep not in get_args(Keep):
+            raise ConfigError(f"keep={keep!r}: use 'all' or 'lungs'")
         volume = scan if isinstance(scan, Volume) else open_volume(scan, units=units, series=series, spacing=spacing)
         results = self.stream(volume.slices(), score_map=False)
         return gather(
@@ -208,6 +213,7 @@ class Predictor:
                 slot: facts and {key: facts[key] for key in ("variant", "sha256")}
                 for slot, facts in self.models.items()
             },
+            keep=keep,
         )
 
     def _predict_in_memory(self, slices: list[Slice], score_map: bool) -> list[Prediction | OutOfMemoryError]:
@@ -332,6 +338,12 @@ def _counted(items: Iterable[Item], total: int, progress: bool | Callable[[int, 
             yield item
 
 
-def predict(image: ImageLike, *, units: str | None = None, **options: Any) -> Prediction:
-    """Predict one slice with a new `Predictor(**options)`; for many slices, keep a `Predictor`."""
-    return Predictor(**options)(image, units=units)
+def predict(image: ImageLike, *, units: str | None = None, **options: Any) -> Prediction | VolumePrediction:
+    """Predict one slice, or the scan that a folder or file holds, with a new `Predictor(**options)`.
+
+    For many, keep a `Predictor`: it takes slices when called, and scans by its `volume`.
+    """
+    predictor = Predictor(**options)
+    if isinstance(image, str | os.PathLike) and (Path(image).is_dir() or is_scan(Path(image))):
+        return predictor.volume(image, units=units)
+    return predictor(image, units=units)

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import gzip
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from ctmasknet.data.dicom_out import LesionMask, dicom_files
+from ctmasknet.data.lesions import Detection, Ids, ScanLesion, count_voxels, involvement, join_slices, measure
+from ctmasknet.data.lungs import find_lungs
+from ctmasknet.data.slices import LUNG_WINDOW
 from ctmasknet.errors import CTMaskNetError, InputError
 from ctmasknet.output import Content, PathLike, csv_text, json_bytes, write_files
-from ctmasknet.overlay import Lesion, Tile, class_colour, montage, overlay
-from ctmasknet.registry import class_title
+from ctmasknet.overlay import Lesion, Tile, class_colour, montage, overlay, report
+from ctmasknet.registry import __version__, class_title
 
 if TYPE_CHECKING:
     from ctmasknet.data.scans import Volume
 
-MONTAGE_TILES = 12
+Keep = Literal["all", "lungs"]
+
+REPORT_TILES, REPORT_LESIONS = 12, 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -265,10 +270,11 @@ class SliceRow:
         index: along the axial axis of the scan's grid.
         source: what the slice was read from.
         height_mm: how far towards the head it lies, in the scan's coordinates.
-        lesions: how many; None without a segmenter, or if the slice could not be used.
-        max_score: the best of them, 0..1; None if there is none.
+        lesions: how many of the scan's lesions it cuts; None without a segmenter, or if the slice could not be used.
+        max_score: of the best detection in it, 0..1; None if there is none.
         lesion_area_mm2: the union of the lesions.
         lesion_fraction: of the slice, 0..1.
+        involvement: of the lungs in this slice, as `VolumePrediction.involvement`.
         class_probabilities: of the slice; None without a classifier.
         predicted_class: the most probable of them.
         error: why the slice could not be used, "" if it could.
@@ -281,6 +287,7 @@ class SliceRow:
     max_score: float | None = None
     lesion_area_mm2: float | None = None
     lesion_fraction: float | None = None
+    involvement: dict[str, float | None] | None = None
     class_probabilities: dict[str, float] | None = None
     predicted_class: str | None = None
     error: str = ""
@@ -293,6 +300,12 @@ class VolumePrediction:
     Attributes:
         volume: the scan: source, affine, spacing, what its slices were read from.
         mask: uint8 of the scan's shape, 0 or the label of a lesion; where lesions overlap, that of the best score.
+        lesion_ids: of the scan's shape, 0 or the `id` of one of `lesions`.
+        lungs: uint8 of the scan's shape, 1 right and 2 left lung, lesions and vessels included, airways not; None if
+            there are none, or the values are not HU: `problems` says which.
+        image: (S, H, W) uint8, the slices as the models saw them; `volume.stack` turns the arrays above like it.
+        lesions: the largest in the lungs first, those outside last.
+        counts: (S, 3, classes), voxels of each slice outside, in the right and in the left lung, by class (0: none).
         slices: a row per slice, in the order of the grid; unusable slices have an `error`.
         class_names: the detector's classes, index = label, background first.
         score_threshold: lesions scored below this were dropped; None if unknown.
@@ -300,11 +313,15 @@ class VolumePrediction:
         problems: what is wrong with the scan and its slices, one line each.
         caveats: what the weights admit of themselves.
         models: variant and SHA-256 of the weights of its ``"segmenter"`` and ``"classifier"``; None for none.
-        tiles: the slices that `plot` shows.
     """
 
     volume: Volume
     mask: npt.NDArray[np.uint8] = field(repr=False)
+    lesion_ids: Ids = field(repr=False)
+    lungs: npt.NDArray[np.uint8] | None = field(repr=False)
+    image: npt.NDArray[np.uint8] = field(repr=False)
+    lesions: tuple[ScanLesion, ...] = field(repr=False)
+    counts: npt.NDArray[np.intp] = field(repr=False)
     slices: tuple[SliceRow, ...] = field(repr=False)
     class_names: tuple[str, ...]
     score_threshold: float | None
@@ -312,7 +329,6 @@ class VolumePrediction:
     problems: tuple[str, ...]
     caveats: tuple[str, ...] = ()
     models: Mapping[str, Mapping[str, str] | None] = field(default_factory=dict, repr=False)
-    tiles: tuple[Tile, ...] = field(default=(), repr=False)
 
     @property
     def source(self) -> str:
@@ -327,17 +343,28 @@ class VolumePrediction:
     @property
     def lesion_ml(self) -> float | None:
         """Volume of all lesions in ml; None without a segmenter."""
-        return float(np.count_nonzero(self.mask)) * self.volume.voxel_ml if self.has_segmentation else None
+        by_class = self.lesion_ml_by_class
+        return None if by_class is None else sum(by_class.values())
 
     @property
     def lesion_ml_by_class(self) -> dict[str, float] | None:
         """Volume in ml by class of lesion; None without a segmenter."""
         if not self.has_segmentation:
             return None
-        counts = np.bincount(self.mask.ravel(), minlength=len(self.class_names))
-        return {
-            name: float(counts[label]) * self.volume.voxel_ml for label, name in enumerate(self.class_names) if label
-        }
+        volumes = (self.counts.sum((0, 1)) * self.volume.voxel_ml).tolist()
+        return dict(zip(self.class_names[1:], volumes[1:], strict=True))
+
+    @property
+    def involvement(self) -> dict[str, float | None] | None:
+        """What the lesions take up of the lungs; None without lungs or a segmenter.
+
+        In ml and percent, for ``right``, ``left`` and ``both``: ``<side>_lung_ml``, ``<side>_lesion_ml``,
+        ``<side>_lesion_percent`` (None for a lung that is not there), with several classes of lesion also
+        ``<side>_<class>_ml`` and ``<side>_<class>_percent``; and ``outside_lesion_ml``.
+        """
+        if self.lungs is None or not self.has_segmentation:
+            return None
+        return involvement(self.counts.sum(0), self.volume.voxel_ml, self.class_names)
 
     @property
     def class_shares(self) -> dict[str, float] | None:
@@ -350,14 +377,18 @@ class VolumePrediction:
 
     @property
     def summary(self) -> str:
-        """One line for people: "16 slices; lesions 31.4 ml in 12 of them; COVID-19 in 75% of the slices"."""
+        """One line for people: "16 slices; 3 lesions, 31.4 ml in 12 slices, 4.1% of the lungs; COVID-19 in 75% of the
+        slices"."""
         done = [row for row in self.slices if not row.error]
         parts = [counted(len(done), "slice")]
         if len(done) < len(self.slices):
             parts[0] += f" ({len(self.slices) - len(done)} could not be used)"
         if self.lesion_ml is not None:
             touched = sum(bool(row.lesions) for row in done)
-            parts.append(f"lesions {self.lesion_ml:.1f} ml in {touched} of them" if touched else "no lesion")
+            found = f"{counted(len(self.lesions), 'lesion')}, {self.lesion_ml:.1f} ml in {counted(touched, 'slice')}"
+            share = (self.involvement or {}).get("both_lesion_percent")
+            found += "" if share is None else f", {share:.1f}% of the lungs"
+            parts.append(found if touched else "no lesion")
         if self.class_shares:
             name = max(self.class_shares, key=self.class_shares.__getitem__)
             parts.append(f"{class_title(name)} in {self.class_shares[name]:.0%} of the slices")
@@ -382,34 +413,111 @@ class VolumePrediction:
             "slices_with_lesions": sum(bool(row.lesions) for row in self.slices) if self.has_segmentation else None,
             "lesion_ml": self.lesion_ml,
             "lesion_ml_by_class": self.lesion_ml_by_class,
+            "involvement": self.involvement,
+            "lesions": [asdict(lesion) for lesion in self.lesions],
             "class_shares": self.class_shares,
             "models": dict(self.models),
+            "version": __version__,
             "problems": list(self.problems),
             "caveats": list(self.caveats),
         }
 
     def table(self) -> str:
-        """The rows as CSV, with a header; one column per class of the classifier."""
+        """The rows as CSV, with a header; a column per figure of `involvement` and per class of the classifier."""
         classes = next((list(row.class_probabilities) for row in self.slices if row.class_probabilities), [])
+        shares = list(self.involvement or {})
         names = ("slice", "source", "height_mm", "lesions", "max_score", "lesion_area_mm2", "lesion_fraction")
-        lines: list[list[Any]] = [[*names, "predicted_class", *(f"p_{name}" for name in classes), "error"]]
+        head = [*names, *shares, "predicted_class", *(f"p_{name}" for name in classes), "error"]
+        lines: list[list[Any]] = [head]
         for row in self.slices:
-            given = row.class_probabilities or {}
             figures = [row.height_mm, row.lesions, row.max_score, row.lesion_area_mm2, row.lesion_fraction]
-            shown = [None if value is None else f"{value:.6g}" for value in (*figures, *map(given.get, classes))]
-            shown.insert(len(figures), row.predicted_class)
+            figures += map((row.involvement or {}).get, shares)
+            given = map((row.class_probabilities or {}).get, classes)
+            shown = [*map(_figure, figures), row.predicted_class, *map(_figure, given)]
             lines.append([row.index, row.source, *shown, row.error.replace("\n", " ")])
         return csv_text(lines)
 
+    def lesion_table(self) -> str:
+        """`lesions` as CSV, with a header; of several classes also a column of ml per class."""
+        classes = self.class_names[1:] if len(self.class_names) > 2 else ()
+        head = ("lesion", "side", "ml", "diameter_mm", "first_slice", "last_slice", "mean_hu", "score")
+        lines: list[list[Any]] = [[*head, *(f"{name}_ml" for name in classes)]]
+        for one in self.lesions:
+            figures = [one.ml, one.diameter_mm, one.first_slice, one.last_slice, one.mean_hu, one.score]
+            lines.append([one.id, one.side, *map(_figure, (*figures, *map(one.ml_by_class.get, classes)))])
+        return csv_text(lines)
+
+    def involvement_rows(self) -> list[list[str]]:
+        """`involvement` rounded for people: a head, then right, left, both, outside; empty without it."""
+        facts = self.involvement
+        if facts is None:
+            return []
+        kinds = ["lesion", *(self.class_names[1:] if len(self.class_names) > 2 else ())]
+        head = ["", "lung, ml"] + [f"{class_title(kind)}, {unit}" for kind in kinds for unit in ("ml", "%")]
+        keys = ["lung_ml", *(f"{kind}_{unit}" for kind in kinds for unit in ("ml", "percent"))]
+        sides = ("right", "left", "both", "outside")
+        return [head, *([side, *(_rounded(facts.get(f"{side}_{key}")) for key in keys)] for side in sides)]
+
+    def lesion_rows(self) -> list[list[str]]:
+        """`lesions` rounded for people, below a head; empty without them."""
+        rows = [["lesion", "side", "ml", "diameter, mm", "slices", "mean HU", "score"]] if self.lesions else []
+        for one in self.lesions:
+            slices = " to ".join(map(str, dict.fromkeys((one.first_slice, one.last_slice))))
+            figures = _rounded(one.ml), _rounded(one.diameter_mm), slices, _rounded(one.mean_hu), f"{one.score:.2f}"
+            rows.append([str(one.id), one.side or "unknown", *figures])
+        return rows
+
     def plot(self) -> Image.Image:
-        """A montage: of each twelfth of the scan the slice with most lesion, or its middle one."""
-        return montage(self.tiles, self.class_names, self.summary, self.caveats)
+        """A montage of all slices that hold lesions; without any, of up to 12 over the scan."""
+        shown = self._with_lesions() or [part[len(part) // 2] for part in self._twelfths(self._usable())]
+        return montage(self._tiles(shown), self.class_names, self.summary, self.caveats)
+
+    def report(self) -> Image.Image:
+        """One page (A4, 150 dpi): up to 12 slices, the lungs' and the largest lesions' figures, problems, caveats."""
+        parts = self._twelfths(self._with_lesions() or self._usable())
+        area = self.counts[:, :, 1:].sum((1, 2))
+        tiles = self._tiles(
+            [max(part, key=lambda index: (area[index], -abs(index - part[len(part) // 2]))) for part in parts]
+        )
+        lesions = self.lesion_rows()
+        if len(lesions) > REPORT_LESIONS + 1:
+            more = f"{len(lesions) - REPORT_LESIONS - 1} more"
+            lesions[REPORT_LESIONS + 1 :] = [[more, *[""] * (len(lesions[0]) - 1)]]
+        tables = [table for table in (self.involvement_rows(), lesions) if table]
+        made_by = [f"{model['variant']} {model['sha256'][:12]}" for model in self.models.values() if model]
+        x, y, z = self.volume.spacing
+        grid = f"{' x '.join(map(str, self.volume.shape))} voxels of {x:.3g} x {y:.3g} x {z:.3g} mm"
+        view = "The patient's right is on the left of the pictures, the back below."
+        notes = (*self.problems, *self.caveats, view, f"{grid}; ctmasknet {__version__}; {', '.join(made_by)}")
+        return report(Path(self.source).name, self.summary, tiles, self.class_names, tables, notes)
+
+    def _usable(self) -> list[int]:
+        return [row.index for row in self.slices if not row.error]
+
+    def _with_lesions(self) -> list[int]:
+        return [row.index for row in self.slices if row.lesions]
+
+    def _twelfths(self, indices: list[int]) -> list[list[int]]:
+        return [part.tolist() for part in np.array_split(indices, min(REPORT_TILES, len(indices)))]
+
+    def _tiles(self, indices: Iterable[int]) -> list[Tile]:
+        labels, area = self.volume.stack(self.mask), self.counts[:, :, 1:].sum((1, 2)) * self.volume.pixel_mm2 / 100
+        return [
+            (
+                f"slice {index}" + (f": {area[index]:.1f} cm2 lesion" if area[index] else ""),
+                self.image[index],
+                labels[index],
+            )
+            for index in indices
+        ]
 
     def save(self, directory: PathLike, name: str | None = None, *, dicom: bool = False) -> list[Path]:
-        """Write mask, table, montage and record into `directory`, which is created if missing.
+        """Write masks, tables, pictures and record into `directory`, which is created if missing.
 
-        `<name>.lesions.nii.gz` has the scan's geometry, `<name>.slices.csv` a row per slice, `<name>.montage.png`
-        the picture, `<name>.json` the facts. Each appears whole or not at all, the JSON last.
+        The masks, with the scan's geometry: `<name>.lesions.nii.gz` holds classes, `<name>.lesion_ids.nii.gz` the
+        numbers of lesions, `<name>.lungs.nii.gz` the lungs, if there are any. `<name>.slices.csv` has a row per slice,
+        `<name>.lesions.csv` one per lesion; `<name>.montage.png` shows all slices with lesions, `<name>.report.png` and
+        `.pdf` are a page to read, `<name>.json` holds the facts. Each appears whole or not at all, the JSON last.
 
         Args:
             directory: where to write.
@@ -418,21 +526,30 @@ class VolumePrediction:
                 before the JSON (extra ``dicom``). They belong to the scan's patient and study, names included.
 
         Returns:
-            The paths, in that order.
+            The paths, the mask of lesions first.
 
         Raises:
             InputError: `name` holds a folder, or the files cannot be written; with `dicom`, the scan was not read from
                 DICOM, its headers do not allow it, or no segmenter ran.
         """
         stem = _target(directory, name, Path(self.source).resolve().name or "scan")
-        picture = self.plot()
         seg_and_sr = zip((stem(".seg.dcm"), stem(".sr.dcm")), self._dicom_files(), strict=True) if dicom else ()
+        picture, page = self.plot(), self.report()
+        masks = {"lesions": self.mask, "lesion_ids": self.lesion_ids, "lungs": self.lungs}
+        # No time stamps: the same masks give the same files.
+        undated: dict[str, Any] = {"title": "lesions", "resolution": 150, "creationDate": None, "modDate": None}
         return write_files(
             {
-                # No time stamp: the same mask gives the same file.
-                stem(".lesions.nii.gz"): gzip.compress(self.volume.mask_image(self.mask).to_bytes(), 6, mtime=0),
+                **{
+                    stem(f".{kind}.nii.gz"): gzip.compress(self.volume.mask_image(mask).to_bytes(), 6, mtime=0)
+                    for kind, mask in masks.items()
+                    if mask is not None
+                },
                 stem(".slices.csv"): self.table().encode("utf-8", "backslashreplace"),
-                stem(".montage.png"): lambda stream: picture.save(stream, format="PNG"),
+                stem(".lesions.csv"): self.lesion_table().encode(),
+                stem(".montage.png"): lambda stream: picture.save(stream, format="PNG", compress_level=3),
+                stem(".report.png"): lambda stream: page.save(stream, format="PNG", compress_level=3),
+                stem(".report.pdf"): lambda stream: page.save(stream, format="PDF", quality=90, **undated),
                 **dict(seg_and_sr),
                 stem(".json"): json_bytes(self.to_dict()),
             }
@@ -470,53 +587,82 @@ def gather(
     has_segmentation: bool,
     caveats: tuple[str, ...],
     models: Mapping[str, Mapping[str, str] | None],
+    keep: Keep,
 ) -> VolumePrediction:
-    """Put the predictions of a scan's slices, as they come, on its voxel grid.
+    """Put the predictions of a scan's slices, as they come, on its voxel grid; join them and find the lungs.
 
     Raises:
         InputError: not one slice could be used.
     """
-    mask = np.zeros(volume.shape, np.uint8)
-    planes = np.moveaxis(mask, volume.axial_axis, 0)
+    mask, image = (np.zeros([volume.shape[axis] for axis in volume.axes], np.uint8) for _ in range(2))
     rows: list[SliceRow] = []
+    detections: list[Detection] = []
     problems = list(volume.problems)
-    segments = np.array_split(sorted(volume.names), min(MONTAGE_TILES, len(volume.names)))
-    middle = {int(segment[len(segment) // 2]) for segment in segments}
-    segment_of = {int(index): number for number, segment in enumerate(segments) for index in segment}
-    tiles: dict[int, tuple[tuple[float, bool], Tile]] = {}
     for index, result in results:
         row = SliceRow(index, volume.names[index], volume.height_mm(index))
         if not isinstance(result, Prediction):
             problems.append(str(result))
             rows.append(replace(row, error=str(result)))
             continue
-        labels = _label_map(result)
-        planes[index] = volume.to_grid(labels)
-        area = float(np.count_nonzero(labels)) * volume.pixel_mm2
-        row = replace(row, class_probabilities=result.class_probabilities, predicted_class=result.predicted_class)
-        if has_segmentation:
-            best = float(result.scores.max()) if len(result.scores) else None
-            row = replace(row, lesions=len(result.scores), max_score=best)
-            row = replace(row, lesion_area_mm2=area, lesion_fraction=result.lesion_fraction)
-        rows.append(row)
-        worth, segment = (area, index in middle), segment_of[index]
-        if segment not in tiles or worth > tiles[segment][0]:
-            grey = np.rint(255 * np.clip(result.image, 0, 1)).astype(np.uint8)
-            caption = f"slice {index}" + (f": {area / 100:.1f} cm2 lesion" if area else "")
-            tiles[segment] = worth, (caption, grey, labels)
+        mask[index] = _label_map(result)
+        image[index] = np.rint(255 * np.clip(result.image, 0, 1))
+        for pixels, score in zip(result.masks, result.scores, strict=True):
+            detections.append(Detection(index, np.flatnonzero(pixels), float(score)))
+        rows.append(
+            replace(row, class_probabilities=result.class_probabilities, predicted_class=result.predicted_class)
+        )
     if all(row.error for row in rows):
         reason = rows[0].error if rows else "it has none"
         raise InputError(f"{volume.source}: no slice of it can be used; the first: {reason}")
+
+    steps, in_hu = volume.stack_steps, volume.units != "range"
+    between_slices, between_rows, between_columns = np.linalg.norm(steps, axis=0).tolist()
+    ids = join_slices(mask > 0)
+    lungs: npt.NDArray[np.uint8] | None = None
+    if in_hu:
+        lungs = find_lungs(image, (between_slices, between_rows, between_columns), ids)
+    if lungs is None or not lungs.any():
+        why = "no lungs found" if in_hu else "values are not HU, so lungs were not looked for"
+        problems.append(f"{volume.source}: {why}; no percentages" + ", nothing dropped" * (keep == "lungs"))
+        lungs = None
+    lesions = measure(mask, ids, lungs, image, detections, class_names, steps, LUNG_WINDOW if in_hu else None)
+    if keep == "lungs":
+        lesions = tuple(lesion for lesion in lesions if lesion.side != "outside")
+        mask[ids > len(lesions)] = 0
+        ids[ids > len(lesions)] = 0
+    counts = count_voxels(mask, np.zeros_like(mask) if lungs is None else lungs, len(class_names))
+    if has_segmentation:
+        best: dict[int, float] = {}
+        for place, pixels, score in detections:
+            if ids[place].ravel()[pixels].any():
+                best[place] = max(score, best.get(place, 0.0))
+        for number, row in enumerate(rows):
+            if row.error:
+                continue
+            here = counts[row.index]
+            area = int(here[:, 1:].sum())
+            rows[number] = replace(
+                row,
+                lesions=int(np.count_nonzero(np.bincount(ids[row.index].ravel())[1:])),
+                max_score=best.get(row.index),
+                lesion_area_mm2=area * volume.pixel_mm2,
+                lesion_fraction=area / int(here.sum()),
+                involvement=None if lungs is None else involvement(here, volume.voxel_ml, class_names),
+            )
     return VolumePrediction(
         volume=volume,
-        mask=mask,
+        mask=volume.grid(mask),
+        lesion_ids=volume.grid(ids),
+        lungs=None if lungs is None else volume.grid(lungs),
+        image=image,
+        lesions=lesions,
+        counts=counts,
         slices=tuple(rows),
         class_names=class_names,
         score_threshold=score_threshold,
         has_segmentation=has_segmentation,
         problems=tuple(problems),
         caveats=caveats,
-        tiles=tuple(tiles[number][1] for number in sorted(tiles)),
         models=models,
     )
 
@@ -527,6 +673,14 @@ def _label_map(prediction: Prediction) -> npt.NDArray[np.uint8]:
     for lesion in np.argsort(prediction.scores, kind="stable").tolist():
         labels[prediction.masks[lesion]] = prediction.labels[lesion]
     return labels
+
+
+def _figure(value: float | None) -> str | None:
+    return None if value is None else f"{value:.6g}"
+
+
+def _rounded(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}" if abs(value) >= 1 else f"{value:.2g}"
 
 
 def _target(directory: PathLike, name: str | None, default: str) -> Callable[[str], Path]:

@@ -363,7 +363,9 @@ def test_the_command_line_predicts_a_scan_and_says_where_the_mask_is(here, capsy
     assert facts["slices"] == 1
     assert sorted(path.name for path in Path("out").iterdir()) == [
         "run.json",
-        *(f"scan.nii.{kind}" for kind in ("json", "lesions.nii.gz", "montage.png", "slices.csv")),
+        "scan.nii.json",
+        *(f"scan.nii.lesion{kind}" for kind in ("_ids.nii.gz", "s.csv", "s.nii.gz")),
+        *(f"scan.nii.{kind}" for kind in ("lungs.nii.gz", "montage.png", "report.pdf", "report.png", "slices.csv")),
     ]
 
 

@@ -58,7 +58,7 @@ def saved(prediction: VolumePrediction, folder: Path) -> tuple[Any, Any, Any]:
             said = subprocess.run([checker, paths[name]], capture_output=True, check=False).stderr
             assert b"Error" not in said, said
     seg, sr = hd.seg.segread(paths[".seg.dcm"]), hd.sr.srread(paths[".sr.dcm"])
-    return seg, sr, nibabel.load(paths[".nii.gz"])
+    return seg, sr, nibabel.load(folder / "scan.lesions.nii.gz")
 
 
 def frames_of(seg: Any) -> dict[str, np.ndarray]:
@@ -150,7 +150,9 @@ def test_classes_have_their_codes_and_one_that_is_absent_has_0_ml(tmp_path, pred
     write_series(tmp_path / "scan", SLICES, **PATIENT)
     found = predictor.volume(tmp_path / "scan")
     names = ("background", "ggo", "consolidation")
-    seg, sr, _ = saved(dataclasses.replace(found, mask=2 * found.mask, class_names=names), tmp_path / "out")
+    counts = np.insert(found.counts, 1, 0, axis=2)
+    made = dataclasses.replace(found, mask=2 * found.mask, counts=counts, lesions=(), class_names=names)
+    seg, sr, _ = saved(made, tmp_path / "out")
     codes = [segment.SegmentedPropertyTypeCodeSequence[0] for segment in seg.SegmentSequence]
     assert [(code.CodeValue, code.CodingSchemeDesignator) for code in codes] == [("112120", "DCM"), ("95436008", "SCT")]
     (labels,) = frames_of(seg).values()
@@ -236,9 +238,8 @@ def test_what_no_dicom_can_be_made_of_is_refused_and_the_others_are_done(tmp_pat
     assert "not DICOM" in results["scan.nii.gz"].error
     assert "not a scan" in results["slice.dcm"].error
     assert "its headers do not allow a DICOM SEG" in results["sex"].error
-    assert {path.name for path in Path("out").iterdir() if path.name.startswith("s")} == {
-        path.name for path in results["series"].paths
-    }
+    written = {path.name for path in Path("out").iterdir() if path.name.startswith("s")}
+    assert written == {"scans.csv", *(path.name for path in results["series"].paths)}
     assert {path.name for path in results["series"].paths} >= {"series.seg.dcm", "series.sr.dcm"}
     with pytest.raises(InputError, match="not DICOM"):
         predictor.volume("scan.nii.gz").save("out", dicom=True)

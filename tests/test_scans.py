@@ -109,14 +109,15 @@ def test_the_volume_of_lesions_and_the_table_are_those_of_hand_counted_voxels(tm
     result = predictor.volume(tmp_path / "scan.nii.gz")
     assert result.lesion_ml == pytest.approx(6 * 4 * 0.8 * 0.7 * 2.5 / 1000)
     assert result.lesion_ml_by_class == {"lesion": pytest.approx(result.lesion_ml)}
-    paths = result.save(tmp_path / "out")
-    rows = list(csv.DictReader(io.StringIO(paths[1].read_text())))
+    paths = {"".join(path.suffixes[2:]): path for path in result.save(tmp_path / "out")}
+    rows = list(csv.DictReader(io.StringIO(paths[".slices.csv"].read_text())))
     assert [row["lesions"] for row in rows] == ["0", "0", "0", "0", "1", "0"]
     assert float(rows[4]["lesion_area_mm2"]) == pytest.approx(24 * 0.8 * 0.7)
     assert [float(row["height_mm"]) for row in rows] == [130 + 2.5 * k for k in range(6)]
-    facts = json.loads(paths[3].read_text())
-    assert (facts["slices"], facts["slices_with_lesions"], facts["problems"]) == (6, 1, [])
-    assert Image.open(paths[2]).size[0] >= 600
+    facts = json.loads(paths[".json"].read_text())
+    assert (facts["slices"], facts["slices_with_lesions"]) == (6, 1)
+    assert facts["problems"] == [f"{tmp_path / 'scan.nii.gz'}: no lungs found; no percentages"]
+    assert Image.open(paths[".montage.png"]).size[0] >= 600
 
 
 def test_slope_intercept_and_units_of_length_are_those_of_the_header(tmp_path, predictor):
@@ -291,7 +292,7 @@ def test_a_series_lies_where_simpleitk_puts_it(tmp_path, predictor, directions, 
     reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(tmp_path / "a b")))
     expected = reader.Execute()
     result = predictor.volume(tmp_path / "a b")
-    assert result.problems == ()
+    assert result.problems == (f"{tmp_path / 'a b'}: no lungs found; no percentages",)
     mask = sitk.ReadImage(str(result.save(tmp_path / "out")[0]))
     assert mask.GetSize() == expected.GetSize()
     for get in ("GetSpacing", "GetOrigin", "GetDirection"):

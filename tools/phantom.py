@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,6 +123,85 @@ def phantom(seed: int = 0, *, lesions: int = 4, size: int = 512) -> Phantom:
     masks = np.stack([lesion.mask for lesion in found]) if found else np.zeros((0, *hu.shape), bool)
     labels = np.array([lesion.code - 1 for lesion in found], np.int64)
     return Phantom(_scan(scanner, grid, hu), chest.depth > 0, masks, labels)
+
+
+@dataclass(frozen=True)
+class PhantomScan:
+    """A synthetic scan of simple shapes and the truth about it: rows run to the back, columns to the patient's left.
+
+    Attributes:
+        hu: (S, H, W) int16, from the feet up.
+        lungs: (S, H, W) uint8, 1 right and 2 left lung, vessels and lesions included, windpipe not.
+        lesions: (S, H, W) uint8, the number of a lesion, from 1 in the order given; a white lung comes last.
+        spacing: mm between slices, rows, columns.
+    """
+
+    hu: NDArray[np.int16]
+    lungs: NDArray[np.uint8]
+    lesions: NDArray[np.uint8]
+    spacing: tuple[float, float, float]
+
+
+LUNG_CENTRES, LUNG_AXES = (-72.0, 72.0), (62.0, 84.0, 110.0)  # mm; across, from front to back, along the body
+WINDPIPE = 9.0  # mm, radius
+
+
+def phantom_scan(
+    lesions: Sequence[tuple[float, float, float, float]] = (),
+    *,
+    slices: int = 48,
+    thickness: float = 5.0,
+    size: int = 256,
+    white: int = 0,
+    missing: int = 0,
+    seed: int = 0,
+) -> PhantomScan:
+    """A chest on a table, arms at its sides: lungs are ellipsoids, lesions consolidated balls in them or elsewhere.
+
+    Args:
+        lesions: x (to the patient's left), y (to the back) and z (to the head) of the middle, and radius, in mm, the
+            origin in the middle of the scan.
+        slices, thickness: how many, and mm from one to the next.
+        size: height and width in pixels of 380 mm.
+        white, missing: 1 the right, 2 the left lung is wholly consolidated, or is not there.
+        seed: of the noise.
+    """
+    rng, grid = np.random.default_rng(seed), _Grid.of(size)
+    heights = (np.arange(slices) - (slices - 1) / 2) * thickness
+    hu = np.empty((slices, size, size), np.int16)
+    lungs, found = np.zeros(hu.shape, np.uint8), np.zeros(hu.shape, np.uint8)
+    tissue = np.full_like(grid.x, AIR)
+    _paint_table(tissue, grid, 122.0)
+    for side in (-1, 1):
+        _paint(tissue, _superellipse(grid.x - np.float32(side * 186), grid.y, 14, 40), MUSCLE, grid)
+    body = _superellipse(grid.x, grid.y, 168, 121, 2.4)
+    _paint(tissue, body, FAT, grid)
+    _paint(tissue, body + 9, MUSCLE, grid)
+    _paint(tissue, _superellipse(grid.x, grid.y - 76, 20, 18), CORTEX, grid)
+    for place, z in enumerate(heights):
+        plane = tissue.copy()
+        _paint(plane, np.hypot(grid.x, grid.y + 2) - WINDPIPE, -1000.0, grid)
+        level = np.float32(max(1 - (z / LUNG_AXES[2]) ** 2, 0)) ** np.float32(0.5)
+        for number, x in enumerate(LUNG_CENTRES, start=1):
+            if level == 0 or number == missing:
+                continue
+            lung = _superellipse(grid.x - np.float32(x), grid.y, LUNG_AXES[0] * level, LUNG_AXES[1] * level)
+            _paint(plane, lung, CONSOLIDATED if number == white else PARENCHYMA, grid)
+            lungs[place][lung < 0] = number
+            if number == white:
+                found[place][lung < 0] = len(lesions) + 1
+            for vessel in (-30, -10, 15, 40):
+                _paint(
+                    plane, np.maximum(np.hypot(grid.x - np.float32(0.9 * x), grid.y - vessel) - 3, lung), BLOOD, grid
+                )
+        for number, (x, y, height, radius) in enumerate(lesions, start=1):
+            across = radius**2 - (z - height) ** 2
+            if across > 0:
+                ball = np.hypot(grid.x - np.float32(x), grid.y - np.float32(y)) - np.float32(across**0.5)
+                _paint(plane, ball, CONSOLIDATED, grid)
+                found[place][ball < 0] = number
+        hu[place] = _scan(rng, grid, plane)
+    return PhantomScan(hu, lungs, found, (thickness, grid.pixel, grid.pixel))
 
 
 # --------------------------------------------------------------------------------------- geometry

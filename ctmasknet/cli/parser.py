@@ -57,12 +57,13 @@ def build_parser() -> argparse.ArgumentParser:
         "Reads PNG, JPEG, WebP, TIFF and DICOM slices; NIfTI files, multi-frame DICOM files and folders with a DICOM\n"
         "series as scans; folders and quoted wildcards for many of them. Writes\n"
         "  per slice  FILE.json (boxes, scores, masks as COCO RLE, class probabilities), FILE.overlay.png\n"
-        "  per scan   .lesions.nii.gz (the mask), .slices.csv (a table), .montage.png, .json\n"
+        "  per scan   .lesions.nii.gz (the mask), .lesion_ids.nii.gz, .lungs.nii.gz, .slices.csv, .lesions.csv,\n"
+        "             .montage.png, .report.png and .pdf (a page to read), .json\n"
         "             with --format dicom also .seg.dcm (the mask) and .sr.dcm (the volumes)\n"
         "  run.json   what was done, and how\n"
         "under each input's path from this folder, or for inputs elsewhere from the folder they share. With more than\n"
-        "one input also predictions.jsonl: the same command again goes on where it was stopped. Files that cannot be\n"
-        "used are reported, the others done; the exit code is then 2.\n\n"
+        "one input also scans.csv, a row per scan, and predictions.jsonl: the same command again goes on where it was\n"
+        "stopped. Files that cannot be used are reported, the others done; the exit code is then 2.\n\n"
         "Examples:\n"
         "  ctmasknet predict slice.png -o out\n"
         "  ctmasknet predict series/ scan.nii.gz -o out\n"
@@ -95,6 +96,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     predict.add_argument(
         "--spacing", nargs=3, type=float, metavar="MM", help="between columns, rows, slices, where a scan lacks it"
+    )
+    predict.add_argument(
+        "--keep", choices=("all", "lungs"), default="all", help="lungs: drop a scan's lesions outside the lungs"
     )
     predict.add_argument("--batch-size", type=int, metavar="N", help="slices at once (default: 1 on the CPU, else 8)")
     predict.add_argument("--readers", type=int, default=4, metavar="N", help="threads that read ahead (default: 4)")

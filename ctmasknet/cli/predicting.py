@@ -51,6 +51,7 @@ def predict_command(options: argparse.Namespace) -> int:
         units=options.units,
         spacing=tuple(options.spacing) if options.spacing else None,
         series=options.series,
+        keep=options.keep,
         format=options.format,
         slices=options.slices,
         readers=options.readers,

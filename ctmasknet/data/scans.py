@@ -1,7 +1,7 @@
 """Whole scans -> axial slices in the lung window, and back onto the voxel grid of the scan.
 
-A scan is a folder with a DICOM series, a DICOM file (of one or many frames), or a NIfTI file. Its voxel grid is
-never resampled: a slice is a plane of the grid, shown as the models know it, patient's left on the right of the
+A scan is a folder with a DICOM series, a DICOM file (of one or many frames), a NIfTI file, or held in memory. Its voxel
+grid is never resampled: a slice is a plane of the grid, shown as the models know it, patient's left on the right of the
 picture and the back below, and a mask drawn on it returns to the very voxels it was drawn on.
 """
 
@@ -58,8 +58,8 @@ class Volume:
     """A scan as a stack of axial slices over its voxel grid.
 
     Attributes:
-        source: the path as given.
-        kind: ``"dicom series"``, ``"dicom"`` or ``"nifti"``.
+        source: the path as given, or what it was in memory.
+        kind: ``"dicom series"``, ``"dicom"``, ``"nifti"`` or ``"memory"``.
         shape: voxels along the three axes of the grid. DICOM: columns, rows, slices by rising position along
             the normal of the slices; NIfTI: as stored.
         affine: (4, 4) float64, voxel indices -> mm, rising left-to-right, back-to-front
@@ -67,7 +67,7 @@ class Volume:
         names: index of a slice along `axial_axis` -> what it was read from. Positions of the grid that have no
             slice (gaps of a DICOM series) are absent.
         problems: what is wrong with the scan, one line each: gaps, duplicates, files left out.
-        header: the header of the NIfTI file it was read from; None for DICOM.
+        header: the NIfTI header it was read with; None for DICOM.
         units: what its values were taken for, if the scan does not say it itself: see `Slice.units`.
         plane: index -> the slice as it lies in the grid, in 0..1.
         frames: index -> the DICOM file of a slice and the frame in it, counted from 0; empty for NIfTI.
@@ -126,8 +126,8 @@ class Volume:
         Raises:
             InputError: the slice is damaged, or does not hold HU of a chest; the text names the file.
         """
-        name, plane, (transposed, flipped) = self.names[index], self.plane(index), self._turn
-        pixels = np.flip(plane.T if transposed else plane, flipped)
+        name = self.names[index]
+        (pixels,) = self.stack(np.expand_dims(self.plane(index), self.axial_axis))
         require_size(pixels.shape, name)
         return Slice(np.ascontiguousarray(pixels, np.float32), name, self.kind, self.units)
 
@@ -142,23 +142,32 @@ class Volume:
 
         yield from read_ahead(read, sorted(self.names), threads=READERS, depth=READ_AHEAD)
 
-    def to_grid(self, image: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """A (H, W) picture of a slice -> its plane of the grid, the inverse of how `read` turns it."""
-        transposed, flipped = self._turn
-        image = np.flip(image, flipped)
-        return image.T if transposed else image
+    def stack(self, grid: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """A view of an array over the grid as (S, H, W): slices along `axial_axis`, turned as `read` turns them."""
+        return np.flip(grid.transpose(self.axes), self._flipped)
+
+    def grid(self, stack: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The inverse of `stack`, a view too."""
+        return np.flip(stack, self._flipped).transpose(np.argsort(self.axes))
+
+    @property
+    def stack_steps(self) -> Floats:
+        """(3, 3): from slice to slice, row to row, column to column of `stack`, in mm, as columns (RAS+)."""
+        signs = [-1 if axis in self._flipped else 1 for axis in range(3)]
+        return self.affine[:3, list(self.axes)] * signs
 
     @cached_property
-    def _turn(self) -> tuple[bool, tuple[int, ...]]:
-        """Must a plane be transposed to have columns from side to side? Then, which axes of the picture to reverse."""
-        axes, signs = self.orientation.T.tolist()
-        in_plane = [body for body in axes if body != 2]
-        # Rows run to the back, columns to the patient's left.
-        reversed_axes = (picture for picture, body in ((0, 1), (1, 0)) if signs[axes.index(body)] > 0)
-        return in_plane == [0, 1], tuple(reversed_axes)
+    def axes(self) -> tuple[int, ...]:
+        """The axes of the grid as a stack has them: along the body, from front to back, from side to side."""
+        return tuple(np.argsort(-self.orientation[:, 0]).tolist())
 
-    def mask_image(self, mask: npt.NDArray[np.uint8]) -> Any:
-        """A mask over the grid, of `shape`, as a nibabel image with this scan's geometry, bit for bit for NIfTI."""
+    @cached_property
+    def _flipped(self) -> tuple[int, ...]:
+        """Axes of a stack to reverse: rows run to the back, columns to the patient's left."""
+        return tuple(axis for axis in (1, 2) if self.orientation[self.axes[axis], 1] > 0)
+
+    def mask_image(self, mask: npt.NDArray[Any]) -> Any:
+        """Whole numbers over the grid as a nibabel image with this scan's geometry, bit for bit for NIfTI."""
         nibabel = import_extra("nibabel", "io", "writing NIfTI files")
         if self.header is None:
             image = nibabel.Nifti1Image(mask, self.affine)
@@ -170,7 +179,7 @@ class Volume:
             image.header.set_xyzt_units("mm")
             return image
         header = self.header.copy()
-        header.set_data_dtype(np.uint8)
+        header.set_data_dtype(mask.dtype)
         header.set_slope_inter(1, 0)
         header["cal_min"], header["cal_max"] = 0, 0
         header["descrip"] = b"lesion mask"
@@ -195,7 +204,7 @@ def _caveats(volume: Volume) -> Iterator[str]:
 
 
 def open_volume(
-    path: str | os.PathLike[str],
+    scan: str | os.PathLike[str] | Any,
     *,
     units: str | None = None,
     series: str | None = None,
@@ -204,8 +213,9 @@ def open_volume(
     """Find out what a scan consists of; its pixels are read later, slice by slice.
 
     Args:
-        path: a folder with DICOM files (any names; its subfolders are not searched), a DICOM file, or a NIfTI
-            file (.nii, .nii.gz, or a .hdr/.img pair).
+        scan: a folder with DICOM files (any names; its subfolders are not searched), a DICOM file, or a NIfTI
+            file (.nii, .nii.gz, or a .hdr/.img pair); in memory an image of nibabel or SimpleITK, or an array (S, H, W)
+            with its `spacing`: slices from the feet up, rows to the back, columns to the patient's left.
         units: as for single slices: ``"hu"`` where a scan does not say that its values are Hounsfield units,
             ``"range"`` to stretch them (DICOM: each slice's own range; NIfTI: the range of the whole scan).
         series: SeriesInstanceUID of the series to take from a folder. None takes the one of most slices.
@@ -220,7 +230,10 @@ def open_volume(
     if spacing is not None and (len(spacing) != 3 or not all(math.isfinite(mm) and mm > 0 for mm in spacing)):
         raise ConfigError(f"spacing={spacing}: three positive numbers, mm between columns, rows and slices")
     import_extra("nibabel", "io", "reading whole scans")
-    name = os.fsdecode(path)
+    if not isinstance(scan, str | os.PathLike):
+        volume = _open_nifti(*_in_memory(scan, spacing), units, spacing)
+        return replace(volume, problems=(*volume.problems, *_caveats(volume)))
+    name = os.fsdecode(scan)
     if Path(name).is_dir():
         volume = _open_dicom(name, units, spacing, series, None)
     else:
@@ -229,7 +242,7 @@ def open_volume(
         if is_dicom_head(head, name):
             volume = _open_dicom(name, units, spacing, None, read_dicom(name))
         elif name.lower().endswith(NIFTI_SUFFIXES) or head.startswith(NIFTI_MAGIC):
-            volume = _open_nifti(name, units, spacing)
+            volume = _open_nifti(name, None, units, spacing)
         else:
             raise InputError(f"{name}: not a scan. Give a folder with a DICOM series, a DICOM file, or a NIfTI file.")
     return replace(volume, problems=(*volume.problems, *_caveats(volume)))
@@ -284,10 +297,36 @@ def _bounded(shape: tuple[int, int, int], name: str) -> tuple[int, int, int]:
     return shape
 
 
-def _open_nifti(name: str, units: str | None, spacing: Spacing | None) -> Volume:
-    nibabel = import_extra("nibabel", "io", "reading NIfTI files")
+def _in_memory(scan: Any, spacing: Spacing | None) -> tuple[str, Any]:
+    """What a scan in memory is, and the scan as an image of nibabel."""
+    nibabel = import_extra("nibabel", "io", "reading whole scans")
+    name = f"{type(scan).__name__} in memory"
+    to_ras = np.diag([-1.0, -1.0, 1.0, 1.0])
+    if isinstance(scan, np.ndarray):
+        if scan.ndim != 3 or spacing is None:
+            raise InputError(f"{name}: shape {scan.shape}. Give slices, rows, columns, and spacing=(x, y, z) in mm.")
+        voxels, affine = scan.T, to_ras @ np.diag([*spacing, 1.0])
+    elif hasattr(scan, "GetDirection") and scan.GetDimension() == 3:
+        voxels, affine = import_extra("SimpleITK", "dev", "reading its images").GetArrayFromImage(scan).T, np.eye(4)
+        affine[:3, :3] = np.reshape(scan.GetDirection(), (3, 3)) * scan.GetSpacing()
+        affine[:3, 3] = scan.GetOrigin()
+        affine = to_ras @ affine
+    elif isinstance(scan, nibabel.spatialimages.SpatialImage):
+        return name, scan
+    else:
+        raise InputError(f"{name}: not a scan. Give a path, an array, or an image of nibabel or SimpleITK.")
+    if voxels.dtype in (np.int64, np.uint64, np.float16):  # which NIfTI has not
+        voxels = voxels.astype(np.float32)
     with reading(name, "NIfTI"):
-        image = nibabel.load(name)
+        return name, nibabel.Nifti1Image(voxels, affine)
+
+
+def _open_nifti(name: str, image: Any, units: str | None, spacing: Spacing | None) -> Volume:
+    """A file, or an image in memory."""
+    nibabel = import_extra("nibabel", "io", "reading NIfTI files")
+    in_memory = image is not None
+    with reading(name, "NIfTI"):
+        image = image if in_memory else nibabel.load(name)
         if not isinstance(image, nibabel.Nifti1Pair):
             raise InputError(f"{name}: {type(image).__name__}, not NIfTI. Convert it to .nii.gz.")
         shape, dtype = image.shape, image.get_data_dtype()
@@ -298,13 +337,16 @@ def _open_nifti(name: str, units: str | None, spacing: Spacing | None) -> Volume
         if dtype.kind not in "iuf":
             raise InputError(f"{name}: dtype {dtype} is not a CT scan. Export it again.")
         problems: list[str] = []
-        affine = _nifti_affine(image, spacing, problems, name)
+        affine = _nifti_affine(image, spacing, problems, name, in_memory)
         header = image.header.copy()
         grid = _bounded((int(shape[0]), int(shape[1]), int(shape[2]) if len(shape) > 2 else 1), name)
         header.set_data_shape(grid)
         axis = int(np.flatnonzero(nibabel.orientations.io_orientation(affine)[:, 0] == 2)[0])
         require_size(np.delete(grid, axis).tolist(), name)
-        stored, slope, inter = _stored(image, grid, name), image.dataobj.slope, image.dataobj.inter
+        if in_memory:
+            stored, slope, inter = np.asanyarray(image.dataobj).reshape(grid), 1.0, 0.0
+        else:
+            stored, slope, inter = _stored(image, grid, name), image.dataobj.slope, image.dataobj.inter
     if stored.shape != grid and axis != 2:
         raise InputError(f"{name}: the file is cut off. Copy or export it again.")
     planes = np.moveaxis(stored, axis, 0)
@@ -341,7 +383,7 @@ def _open_nifti(name: str, units: str | None, spacing: Spacing | None) -> Volume
 
     return Volume(
         source=name,
-        kind="nifti",
+        kind="memory" if in_memory else "nifti",
         shape=grid,
         affine=affine,
         names={index: f"{name}[{index}]" for index in range(grid[axis])},
@@ -352,14 +394,16 @@ def _open_nifti(name: str, units: str | None, spacing: Spacing | None) -> Volume
     )
 
 
-def _nifti_affine(image: Any, spacing: Spacing | None, problems: list[str], name: str) -> Floats:
+def _nifti_affine(image: Any, spacing: Spacing | None, problems: list[str], name: str, in_memory: bool) -> Floats:
     """The affine of an image, in mm; `spacing` goes into a header that has none."""
     header = image.header
     if int(header["sform_code"]) == 0 and int(header["qform_code"]) == 0:
         problems.append(f"{name}: no orientation stored (sform and qform codes are 0); left and right may be swapped")
-    held = image.file_map.get("header", image.file_map["image"])  # a pair, or one file
-    with held.get_prepare_fileobj("rb") as stream:
-        stored = type(header).from_fileobj(stream, check=False)  # unchecked: nibabel mends a zero spacing to 1 mm
+    stored = header
+    if not in_memory:
+        held = image.file_map.get("header", image.file_map["image"])  # a pair, or one file
+        with held.get_prepare_fileobj("rb") as stream:
+            stored = type(header).from_fileobj(stream, check=False)  # unchecked: nibabel mends a zero spacing to 1 mm
     between = np.asarray(stored["pixdim"][1:4], np.float64)
     lacking = int(stored["sform_code"]) == 0 and not (np.isfinite(between) & (between != 0)).all()
     if lacking and spacing is not None:
