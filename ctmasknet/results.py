@@ -568,6 +568,7 @@ class VolumePrediction:
                 variant=segmenter["variant"],
                 digest=segmenter["sha256"],
                 parameters={"weights_sha256": segmenter["sha256"], "score_threshold": str(self.score_threshold)},
+                involvement=self.involvement,
             )
         )
 

@@ -261,3 +261,30 @@ def test_without_highdicom_the_extra_is_named(tmp_path, predictor, monkeypatch):
     with pytest.raises(MissingExtraError, match=r"highdicom.*ctmasknet\[dicom\]"):
         prediction.save(tmp_path / "out", dicom=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_each_lung_has_its_volume_and_what_lesions_take_up_of_it(tmp_path, predictor):
+    write_series(tmp_path / "scan", SLICES, **PATIENT)
+    found = predictor.volume(tmp_path / "scan")
+    lungs = np.zeros_like(found.mask)
+    lungs[25:35, 5:15, 4] = 2  # around the block, which is 4 x 6 voxels of 100
+    counts = np.zeros_like(found.counts)
+    for label in (0, 1):
+        for side in (0, 1, 2):
+            counts[:, side, label] = ((found.mask == label) & (lungs == side)).sum((0, 1))
+    _, sr, _ = saved(dataclasses.replace(found, lungs=lungs, counts=counts), tmp_path / "out")
+    groups = sr.content.get_image_measurement_groups()
+    stated = {
+        (group.tracking_identifier, one.name.meaning, one.unit.value): one.value
+        for group in groups
+        for one in group.get_measurements()
+    }
+    assert {key[0] for key in stated} == {"lung, left", "lesions, left"}
+    sites = [group.finding_sites[0].laterality.meaning for group in groups]
+    assert sites == ["Left", "Left"]
+    ml = 0.7 * 0.8 * 2 / 1000
+    assert stated["lung, left", "Volume", "ml"] == pytest.approx(100 * ml)
+    assert stated["lesions, left", "Volume", "ml"] == pytest.approx(np.count_nonzero(found.mask & (lungs > 0)) * ml)
+    assert stated["lesions, left", "Volume of lesions by volume of lung", "%"] == np.count_nonzero(
+        found.mask & (lungs > 0)
+    )

@@ -28,10 +28,13 @@ FINDINGS = {
     "ggo": ("112120", "DCM", "Ground glass opacity"),
     "consolidation": ("95436008", "SCT", "Lung consolidation"),
 }
-VOLUME = ("118565006", "SCT", "Volume")
-MILLILITRE = ("ml", "UCUM", "Milliliter")
+VOLUME = ("118565006", "SCT", "Volume"), ("ml", "UCUM", "Milliliter")
+SHARE = ("lesion-share", "99CTMASKNET", "Volume of lesions by volume of lung"), ("%", "UCUM", "Percent")
+MEASURES = {"lung_ml": VOLUME, "lesion_ml": VOLUME, "lesion_percent": SHARE}
+SIDES = {"right": ("24028007", "SCT", "Right"), "left": ("7771000", "SCT", "Left")}
+Code = tuple[str, str, str]
 PATIENT = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex")
-STUDY = ("AccessionNumber", "StudyID", "StudyDate", "StudyTime")
+STUDY = ("AccessionNumber", "StudyID", "StudyDate", "StudyTime")  # like the patient's, required, if only empty
 
 
 class LesionMask(NamedTuple):
@@ -42,9 +45,9 @@ class LesionMask(NamedTuple):
         mask: uint8 of its shape, 0 or the label of a class.
         class_names: index = label, background first.
         slices: indices of the slices that were looked at; no others are referred to.
-        variant: name of the segmenter.
-        digest: SHA-256 of its weights.
+        variant, digest: name of the segmenter, SHA-256 of its weights.
         parameters: what decides the result, such as thresholds.
+        involvement: as `VolumePrediction.involvement`; None if the lungs were not found.
     """
 
     volume: Volume
@@ -54,11 +57,7 @@ class LesionMask(NamedTuple):
     variant: str
     digest: str
     parameters: Mapping[str, str]
-
-    @property
-    def version(self) -> str:
-        """Of package and weights."""
-        return f"{__version__}, weights {self.digest[:16]}"
+    involvement: Mapping[str, float | None] | None = None
 
     @property
     def distance(self) -> float:
@@ -85,11 +84,10 @@ def dicom_files(lesions: LesionMask) -> tuple[bytes, bytes]:
     """The SEG and the SR (TID 1500, Comprehensive 3D) of a scan's lesions, as the bytes of two files.
 
     The SEG has a segment per class; frames without lesions are left out, unless there is no lesion at all. The SR
-    states the volume of every class in ml.
+    states the volume of every class, and of each lung with what lesions take up of it.
 
     Raises:
-        InputError: not a DICOM scan, or its headers lack what a SEG must have.
-        MissingExtraError: highdicom is not installed.
+        InputError, MissingExtraError: as `require_frames`; or the headers lack what a SEG must have.
     """
     require_frames(lesions.volume)
     hd = import_extra("highdicom", "dicom", "writing DICOM")
@@ -97,8 +95,8 @@ def dicom_files(lesions: LesionMask) -> tuple[bytes, bytes]:
     files = io.BytesIO(), io.BytesIO()
     try:
         seg = _segmentation(hd, lesions, headers)
-        for instance, file in zip((seg, _report(hd, lesions, headers, seg)), files, strict=True):
-            instance.save_as(file)
+        seg.save_as(files[0])
+        _report(hd, lesions, headers, seg).save_as(files[1])
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # highdicom's, of headers it cannot use
         raise InputError(
             f"{lesions.volume.source}: its headers do not allow a DICOM SEG ({error}). Export the scan again."
@@ -114,7 +112,7 @@ def _headers(lesions: LesionMask) -> dict[str, Any]:
     for path in dict.fromkeys(lesions.volume.frames[index][0] for index in lesions.slices):
         with reading(path, "DICOM"):
             header = headers[path] = pydicom.dcmread(path, stop_before_pixels=True, force=True)
-            for keyword in (*PATIENT, *STUDY):  # required, if only empty
+            for keyword in (*PATIENT, *STUDY):
                 header.setdefault(keyword, None)
             for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "SOPInstanceUID"):
                 uid = pydicom.uid.UID(str(header.get(keyword) or ""))
@@ -123,12 +121,7 @@ def _headers(lesions: LesionMask) -> dict[str, Any]:
                     of = f"{uid or header.get('SeriesInstanceUID')} {keyword}"
                     of += path if keyword == "SOPInstanceUID" else ""
                     setattr(header, keyword, f"2.25.{uuid.uuid5(uuid.NAMESPACE_OID, of).int}")
-            if "PerFrameFunctionalGroupsSequence" in header:
-                shared, own = header.SharedFunctionalGroupsSequence[0], header.PerFrameFunctionalGroupsSequence[0]
-                for keyword in ("PixelMeasuresSequence", "PlaneOrientationSequence"):
-                    if keyword in own:
-                        shared.setdefault(keyword, own[keyword])
-            else:
+            if "PerFrameFunctionalGroupsSequence" not in header:
                 # Within a series they differ in the last digits, if at all.
                 header.ImageOrientationPatient = next(iter(headers.values())).ImageOrientationPatient
                 header.SliceThickness = header.get("SliceThickness") or lesions.distance
@@ -158,7 +151,7 @@ def _segmentation(hd: Any, lesions: LesionMask, headers: Mapping[str, Any]) -> A
             algorithm_identification=hd.AlgorithmIdentificationSequence(
                 name=f"{MAKER} {lesions.variant}",
                 family=hd.sr.CodedConcept("123110", "DCM", "Artificial Intelligence"),
-                version=lesions.version,
+                version=f"{__version__}, weights {lesions.digest[:16]}",
                 source=MAKER,
                 parameters=dict(lesions.parameters),
             ),
@@ -185,14 +178,22 @@ def _segmentation(hd: Any, lesions: LesionMask, headers: Mapping[str, Any]) -> A
 
 def _report(hd: Any, lesions: LesionMask, headers: Mapping[str, Any], seg: Any) -> Any:
     sr = hd.sr
+    algorithm = sr.AlgorithmIdentification(
+        name=f"{MAKER} {lesions.variant}",
+        version=f"{__version__}, weights {lesions.digest[:16]}",
+        parameters=[f"{name}={value}" for name, value in lesions.parameters.items()],
+    )
+
+    def measured(name: Code, unit: Code, value: Any) -> Any:
+        return sr.Measurement(sr.CodedConcept(*name), value, sr.CodedConcept(*unit), algorithm_id=algorithm)
+
     groups = []
     for segment in seg.SegmentSequence:
         voxels = lesions.mask == segment.SegmentNumber
         images = []
         for index in [index for index in lesions.slices if voxels[:, :, index].any()] or lesions.slices:
             path, frame = lesions.volume.frames[index]
-            of = headers[path]
-            frames = [frame + 1] if "NumberOfFrames" in of else None
+            of, frames = headers[path], [frame + 1] if "NumberOfFrames" in headers[path] else None
             images.append(sr.SourceImageForSegmentation(of.SOPClassUID, of.SOPInstanceUID, frames))
         groups.append(
             sr.VolumetricROIMeasurementsAndQualitativeEvaluations(
@@ -202,27 +203,25 @@ def _report(hd: Any, lesions: LesionMask, headers: Mapping[str, Any], seg: Any) 
                 ),
                 finding_type=sr.CodedConcept(*FINDINGS.get(segment.TrackingID, LESION)),
                 finding_sites=[sr.FindingSite(sr.CodedConcept(*LUNG))],
-                algorithm_id=sr.AlgorithmIdentification(
-                    name=segment.SegmentAlgorithmName,
-                    version=lesions.version,
-                    parameters=[f"{name}={value}" for name, value in lesions.parameters.items()],
-                ),
-                measurements=[
-                    sr.Measurement(
-                        name=sr.CodedConcept(*VOLUME),
-                        value=np.count_nonzero(voxels) * lesions.volume.voxel_ml,
-                        unit=sr.CodedConcept(*MILLILITRE),
-                    )
-                ],
+                measurements=[measured(*VOLUME, np.count_nonzero(voxels) * lesions.volume.voxel_ml)],
             )
         )
-    device = sr.DeviceObserverIdentifyingAttributes(
-        uid=f"2.25.{int(lesions.digest[:32], 16)}",
-        name=MAKER,
-        manufacturer_name=MAKER,
-        model_name=lesions.variant,
-        serial_number=lesions.digest[:16],
-    )
+    involvement = lesions.involvement or {}
+    for side, laterality in SIDES.items():
+        facts = {key: involvement.get(f"{side}_{key}") for key in MEASURES}
+        if facts["lesion_percent"] is None:  # no such lung
+            continue
+        for name, finding, keys in (("lung", LUNG, ["lung_ml"]), ("lesions", LESION, ["lesion_ml", "lesion_percent"])):
+            groups.append(
+                sr.MeasurementsAndQualitativeEvaluations(
+                    tracking_identifier=sr.TrackingIdentifier(hd.UID(), f"{name}, {side}"),
+                    finding_type=sr.CodedConcept(*finding),
+                    finding_sites=[sr.FindingSite(sr.CodedConcept(*LUNG), sr.CodedConcept(*laterality))],
+                    measurements=[measured(*MEASURES[key], facts[key]) for key in keys],
+                )
+            )
+    uid = f"2.25.{int(lesions.digest[:32], 16)}"  # the same for the same weights
+    device = sr.DeviceObserverIdentifyingAttributes(uid, name=MAKER, model_name=lesions.variant)
     content = sr.MeasurementReport(
         observation_context=sr.ObservationContext(
             observer_device_context=sr.ObserverContext(sr.CodedConcept("121007", "DCM", "Device"), device)
