@@ -241,7 +241,7 @@ def test_slices_missing_in_the_middle_and_two_series_in_a_folder(tmp_path, scan)
     kept = np.delete(scan.lungs, (20, 30, 31), 0)
     for side, number in (("right", RIGHT), ("left", LEFT)):
         assert result.involvement[f"{side}_lung_ml"] == pytest.approx(volume_ml(kept == number, scan.spacing), rel=0.05)
-    assert any("gap" in problem for problem in result.problems)
+    assert any("slices missing after" in problem for problem in result.problems)
     assert any("another series" in problem for problem in result.problems)
 
 

@@ -30,14 +30,16 @@ from ctmasknet.registry import DEFAULT_CLASSIFIER, DEFAULT_SEGMENTER
 from ctmasknet.weights.manifest import default_entry
 
 DOCS = Path(__file__).parents[1] / "docs"
-PICTURES = ("overlay.png", "montage.png", "failures.png", "demo.png")
+PICTURES = ("overlay.png", "montage.png", "report.png", "failures.png", "demo.png")
 WINDOW = "1200,1000"  # pixels
 
 
 def main() -> int:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     save(predict(SLICE, device="cpu").plot(), DOCS / "overlay.png")
-    save(scan(), DOCS / "montage.png")
+    montage, report = scan()
+    save(montage, DOCS / "montage.png")
+    save(report, DOCS / "report.png")
     save(failures(), DOCS / "failures.png")
     save(page(), DOCS / "demo.png")
     return 0
@@ -56,11 +58,12 @@ def save(picture: Image.Image, path: Path) -> None:
     picture.save(path, pnginfo=text, optimize=True)
 
 
-def scan() -> Image.Image:
-    """The montage of a phantom's scan."""
+def scan() -> tuple[Image.Image, Image.Image]:
+    """The montage and the report of a phantom's scan."""
     with tempfile.TemporaryDirectory() as folder:
         volume = write_scan(Path(folder), 8, seed=3, size=320) / "scan.nii.gz"
-        return Predictor(DEFAULT_SEGMENTER, None, device="cpu").volume(volume).plot().quantize(128)
+        found = Predictor(DEFAULT_SEGMENTER, None, device="cpu").volume(volume)
+        return found.plot().quantize(128), found.report().quantize(64)
 
 
 def failures() -> Image.Image:

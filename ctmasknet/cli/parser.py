@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
         commands,
         "info",
         variants.info_command,
-        "what one variant is, what the paper reports of it, and its weights",
+        "show a variant: what it is, what the paper reports for it, and its weights",
         "Example: ctmasknet info maskrcnn_resnet18_t2",
     )
     info.add_argument("name", metavar="NAME", help="a variant: see ctmasknet list")
@@ -54,16 +54,17 @@ def build_parser() -> argparse.ArgumentParser:
         "predict",
         predicting.predict_command,
         "segment and classify slices and whole scans",
-        "Reads PNG, JPEG, WebP, TIFF and DICOM slices; NIfTI files, multi-frame DICOM files and folders with a DICOM\n"
-        "series as scans; folders and quoted wildcards for many of them. Writes\n"
+        "Slices are PNG, JPEG, WebP, TIFF or DICOM files. Scans are NIfTI files, multi-frame DICOM files and folders\n"
+        "with a DICOM series. Give several, folders that hold them, or quoted wildcards. Writes\n"
         "  per slice  FILE.json (boxes, scores, masks as COCO RLE, class probabilities), FILE.overlay.png\n"
         "  per scan   .lesions.nii.gz (the mask), .lesion_ids.nii.gz, .lungs.nii.gz, .slices.csv, .lesions.csv,\n"
         "             .montage.png, .report.png and .pdf (a page to read), .json\n"
         "             with --format dicom also .seg.dcm (the mask) and .sr.dcm (the volumes)\n"
         "  run.json   what was done, and how\n"
-        "under each input's path from this folder, or for inputs elsewhere from the folder they share. With more than\n"
-        "one input also scans.csv, a row per scan, and predictions.jsonl: the same command again goes on where it was\n"
-        "stopped. Files that cannot be used are reported, the others done; the exit code is then 2.\n\n"
+        "at the path of each input below DIR; for inputs outside this folder, paths start at the folder they share.\n"
+        "With more than one input, scans.csv has a row per scan and predictions.jsonl records what is done, so that\n"
+        "the same command continues a run that was stopped. A file that cannot be used is reported and the others\n"
+        "are done; the exit code is then 2.\n\n"
         "Examples:\n"
         "  ctmasknet predict slice.png -o out\n"
         "  ctmasknet predict series/ scan.nii.gz -o out\n"
@@ -88,36 +89,45 @@ def build_parser() -> argparse.ArgumentParser:
     predict.add_argument(
         "--score-map",
         action="store_true",
-        help="slices: also write FILE.score_map.npy, mask logits of all RoIs, (H, W)",
+        help="slices: also write FILE.score_map.npy, the mask logits of all regions, (H, W)",
     )
     predict.add_argument("--slices", action="store_true", help="take DICOM files in folders as slices, not as scans")
     predict.add_argument(
         "--series", metavar="UID", help="the series to take from a scan's folder (default: the longest)"
     )
     predict.add_argument(
-        "--spacing", nargs=3, type=float, metavar="MM", help="between columns, rows, slices, where a scan lacks it"
+        "--spacing",
+        nargs=3,
+        type=float,
+        metavar="MM",
+        help="distance of columns, rows and slices, for a scan that does not say",
     )
     predict.add_argument(
-        "--keep", choices=("all", "lungs"), default="all", help="lungs: drop a scan's lesions outside the lungs"
+        "--keep",
+        choices=("all", "lungs"),
+        default="all",
+        help="lungs: drop lesions of scans that lie outside the lungs",
     )
     predict.add_argument("--batch-size", type=int, metavar="N", help="slices at once (default: 1 on the CPU, else 8)")
     predict.add_argument("--readers", type=int, default=4, metavar="N", help="threads that read ahead (default: 4)")
-    predict.add_argument("--shard", metavar="I/N", help="do every N-th input from the I-th on, counted from 0")
-    predict.add_argument("--restart", action="store_true", help="forget an earlier run in DIR and begin anew")
+    predict.add_argument(
+        "--shard", metavar="I/N", help="predict only every N-th input, starting with the I-th, counted from 0"
+    )
+    predict.add_argument("--restart", action="store_true", help="discard an earlier run in DIR and start again")
     _model_flags(predict)
 
     demo = _command(
         commands,
         "demo",
         predicting.demo_command,
-        "predict a synthetic slice and compare with what is in it",
-        "Predicts the slice that comes with the package (synthetic, no patient's) with the bundled weights, and says\n"
-        "what is in it, what was found, and where the slice and the picture are.",
+        "predict a synthetic slice and compare the result with what is in it",
+        "Predicts a synthetic slice that comes with the package, with the bundled weights. Says what is in it, what\n"
+        "was found, and where to find the slice and the picture.",
     )
     demo.add_argument(
         "-o", "--out", type=Path, default=Path("ctmasknet-demo"), metavar="DIR", help="default: ctmasknet-demo"
     )
-    demo.add_argument("--web", action="store_true", help="serve a page to try it instead (extra demo)")
+    demo.add_argument("--web", action="store_true", help="open a page for your browser instead (extra demo)")
     demo.add_argument("--port", type=int, metavar="N", help="with --web: default: the first free one from 7860 on")
     demo.add_argument("--max-upload-mb", type=int, metavar="MB", help="with --web: of one upload (default: 200)")
     _model_flags(demo)
@@ -230,8 +240,8 @@ def build_parser() -> argparse.ArgumentParser:
         "push",
         variants.push_command,
         "publish a folder of weights on the Hugging Face Hub",
-        "Checks the folder, then writes model.safetensors, config.json, README.md and golden.safetensors to the\n"
-        "repository in one commit; nothing else in the folder travels. Needs HF_TOKEN or: hf auth login.\n\n"
+        "Checks the folder, then pushes model.safetensors, config.json, README.md and golden.safetensors to the\n"
+        "repository in one commit, and nothing else. Needs HF_TOKEN or: hf auth login.\n\n"
         "Example: ctmasknet push runs/one/best owner/maskrcnn_resnet18_t2",
     )
     push.add_argument("folder", type=Path, metavar="DIR", help="a folder of weights, such as a run's best/")
@@ -322,7 +332,7 @@ def _command(
     parser.set_defaults(run=run)
     level = parser.add_mutually_exclusive_group()
     level.add_argument("-q", "--quiet", action="store_true", help="no progress and no remarks, errors only")
-    level.add_argument("-v", "--verbose", action="store_true", help="say more of what is being done")
+    level.add_argument("-v", "--verbose", action="store_true", help="say more about what is being done")
     parser.add_argument("--json", action="store_true", help="print the facts as JSON")
     return parser
 
