@@ -47,11 +47,8 @@ _MASK_VALUES: dict[str, tuple[tuple[int, ...], ...]] = {
 }
 """Mask values of each detector class, label 1 first."""
 
-MAX_TARGET = 1 << 30
-"""Pixels in all masks of a slice: 4096 lesions of 512 x 512."""
-
-MAX_OUTLINE = 1_000_000
-"""Length of a polygon, and largest of its coordinates, pixels."""
+MAX_TARGET = 1 << 30  # pixels in all masks of a slice: 4096 lesions of 512 x 512
+MAX_OUTLINE = 1_000_000  # pixels; length of a polygon, and largest of its coordinates
 
 
 def instances(
@@ -323,9 +320,7 @@ def check_sizes(record: LesionRecord | CocoRecord, image_size: tuple[int, ...], 
 def patient_of(name: str) -> str | None:
     """The patient in a CNCB file name `[Class]_[PatientID]_[ScanNum]_[SliceNum]`, None for other names."""
     match = _CNCB_NAME.fullmatch(slice_name(name))
-    if match is None or image_class_of(match["image_class"]) is None:
-        return None
-    return match["patient"]
+    return match["patient"] if match and image_class_of(match["image_class"]) is not None else None
 
 
 def shared_patients(one: Iterable[str | None], other: Iterable[str | None]) -> list[str]:
@@ -633,11 +628,9 @@ def _by_stem(files: Iterable[Path], found: Listing) -> dict[str, Path]:
     """Files by their stem; two of one stem in a folder are a problem."""
     by_stem: dict[str, Path] = {}
     for path in files:
-        if path.stem in by_stem:
-            other = by_stem[path.stem].name
-            found.report(path, f"same name as {other} in the same folder; keep one of the two", path.stem)
-        else:
-            by_stem[path.stem] = path
+        first = by_stem.setdefault(path.stem, path)
+        if first != path:
+            found.report(path, f"same name as {first.name} in the same folder; keep one of the two", path.stem)
     return by_stem
 
 
