@@ -121,7 +121,7 @@ def main() -> None:
     path = folder / names.get(target, "a.dcm")
 
     def once(data: bytes) -> None:
-        path.write_bytes(dicom(data, FRAMES[target][0]) if target in FRAMES else data)
+        path.write_bytes(dicom(data or b"\0", FRAMES[target][0]) if target in FRAMES else data)
         for read in readers.get(target, images):
             try:
                 read(path)
