@@ -147,10 +147,11 @@ def test_proposals_are_the_rpns(name):
         assert (far.amin(0) <= 1e-3).float().mean() > 0.98
 
 
-def test_pasting_is_torchvisions():
+@pytest.mark.parametrize("whole", [False, True])  # on a CPU, elsewhere
+def test_pasting_is_torchvisions(whole):
     masks = torch.rand(40, 1, 28, 28)
     made = awkward_boxes(40, 120.0)
     made[2] = torch.tensor([0.0, 0.0, 130.0, 110.0])
     made = clip_boxes_to_image(made, (110, 130))
     expected = paste_masks_in_image(masks, made, (110, 130))[:, 0] > 0.5
-    assert torch.equal(paste_masks(masks[:, 0], made, (110, 130)), expected)
+    assert torch.equal(paste_masks(masks[:, 0], made, (110, 130), whole=whole), expected)

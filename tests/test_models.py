@@ -87,7 +87,7 @@ def test_drop_empty_removes_boxes_of_area_zero_and_only_those():
     for drop_empty, rows in ((True, [0, 2]), (False, [0, 1, 2, 3])):
         model.roi_heads.drop_empty = drop_empty
         logits = torch.tensor([[0.0, 4.0], [0.0, 3.0], [0.0, 2.0], [0.0, 1.0]])
-        regions = model.roi_heads.rank(logits, deltas, boxes, (512, 512))
+        regions = model.roi_heads.rank(logits, deltas, boxes[:, None].repeat(1, 2, 1), (512, 512))
         assert regions.deltas[regions.scores > 0, 0].mul(1000).round().int().tolist() == rows
         assert (regions.scores.diff() <= 0).all()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -381,3 +382,20 @@ def test_real_slices_with_lesions_are_told_from_those_without(segmenter):
         marked = segmenter(path).lesion_mask
         dices.append((2 * (truth & marked).sum() + 1) / (truth.sum() + marked.sum() + 1))
     assert np.mean(dices) > 0.45
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_the_host_waits_for_each_nms_and_else_once_in_a_while():
+    predictor = Predictor(device="cuda", batch_size=8)
+    images = [phantom(seed).image for seed in range(8)]
+    list(predictor.batch(images))
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            list(predictor.batch(images))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = sum("synchroniz" in str(warning.message) for warning in caught)
+    # NMS of proposals and of regions, for each of two models; the rest is per batch.
+    assert waits <= 4 * len(images) + 16

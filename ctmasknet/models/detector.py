@@ -144,24 +144,25 @@ class LesionRoIHeads(RoIHeads):
         """The ranked regions of each image, at the thresholds set here: not empty, after NMS per class."""
         logits, deltas = self.box_predictor(self.box_head(self.box_roi_pool(features, proposals, image_shapes)))
         counts = [len(p) for p in proposals]
-        per_image = zip(logits.split(counts), deltas.split(counts), proposals, image_shapes, strict=True)
+        boxes = self.box_coder.decode(deltas, proposals)
+        per_image = zip(logits.split(counts), deltas.split(counts), boxes.split(counts), image_shapes, strict=True)
         ranked = [self.rank(*image) for image in per_image]
         above = [int((r.scores > self.score_thresh).sum()) for r in ranked]
         return [r[r.kept(n, self.nms_thresh, self.detections_per_img)] for r, n in zip(ranked, above, strict=True)]
 
-    def rank(self, logits: Tensor, deltas: Tensor, proposals: Tensor, shape: tuple[int, int]) -> Regions:
+    def rank(self, logits: Tensor, deltas: Tensor, boxes: Tensor, shape: tuple[int, int]) -> Regions:
         """Every region of one image, best first, before NMS; empty ones that are to be dropped stand last, scored -1.
 
         Args:
-            logits, deltas: (R, K) and (R, 4 K), what the box predictor says of the (R, 4) proposals.
+            logits, deltas: (R, K) and (R, 4 K), what the box predictor says of the proposals.
+            boxes: (R, K, 4), the proposals moved by the deltas.
             shape: (height, width) of the resized image.
         """
         scores = logits.softmax(-1) if self.roi_score == "softmax" else logits.sigmoid()
         labels = torch.arange(1, scores.shape[1], device=scores.device).repeat(len(scores))
-        boxes = self.box_coder.decode(deltas, [proposals])
         boxes = clip_boxes_to_image(boxes[:, 1:].reshape(-1, 4), shape)
         scores = scores[:, 1:].reshape(-1)
-        deltas = deltas.view(len(proposals), -1, 4)[:, 1:].reshape(-1, 4)
+        deltas = deltas.view(len(logits), -1, 4)[:, 1:].reshape(-1, 4)
         if self.drop_empty:
             sides = boxes[:, 2:] - boxes[:, :2]
             scores = scores.masked_fill(sides.prod(1) <= 0, -1.0)

@@ -14,7 +14,8 @@ batched, so nothing is padded for a neighbour's sake, and on a CPU each goes alo
 The models' own `forward` is for training, and the reference for this: detections are the same up to rounding. What is
 done differently:
 
-- BatchNorm is folded into the convolutions before it, tensors are channels-last, optionally in lower precision;
+- BatchNorm is folded into the convolutions before it, and so are ReLU and sums on a CPU; tensors are channels-last,
+  optionally in lower precision;
 - the RPN chooses its best anchors first and decodes those, where torchvision decodes all (read in 0.29);
 - RoIAlign sums weighted feature rows, which on a CPU runs on all threads;
 - masks are pasted by products of matrices and kept as bool;
@@ -30,7 +31,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -173,7 +174,7 @@ class Inference:
             InputError: images of another kind, or with NaN; says which.
         """
         images = checked_images(images)
-        resized = [self._transform.resize((image - self._mean) / self._std, None)[0] for image in images]
+        resized = [self._resized((image - self._mean) / self._std) for image in images]
         groups: dict[tuple[int, ...], list[int]] = {}
         for index, image in enumerate(resized):
             # On a CPU one image at a time is as fast as several, and holds less memory.
@@ -245,6 +246,12 @@ class Inference:
             speaking[where] += len(logits[part])
         return torch.where(speaking < len(logits), combined.clamp(min=0), combined) if len(logits) else speaking
 
+    def _resized(self, image: Tensor) -> Tensor:
+        config, (shorter, longer) = self.model.config, sorted(image.shape[-2:])
+        if shorter == config.min_size and longer <= config.max_size:
+            return image
+        return cast("Tensor", self._transform.resize(image, None)[0])
+
     def _read(self, images: list[Tensor], sizes: list[tuple[int, int]]) -> list[Reading]:
         """Resized images of one shape."""
         shape = (int(images[0].shape[-2]), int(images[0].shape[-1]))
@@ -253,8 +260,10 @@ class Inference:
         proposals = choose_proposals(self.model, self._cells, objectness, rpn_deltas, tensors.shape[-2], shape)
         logits, deltas = self._box_branch(features, proposals)
         counts = [len(p) for p in proposals]
-        rows = zip(logits.split(counts), deltas.split(counts), proposals, strict=True)
-        ranked = [self.model.roi_heads.rank(*row, shape) for row in rows]
+        heads = self.model.roi_heads
+        boxes = heads.box_coder.decode(deltas, proposals)
+        rows = zip(logits.split(counts), deltas.split(counts), boxes.split(counts), strict=True)
+        ranked = [heads.rank(*row, shape) for row in rows]
         scores = torch.cat([regions.scores for regions in ranked]).cpu().split([len(r.scores) for r in ranked])
         return [
             Reading([level[index : index + 1] for level in features], ranked[index], scores[index], shape, size)
@@ -329,20 +338,43 @@ class _Network(nn.Module):
         self.fpn = copy.deepcopy(model.backbone.fpn)
         self.rpn_head = copy.deepcopy(model.rpn.head)
         fold_batch_norm(self.body)
+        self.stages, self.levels = model.variant.stages, model.variant.levels
         self.dtype = dtype
         self.to(dtype=dtype).to(memory_format=torch.channels_last).requires_grad_(False)
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Per level: features (B, C, H, W), objectness (B, H, W, A), deltas (B, H, W, A * 4)."""
         x = images.to(dtype=self.dtype, memory_format=torch.channels_last)
-        maps = self.body(x)
-        features = list(self.fpn({str(level): m for level, m in enumerate(maps)}).values())
+        body = self.body
+        x = body["maxpool"](_convolve(body["conv1"], x, relu=True))
+        maps = []
+        for stage in range(1, self.stages + 1):
+            for block in body[f"layer{stage}"]:
+                shortcut = x if block.downsample is None else block.downsample(x)
+                *first, last = (getattr(block, name) for name in ("conv1", "conv2", "conv3") if hasattr(block, name))
+                for convolution in first:
+                    x = _convolve(convolution, x, relu=True)
+                x = _convolve(last, x, relu=True, add=shortcut)
+            maps.append(x)
+        features = list(self.fpn({str(level): m for level, m in enumerate(maps[-self.levels :])}).values())
         objectness, deltas = self.rpn_head(features)
         return (
             [f.float() for f in features],
             [o.permute(0, 2, 3, 1).float() for o in objectness],
             [d.permute(0, 2, 3, 1).float() for d in deltas],
         )
+
+
+def _convolve(layer: nn.Conv2d, x: Tensor, *, relu: bool, add: Tensor | None = None) -> Tensor:
+    """A convolution, the sum with another map, and ReLU: on a CPU in one pass over memory where torch has oneDNN."""
+    fused = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)  # of torch.compile's CPU backend; read in 2.14
+    if fused is None or x.device.type != "cpu" or x.dtype != torch.float32:
+        y = layer(x) if add is None else layer(x) + add
+        return F.relu(y, inplace=True) if relu else y
+    settings = layer.bias, layer.padding, layer.stride, layer.dilation, layer.groups
+    if add is None:
+        return fused(x, layer.weight, *settings, "relu" if relu else "none", [], "")
+    return fused(x, add, layer.weight, *settings, "add", 1.0, "relu" if relu else None, [], None)
 
 
 def fold_batch_norm(body: nn.Module) -> None:
@@ -405,21 +437,25 @@ def choose_proposals(
     return proposals
 
 
-def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], *, whole: bool | None = None) -> Tensor:
     """(N, 28, 28) mask scores -> (N, H, W) bool, above 0.5; torchvision's `paste_masks_in_image`."""
     result = torch.zeros(len(masks), *size, dtype=torch.bool, device=masks.device)
-    for place, values in _pasted(masks, boxes, size):
+    for place, values in _pasted(masks, boxes, size, whole):
         result[place] = values > 0.5
     return result
 
 
-def _pasted(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
+def _pasted(
+    masks: Tensor, boxes: Tensor, size: tuple[int, int], whole: bool | None = None
+) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
     """Which masks, rows and columns of the image, and the masks' values there, 0 outside their boxes.
-
-    On a CPU one mask at a time, inside its box; elsewhere all over the whole image, which asks the device nothing.
 
     torchvision stretches a mask with a border of zeros over its box, widened by as much and cut to whole pixels.
     Bilinear stretching is separable, so here it is a product of matrices.
+
+    Args:
+        whole: all masks over the whole image, which asks the device nothing, or one at a time inside its box; None
+            takes this on a CPU and that elsewhere.
     """
     height, width = size
     padded = F.pad(masks, (1, 1, 1, 1))
@@ -428,7 +464,7 @@ def _pasted(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Iterator[tup
     centre = (boxes[:, 2:] + boxes[:, :2]) * 0.5
     first, last = (centre - half).to(torch.int64), (centre + half).to(torch.int64)
     windows = [(slice(0, len(masks)), slice(0, height), slice(0, width))] if len(masks) else []
-    if masks.device.type == "cpu":
+    if not (masks.device.type != "cpu" if whole is None else whole):
         windows = [
             (slice(row, row + 1), slice(max(y1, 0), min(y2 + 1, height)), slice(max(x1, 0), min(x2 + 1, width)))
             for row, (x1, y1, x2, y2) in enumerate(torch.cat([first, last], dim=1).tolist())
@@ -592,10 +628,9 @@ def _axis(start: Tensor, end: Tensor, cells: Tensor, side: int, samples: int) ->
     outside = (at < -1) | (at > cells[:, None])
     at = at.clamp(min=0)
     low = torch.minimum(at.to(torch.int64), last)
-    high = torch.minimum(low + 1, last)
     fraction = torch.where(low == last, torch.zeros_like(at), at - low)
     weight = torch.stack([1 - fraction, fraction], dim=-1) / samples
     weight = weight.masked_fill(outside[..., None], 0.0)
-    index = torch.stack([low, high], dim=-1)
+    index = torch.stack([low, torch.minimum(low + 1, last)], dim=-1)
     shape = len(start), side, 2 * samples
     return index.view(shape), weight.view(shape)
