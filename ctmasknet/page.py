@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
 import warnings
@@ -41,6 +44,7 @@ OVERLAY, SCORE_MAP, CONTRIBUTIONS, MONTAGE = "Overlay", "Score map", "RoI contri
 UNITS = {"as the file says": None, "Hounsfield units": "hu", "stretch its own range": "range"}
 SLICE_HEAD = ["lesion", "score", "area, px", "box x1 y1 x2 y2, px"]
 MAX_FILES = 2000  # of one upload: a series
+KEPT_UPLOADS = 10  # of the largest size; beyond, none is taken
 KEPT_SECONDS = 3600  # what a visitor sent, after the last click
 CSS = """
 footer {display: none !important}
@@ -116,6 +120,40 @@ def _own(folder: Path, text: str) -> str:
     return text.replace(f"{folder}{os.sep}", "").replace(str(folder), "the upload")
 
 
+@dataclass
+class _Gate:
+    """Keeps out what other sites make a browser send here, and uploads beyond the limits."""
+
+    app: Any
+    work: Path
+    max_bytes: int
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        reason = self.refusal(scope) if scope["type"] == "http" else ""
+        if not reason:
+            return await self.app(scope, receive, send)
+        await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
+        await send({"type": "http.response.body", "body": reason.encode()})
+
+    def refusal(self, scope: Any) -> str:
+        """Why a request is refused; "" if it is not."""
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        host, site = headers.get("host", ""), headers.get("sec-fetch-site", "none")
+        foreign = headers.get("origin", f"http://{host}") != f"http://{host}"
+        foreign |= site in ("cross-site", "same-site") and headers.get("sec-fetch-mode") != "navigate"
+        # A name other than this machine's that leads here all the same is a trick (DNS rebinding).
+        if foreign or host.rsplit(":", 1)[0] not in ("127.0.0.1", "localhost"):
+            return "only this page itself may ask"
+        if scope["method"] == "POST":
+            size = headers.get("content-length", "")
+            if not size.isdecimal() or int(size) > self.max_bytes + 1_000_000:  # what a form adds
+                return f"more than {self.max_bytes // 1_000_000} MB in one upload"
+            kept = [file.stat().st_size for file in self.work.rglob("*") if file.is_file()]
+            if sum(kept) > KEPT_UPLOADS * self.max_bytes or len(kept) > KEPT_UPLOADS * MAX_FILES:
+                return "too much is kept here: start the page anew, or try again in an hour"
+        return ""
+
+
 def _draw(view: str, prediction: Prediction, classifier: Model | None) -> Image.Image:
     """A view of a slice."""
     if view == OVERLAY:
@@ -152,36 +190,36 @@ def _build(
     offered: Sequence[list[str]],
     given: Sequence[float | None],
     work: Path,
-    max_mb: int,
+    max_bytes: int,
 ) -> Any:
     """The page as `gradio.Blocks`; the first of the models `offered` are chosen, thresholds as `given` or their own."""
     gr = import_extra("gradio", "demo", "the page")
-    progress, max_bytes = gr.Progress(), max_mb * 1_000_000
 
-    def guarded(handle: Callable[..., Iterator[Shown]]) -> Callable[..., Iterator[Shown]]:
+    def guarded(handle: Callable[..., Shown]) -> Callable[..., Shown]:
         """Never a traceback on the page: one line of ours, or one that points to the log."""
 
         @wraps(handle)
-        def safe(*arguments: Any) -> Iterator[Shown]:
+        def safe(*arguments: Any) -> Shown:
             try:
-                yield from handle(*arguments)
+                return handle(*arguments)
             except CTMaskNetError as error:
-                yield {status: f"<strong>{escape(str(error))}</strong>"}
+                reason = str(error)
             except Exception:
                 log.exception("%s", handle.__name__)
-                yield {status: "<strong>Something went wrong; the log of the program says what.</strong>"}
+                reason = "Something went wrong; the log of the program says what."
+            return {status: f"<strong>{escape(reason)}</strong>"}
 
         return safe
 
     @guarded
-    def on_open(paths: list[str] | None, unit: str, before: Case | None) -> Iterator[Shown]:
+    def on_open(paths: list[str] | None, unit: str, before: Case | None) -> Shown:
         case = open_case(paths or [], work, UNITS[unit], max_bytes)
         if before is not None:
             before.drop()
+        scan = isinstance(case.content, Volume)
         indices = sorted(case.content.names) if isinstance(case.content, Volume) else [0]
-        scan, middle = isinstance(case.content, Volume), indices[len(indices) // 2]
-        what = f"a scan of {len(indices)} slices" if scan else "one slice"
-        yield {
+        middle, what = indices[len(indices) // 2], f"a scan of {len(indices)} slices" if scan else "one slice"
+        return {
             state: case,
             status: escape(" ".join([f"{case.name}: {what}. Press Predict.", *case.notes[:5]])),
             view: gr.update(choices=[MONTAGE] * scan + [OVERLAY, SCORE_MAP, CONTRIBUTIONS], value=OVERLAY),
@@ -216,12 +254,12 @@ def _build(
         return drawn
 
     @guarded
-    def on_predict(case: Case | None, seg: str, cls: str, *settings: Any, progress: Any = progress) -> Iterator[Shown]:
+    def on_predict(case: Case | None, seg: str, cls: str, *settings: Any, progress: Any = gr.Progress()) -> Shown:  # noqa: B008
         what, index, *point = settings
-        case = case or open_case([str(SLICE)], work, None, max_bytes)
+        if case is None:
+            raise InputError("nothing is here any more: choose a file")
         case.predictor, case.scan = None, None
         case.stopped.clear()
-        yield {state: case, status: f"Predicting {escape(case.name)} ..."}
         predictor, _ = predictor_of(seg, cls)
 
         def count(done: int, total: int) -> None:
@@ -237,28 +275,28 @@ def _build(
             result |= {view: MONTAGE, files: gr.update(value=[str(path) for path in written], visible=True)}
         result |= shown(case, predictor, what, index, *point)
         case.predictor = predictor
-        yield result
+        return result
 
     @guarded
-    def on_show(case: Case | None, *settings: Any) -> Iterator[Shown]:
-        if case is not None and case.predictor is not None:
-            yield shown(case, case.predictor, *settings)
-        else:
-            yield {picture: gr.skip() if case is None else _grey(case.slice(settings[1]))}
+    def on_show(case: Case | None, *settings: Any) -> Shown:
+        if case is None:
+            return {}
+        if case.predictor is None:
+            return {picture: _grey(case.slice(settings[1]))}
+        return shown(case, case.predictor, *settings)
 
     @guarded
-    def on_slide(case: Case | None, what: str, *settings: Any) -> Iterator[Shown]:
+    def on_slide(case: Case | None, what: str, *settings: Any) -> Shown:
         """A slice of the scan instead of its montage."""
         what = OVERLAY if what == MONTAGE else what
-        for drawn in on_show(case, what, *settings):
-            yield {**drawn, view: what}
+        return {**on_show(case, what, *settings), view: what}
 
     @guarded
-    def on_models(case: Case | None, seg: str, cls: str) -> Iterator[Shown]:
+    def on_models(case: Case | None, seg: str, cls: str) -> Shown:
         _, (score, overlap) = predictor_of(seg, cls)
         if case is not None:
             case.predictor = None  # what is shown stays what was predicted
-        yield {status: f"{escape(seg)} and {escape(cls)}: press Predict.", cut: score, nms: overlap}
+        return {status: f"{escape(seg)} and {escape(cls)}: press Predict.", cut: score, nms: overlap}
 
     _, own = predictor_of(offered[0][0], offered[1][0])
     score, overlap = (mine if value is None else value for value, mine in zip(given, own, strict=True))
@@ -278,13 +316,13 @@ def _build(
                     cut = gr.Slider(0, 1, score, step=0.01, label="Score threshold", elem_id="threshold")
                     nms = gr.Slider(0, 1, overlap, step=0.01, label="NMS threshold")
                     units = gr.Dropdown([*UNITS], value=next(iter(UNITS)), label="Values of the files")
-                gr.Markdown(HELP.format(max_mb))
+                gr.Markdown(HELP.format(max_bytes // 1_000_000))
             with gr.Column(scale=3, min_width=320):
-                status = gr.HTML("The example is a phantom, not a patient. Press Predict.", elem_id="status")
+                status = gr.HTML(elem_id="status")
                 view = gr.Radio([OVERLAY, SCORE_MAP, CONTRIBUTIONS], value=OVERLAY, show_label=False, elem_id="view")
                 at = gr.Slider(0, 1, 0, step=1, label="Slice", visible=False, elem_id="slice")
                 buttons = ["download", "fullscreen"]
-                picture = gr.Image(str(SLICE), format="png", show_label=False, buttons=buttons, elem_id="picture")
+                picture = gr.Image(format="png", show_label=False, buttons=buttons, elem_id="picture")
                 facts = gr.HTML(elem_id="facts")
                 lesions = gr.Dataframe(headers=SLICE_HEAD, interactive=False, visible=False, elem_id="lesions")
                 label = "Results, as ctmasknet predict writes them"
@@ -294,13 +332,22 @@ def _build(
         common: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "models", "concurrency_limit": 1}
         go.click(on_predict, [state, seg, cls, *settings], everything, show_progress_on=status, **common)
         common |= {"show_progress": "minimal"}
-        gr.on([upload.change, units.input], on_open, [upload, units, state], everything, **common)
+        gr.on([page.load, upload.change, units.input], on_open, [upload, units, state], everything, **common)
         gr.on([seg.input, cls.input], on_models, [state, seg, cls], everything, **common)
         moved = [view.input, cut.change, nms.change]  # `input` misses the number beside a slider
         for triggers, handle in ((moved, on_show), ([at.change], on_slide)):
             gr.on(triggers, handle, [state, *settings], everything, trigger_mode="always_last", **common)
         stop.click(lambda case: case and case.stopped.set(), state, None, api_visibility="private", queue=False)
     return page
+
+
+@contextlib.contextmanager
+def _cleaner(folder: str) -> Iterator[None]:
+    """Deletes `folder` even if this process is killed: another waits for the end of this one."""
+    code = "import shutil, sys; sys.stdin.read(); shutil.rmtree(sys.argv[1], ignore_errors=True)"
+    command = [sys.executable, "-S", "-c", code, folder]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True):
+        yield
 
 
 def serve(
@@ -334,6 +381,7 @@ def serve(
     """
     if max_upload_mb < 1:
         raise ConfigError(f"--max-upload-mb {max_upload_mb}: must be at least 1")
+    max_bytes = max_upload_mb * 1_000_000
     import_extra("matplotlib", "demo", "the page")
     gr = import_extra("gradio", "demo", "the page")
 
@@ -349,10 +397,12 @@ def serve(
 
     theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # nothing from other hosts
     options: dict[str, Any] = {"share": False, "ssr_mode": False, "run_history": False, "theme": theme, "css": CSS}
-    with tempfile.TemporaryDirectory(prefix="ctmasknet-page-", ignore_cleanup_errors=True) as made:
+    with tempfile.TemporaryDirectory(prefix="ctmasknet-page-", ignore_cleanup_errors=True) as made, _cleaner(made):
         os.environ["GRADIO_TEMP_DIR"] = made  # where gradio puts uploads; it has no argument for it
-        page = _build(predictor_of, offered, (score_threshold, nms_threshold), Path(made), max_upload_mb)
-        options |= {"quiet": True, "prevent_thread_lock": True, "max_file_size": max_upload_mb * 1_000_000}
+        page = _build(predictor_of, offered, (score_threshold, nms_threshold), Path(made), max_bytes)
+        gate = import_extra("starlette.middleware", "demo", "the page").Middleware(_Gate, Path(made), max_bytes)
+        options |= {"app_kwargs": {"middleware": [gate]}, "max_file_size": max_bytes}
+        options |= {"quiet": True, "prevent_thread_lock": True}
         try:
             _, address, _ = page.launch(server_name="127.0.0.1", server_port=port, **options)
             on_start(address)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import re
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -21,6 +25,7 @@ import pytest
 from phantom import phantom
 from PIL import Image
 
+import ctmasknet.page
 from ctmasknet.cli import main
 from ctmasknet.errors import ConfigError, InputError
 
@@ -166,6 +171,14 @@ def served(tmp_path, monkeypatch):
     assert "GRADIO_TEMP_DIR" not in os.environ
 
 
+@pytest.fixture(scope="module")
+def shared_page():
+    """A page for tests that only ask."""
+    page = Served(segmenter="none")
+    yield page
+    page.close()
+
+
 def answer(request: str | urllib.request.Request) -> tuple[int, str, str]:
     """Status, headers and text."""
     try:
@@ -175,10 +188,10 @@ def answer(request: str | urllib.request.Request) -> tuple[int, str, str]:
         return error.code, str(error.headers), error.read().decode()
 
 
-def upload(address: str, size: int) -> urllib.request.Request:
+def upload(address: str, size: int, start: bytes = b"") -> urllib.request.Request:
     mark = uuid.uuid4().hex
     head = f'--{mark}\r\nContent-Disposition: form-data; name="files"; filename="x.png"\r\n\r\n'.encode()
-    body = head + bytes(size) + f"\r\n--{mark}--\r\n".encode()
+    body = head + start + bytes(size) + f"\r\n--{mark}--\r\n".encode()
     headers = {"Content-Type": f"multipart/form-data; boundary={mark}"}
     return urllib.request.Request(f"{address}gradio_api/upload", body, headers)
 
@@ -191,9 +204,58 @@ def test_the_page_offers_the_weights_it_was_given_bounds_uploads_and_leaves_noth
     assert answer(upload(served.address, 1000))[0] == 200
     assert answer(upload(served.address, 2_000_001))[0] == 413
     assert answer(f"{served.address}gradio_api/file=/etc/passwd")[0] == 403
-    foreign = urllib.request.Request(served.address, headers={"Origin": "http://example.org"})
-    assert "access-control-allow-origin" not in answer(foreign)[1].lower()
     assert list(tmp_path.glob("ctmasknet-page-*/**/x.png"))  # taken away at the end: see the fixture
+
+
+@pytest.mark.parametrize(
+    ("headers", "allowed"),
+    [
+        ({}, True),
+        ({"Origin": "{address}", "Sec-Fetch-Site": "same-origin", "Sec-Fetch-Mode": "cors"}, True),
+        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}, True),  # a link to the page
+        ({"Origin": "http://example.org"}, False),
+        ({"Origin": "null"}, False),
+        ({"Origin": "http://127.0.0.1:1"}, False),  # another program on this machine
+        ({"Host": "example.org"}, False),  # a name that was made to lead here
+        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}, False),
+    ],
+)
+def test_requests_of_other_origins_are_refused(shared_page, headers, allowed):
+    headers = {key: value.format(address=shared_page.address.rstrip("/")) for key, value in headers.items()}
+    sent = upload(shared_page.address, 10)
+    for key, value in headers.items():
+        sent.add_header(key, value)
+    assert answer(sent)[0] == (200 if allowed else 403)
+    page = urllib.request.Request(shared_page.address, headers=headers)
+    assert answer(page)[0] == (200 if allowed else 403)
+
+
+def test_uploads_are_bounded_also_all_together(shared_page, monkeypatch):
+    status, _, text = answer(upload(shared_page.address, 3_500_000))
+    assert (status, text) == (403, "more than 2 MB in one upload")
+    unstated = urllib.request.Request(f"{shared_page.address}gradio_api/upload", iter([b"x"]), method="POST")
+    assert answer(unstated)[0] == 403  # chunks of a total that is not stated
+    monkeypatch.setattr(ctmasknet.page, "KEPT_UPLOADS", 1)
+    for _ in range(3):
+        status, _, text = answer(upload(shared_page.address, 1_500_000, os.urandom(8)))
+    assert (status, text) == (403, "too much is kept here: start the page anew, or try again in an hour")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="other signals")
+@pytest.mark.parametrize("how", [pytest.param("SIGTERM", marks=pytest.mark.slow), "SIGKILL"])
+def test_nothing_stays_after_stop_or_kill(tmp_path, how):
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-m", "ctmasknet", "demo", "--web", "--segmenter", "none"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        address = re.search(r"http://\S+", process.stdout.readline())[0]
+        assert answer(upload(address, 1000))[0] == 200
+        assert list(tmp_path.glob("ctmasknet-page-*/**/x.png"))
+        process.send_signal(getattr(signal, how))
+        process.wait(120)
+    end = time.monotonic() + 60
+    while list(tmp_path.glob("ctmasknet-page-*")):
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_a_port_that_is_taken_is_one_clear_error():
