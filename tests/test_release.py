@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,13 +15,25 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 import ctmasknet
 from ctmasknet.weights.manifest import manifest
 
 ROOT = Path(__file__).parents[1]
 
-pytestmark = pytest.mark.slow
+slow = pytest.mark.slow
+
+
+def test_actions_are_pinned_by_commit_and_keep_no_credentials():
+    used = []
+    for workflow in sorted((ROOT / ".github/workflows").glob("*.yml")):
+        for job in yaml.safe_load(workflow.read_text())["jobs"].values():
+            used += [step for step in job["steps"] if "uses" in step]
+    assert len(used) > 10
+    assert [step["uses"] for step in used if not re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", step["uses"])] == []
+    checkouts = [step for step in used if step["uses"].startswith("actions/checkout@")]
+    assert all(step["with"]["persist-credentials"] is False for step in checkouts)
 
 
 def build(source: Path, out: Path, *what: str) -> None:
@@ -58,6 +71,7 @@ def only(folder: Path, pattern: str) -> Path:
     return found
 
 
+@slow
 def test_the_wheel_holds_package_and_weights_and_no_tests(built):
     files = contents(only(built / "both", "*.whl"))
     assert {"ctmasknet/py.typed", "ctmasknet/example/slice.png", "ctmasknet/example/mask.png"} <= set(files)
@@ -71,6 +85,7 @@ def test_the_wheel_holds_package_and_weights_and_no_tests(built):
         assert any(name.endswith(f"licenses/{licence}") for name in files)
 
 
+@slow
 def test_the_sdist_makes_the_same_wheel_and_holds_no_tests(built):
     assert contents(only(built / "both", "*.whl")) == contents(only(built / "direct", "*.whl"))
     with tarfile.open(only(built / "both", "*.tar.gz")) as archive:
@@ -79,12 +94,14 @@ def test_the_sdist_makes_the_same_wheel_and_holds_no_tests(built):
     assert not [name for name in names if name.startswith(("tests", "docs"))]
 
 
+@slow
 def test_the_version_comes_from_one_place(built):
     assert only(built / "both", "*.whl").name.startswith(f"ctmasknet-{ctmasknet.__version__}-")
     assert f'version = "{ctmasknet.__version__}"' in (ROOT / "pyproject.toml").read_text()
     assert f"version: {ctmasknet.__version__}" in (ROOT / "CITATION.cff").read_text()
 
 
+@slow
 def test_the_wheel_runs_the_demo_in_an_environment_of_its_own_without_a_network(built, tmp_path):
     home = tmp_path / "venv"
     venv.create(home, with_pip=False, symlinks=True)
