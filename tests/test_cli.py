@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
@@ -140,6 +141,29 @@ def test_errors_speak_of_flags(tmp_path, capsys):
     text = "a_1/units=2/x.tif: pass units=\"hu\" or units='range', or begin anew: restart=True; lr=3 stays"
     expected = "a_1/units=2/x.tif: pass --units hu or --units range, or begin anew: --restart; lr=3 stays"
     assert as_flags(text, options) == expected
+
+
+def test_names_are_escaped_and_cut_whatever_prints_them(tmp_path, monkeypatch, capsys):
+    assert main(["info", "x" * 5000 + "\x1b[31m"]) == 2
+    error = capsys.readouterr().err
+    assert error.rstrip("\n").isprintable()
+    assert len(error) < 700
+    assert error.startswith("ctmasknet info: unknown variant 'xxx")
+    folder = tmp_path / "red\x1b[31m" / "imgs"
+    folder.mkdir(parents=True)
+    (tmp_path / "red\x1b[31m" / "masks").mkdir()
+    (folder / "bell\x07.png").write_bytes(b"no picture")
+    assert main(["data", "check", str(folder.parent)]) == 2
+    assert main(["predict", str(folder), "-o", str(tmp_path / "out"), "--classifier", "none"]) == 2
+    assert main(["export", str(folder), "-o", str(tmp_path / "x.onnx")]) == 2
+    output = capsys.readouterr()
+    for text in (output.out, output.err):
+        assert "red\\x1b[31m" in text
+        assert all(line.isprintable() for line in text.split("\n"))
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    assert main(["list"]) == 0
+    logging.getLogger("ctmasknet.engine").warning("slice %s", "a\x1bb")
+    assert capsys.readouterr().err == "slice a\\x1bb\n"
 
 
 def test_predict_elsewhere_and_upwards_stays_in_the_output_folder(tmp_path, monkeypatch):

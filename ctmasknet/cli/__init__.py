@@ -17,6 +17,11 @@ from ctmasknet.cli.printing import as_flags, printable
 from ctmasknet.errors import CTMaskNetError
 
 
+class _Printable(logging.Formatter):
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        return printable(super().formatMessage(record))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code: 0 fine, 1 a check of `doctor` failed, 2 the user has something to mend."""
     for stream in (sys.stdout, sys.stderr):
@@ -24,7 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     options = build_parser().parse_args(arguments)
     level = logging.ERROR if options.quiet else logging.INFO if options.verbose else logging.WARNING
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Printable("%(message)s"))
+    logging.basicConfig(handlers=[handler])
     logging.getLogger("ctmasknet").setLevel(level)
     # pydicom logs and warns of every UID and number of odd form, file by file, and reads them all the same.
     logging.getLogger("pydicom").disabled = True
