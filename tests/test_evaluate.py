@@ -125,7 +125,9 @@ def test_interval_of_a_mean_is_scipys_percentile_bootstrap() -> None:
     mine = patient_intervals(
         [f"p{i}" for i in range(40)], lambda w: {"mean": float(w @ values / w.sum())}, samples=4000
     )["mean"]
-    theirs = stats.bootstrap((values,), np.mean, n_resamples=4000, method="percentile", random_state=0).confidence_interval
+    theirs = stats.bootstrap(
+        (values,), np.mean, n_resamples=4000, method="percentile", random_state=0
+    ).confidence_interval
     assert mine == pytest.approx((theirs.low, theirs.high), abs=0.03)
 
 
