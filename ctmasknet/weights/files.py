@@ -172,7 +172,8 @@ def inherited(metadata: Mapping[str, Any], variant: str | None) -> dict[str, Any
     """
     before = {"variant": variant} | {key: metadata[key] for key in (*_TERMS, "dataset") if key in metadata}
     terms = {key: metadata[key] for key in _TERMS if key in metadata}
-    return terms | {"derived_from": [*metadata.get("derived_from", ()), before]}
+    origins = metadata.get("derived_from", [])
+    return terms | {"derived_from": origins if before in origins else [*origins, before]}
 
 
 def sha256_of(path: Path) -> str:
