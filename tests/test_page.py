@@ -299,7 +299,7 @@ def test_the_page_in_a_browser(tmp_path, series):
             browser.wait_for("#status", "slice.png: predicted")
             assert browser.seen_with_status() != browser.first_picture  # no word of success before the picture
             assert "lesions covering" in browser.text("#facts")
-            assert "one patient per class" in browser.text("#facts")
+            assert "one patient with common pneumonia" in browser.text("#facts")
         assert second.font_size("#facts p") >= 14  # legible on a phone
         assert second.width() <= 400
         assert ".json" in first.text("#files")
