@@ -50,7 +50,7 @@ def test_lists_exactly_the_fourteen_and_explains_them(tmp_path):
     )
     names, text = in_a_strangers_folder(tmp_path, code).split("\n", 1)
     assert sorted(names.split()) == sorted(VARIANTS)
-    assert "COVID-CT-Mask-Net on ResNet18 T1" in text
+    assert "COVID-CT-Mask-Net (ResNet18 T1 + FPN)" in text
     assert "pretrained: True" in text
 
 

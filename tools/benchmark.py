@@ -310,7 +310,7 @@ def _same_classes(plain: Plain, ours: Predictor, slices: Iterable[Any]) -> dict[
         expected.append(plain(image)["logits"])
         # Logits, less the mean of the slice's.
         found.append(np.log(np.maximum(list(ours(image).class_probabilities.values()), 1e-30)))
-    before, after = np.array(expected), np.array(found)
+    before, after = np.array(expected), np.array(found) * ours.classifier.temperature
     gap = np.abs(before - before.mean(1, keepdims=True) - after + after.mean(1, keepdims=True)).max()
     return {
         "slices": len(before),
