@@ -236,7 +236,7 @@ def _build(
         if case.scan is not None and what == MONTAGE:
             words = _words(case.name, case.scan.summary, (*case.scan.problems, *case.scan.caveats))
             head, *rows = case.scan.lesion_rows() or [[]]
-            found = gr.update(value=rows, headers=head, visible=bool(rows))
+            found = gr.update(value=rows, headers=head or SLICE_HEAD, visible=bool(rows))
             return {picture: case.scan.plot(), facts: words + _table(case.scan.involvement_rows()), lesions: found}
         predictor.score_map = what == SCORE_MAP
         prediction = predictor(case.slice(index))
