@@ -216,7 +216,7 @@ def test_doctor_says_what_each_extra_would_add(monkeypatch):
     monkeypatch.setattr(doctor, "version", installed)
     monkeypatch.setattr(doctor, "sys", SimpleNamespace(modules={}))
     found = {check.name: check.detail for check in doctor.examine() if check.name.startswith("extra")}
-    assert set(found) == {"extra io", "extra train", "extra plots", "extra export", "extra demo"}
+    assert set(found) == {"extra io", "extra dicom", "extra train", "extra plots", "extra export", "extra demo"}
     assert found["extra io"] == "pip install 'ctmasknet[io]' (in a checkout: '.[io]') adds pydicom"
     assert found["extra demo"].endswith("adds pydicom, gradio")
     assert found["extra export"].endswith("adds onnxruntime")
