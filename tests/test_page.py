@@ -190,7 +190,7 @@ def answer(request: str | urllib.request.Request) -> tuple[int, str, str]:
 
 
 def announce(address: str, size: int | None) -> tuple[int, str]:
-    """Status and text if an upload of this size (None: in chunks) is only announced: who is refused need not send it."""
+    """Status and text if an upload of this size (None: chunks) is only announced: who is refused need not send it."""
     connection = http.client.HTTPConnection(address.split("/")[2], timeout=20)
     connection.putrequest("POST", "/gradio_api/upload")
     connection.putheader(*(("Transfer-Encoding", "chunked") if size is None else ("Content-Length", str(size))))
