@@ -57,12 +57,14 @@ class FileResult:
 
     Attributes:
         source: its name as given or found.
+        scan: whether it is one.
         error: why it could not be predicted, "" if it was.
         record: its line in predictions.jsonl; None with an error.
         paths: files written for it, the one to look at first: overlay, or mask of a scan.
     """
 
     source: str
+    scan: bool = False
     error: str = ""
     record: dict[str, Any] | None = None
     paths: Sequence[Path] = ()
@@ -82,7 +84,7 @@ class RunSummary:
         scan_slices, bad_slices: slices in those scans; of them, those that could not be used.
         failed, already_done: of the inputs.
         left_out: files in the folders given that are neither pictures nor scans.
-        failures: the first 10,000, as (source, reason).
+        failures: the first 10,000, each a dictionary of source, error, and whether it is a scan.
         seconds: spent by this process.
         root: the folder that results lie relative to, as their inputs do; None for the current one.
         list_digest: of the names of all inputs, those of other processes included.
@@ -102,7 +104,7 @@ class RunSummary:
     failed: int = 0
     already_done: int = 0
     left_out: int = 0
-    failures: list[tuple[str, str]] = field(default_factory=list)
+    failures: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     root: str | None = None
     list_digest: str = ""
@@ -136,7 +138,6 @@ class RunSummary:
         counts = ("inputs", "slices", "scans", "scan_slices", "bad_slices", "already_done", "failed", "left_out")
         facts["counts"] = {name: facts.pop(name) for name in counts}
         facts["files_per_second"] = self.files_per_second
-        facts["failures"] = [{"source": source, "error": reason} for source, reason in self.failures]
         return facts
 
     def add(self, result: FileResult) -> None:
@@ -144,8 +145,8 @@ class RunSummary:
         if result.record is None:
             self.failed += 1
             if len(self.failures) < FAILURES_LISTED:
-                self.failures.append((result.source, result.error))
-        elif result.record["kind"] == "scan":
+                self.failures.append({"source": result.source, "error": result.error, "scan": result.scan})
+        elif result.scan:
             self.scans += 1
             self.scan_slices += result.record["slices"]
             self.bad_slices += result.record["slices_failed"]
@@ -265,7 +266,8 @@ def predict_files(
     if (series is not None or spacing is not None) and summary.slices and not summary.scans:
         warnings.warn("series and spacing are for scans: these were single slices, read without them", stacklevel=2)
     if _join(folder, summary, world):
-        _write_scan_table(folder)
+        if log is not None:
+            _write_scan_table(folder)
         if format == "coco":
             write_coco_results(folder / PREDICTIONS, folder, annotations=annotations)
     return summary
@@ -438,7 +440,8 @@ def _predicted(
         if isinstance(result, Prediction | CTMaskNetError):
             yield one, result
             continue
-        try:  # a scan brings its own slices
+        one = one._replace(scan=True)
+        try:  # it brings its own slices
             if predictor.score_map:
                 raise InputError(f"{one.name}: a scan has no score map: predict it without score_map=True")
             volume = open_volume(one.name, **reading)
@@ -454,8 +457,8 @@ def _write(
 ) -> FileResult:
     one, result = pair
     if isinstance(result, CTMaskNetError):
-        return FileResult(one.name, error=str(result))
-    scan, paths = isinstance(result, VolumePrediction), []
+        return FileResult(one.name, one.scan, error=str(result))
+    paths: list[Path] = []
     place = place_of(one.name, root)
     try:
         if isinstance(result, VolumePrediction):
@@ -465,11 +468,11 @@ def _write(
     except InputError as error:
         if isinstance(error, OutputError) and getattr(error.__cause__, "errno", None) not in _ONE_FILE_ONLY:
             raise
-        return FileResult(one.name, error=str(error))
+        return FileResult(one.name, one.scan, error=str(error))
     # The RoI batch is in the file's own JSON; caveats are those of the run.
     facts = {key: value for key, value in result.to_dict().items() if key not in ("roi_batch", "caveats")}
-    record = {**facts, "source": one.name, "kind": "scan" if scan else "slice"}
-    return FileResult(one.name, record=record, paths=paths)
+    record = {**facts, "source": one.name, "kind": "scan" if one.scan else "slice"}
+    return FileResult(one.name, one.scan, record=record, paths=paths)
 
 
 # The run
@@ -611,26 +614,33 @@ def _join(out: Path, summary: RunSummary, world: int) -> bool:
 
 
 def _write_scan_table(out: Path) -> None:
-    """scans.csv: figures of every scan in predictions.jsonl, and what made them; none without scans."""
-    names = ("slices", "slices_failed", "slices_with_lesions", "lesion_ml")
-    rows = []
-    for line in read_logs([out / PREDICTIONS]):
-        if line["kind"] != "scan":
-            continue
-        x, y, z = line["spacing_mm"]
-        row = {"source": line["source"], **{name: line[name] for name in names}, "lesions": len(line["lesions"])}
-        row |= line["involvement"] or {}
-        row |= {f"{name}_ml": ml for name, ml in (line["lesion_ml_by_class"] or {}).items()}
-        row |= {f"share_{name}": share for name, share in (line["class_shares"] or {}).items()}
-        row |= {"spacing_x_mm": x, "spacing_y_mm": y, "spacing_z_mm": z, "units": line["units"]}
-        row |= {"problems": " | ".join(line["problems"]), "score_threshold": line["score_threshold"]}
-        for slot, model in line["models"].items():
-            row |= {slot: model and model["variant"], f"{slot}_sha256": model and model["sha256"]}
-        rows.append({**row, "version": line["version"]})
+    """scans.csv: a row per scan, its figures and what made them; of one that failed, why. None without scans."""
+    run = json.loads((out / RUN).read_text(encoding="utf-8"))
+    lines = [line for line in read_logs([out / PREDICTIONS]) if line["kind"] == "scan"]
+    failed = [one for one in run["failures"] if one["scan"]]
+    common = {"models": run["settings"], "version": run["environment"]["ctmasknet"]}
+    lines += [{"source": one["source"], "problems": [one["error"]], **common} for one in failed]
+    rows = [_scan_row(line) for line in lines]
     if rows:
         head = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
         table = csv_text([head, *([row.get(name) for name in head] for row in rows)])
         write_files({out / SCANS: table.encode("utf-8", "backslashreplace")})
+
+
+def _scan_row(line: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("slices", "slices_failed", "slices_with_lesions", "lesion_ml")
+    row = {"source": line["source"], **{name: line.get(name) for name in names}}
+    row["lesions"] = len(line["lesions"]) if line.get("has_segmentation") else None
+    row |= line.get("involvement") or {}
+    row |= {f"{name}_ml": ml for name, ml in (line.get("lesion_ml_by_class") or {}).items()}
+    row |= {f"share_{name}": share for name, share in (line.get("class_shares") or {}).items()}
+    row |= {f"spacing_{axis}_mm": mm for axis, mm in zip("xyz", line.get("spacing_mm", [None] * 3), strict=True)}
+    row |= {"units": line.get("units"), "problems": " | ".join(line["problems"])}
+    row["score_threshold"] = line.get("score_threshold")
+    for slot in ("segmenter", "classifier"):
+        model = line["models"][slot] or {}
+        row |= {slot: model.get("variant"), f"{slot}_sha256": model.get("sha256")}
+    return {**row, "version": line["version"]}
 
 
 # COCO results

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import errno
 import json
@@ -17,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from phantom import phantom
+from phantom import phantom, phantom_scan
 from PIL import Image
-from scans import BlockPredictor
+from scans import BlockPredictor, TruthPredictor
 
 from ctmasknet import ConfigError, DataError, InputError, create_model
 from ctmasknet.batch import common_root, find_inputs, place_of, predict_files, process_shard, write_coco_results
@@ -247,7 +248,7 @@ def test_a_name_too_long_for_its_results_is_one_failure(here, predictor):
     Path("a/0001.png").rename(Path("a") / long)
     summary = predict_files(predictor, ["a"], "out")
     assert (summary.predicted, summary.failed) == (1, 1)
-    assert "shorter name" in summary.failures[0][1]
+    assert "shorter name" in summary.failures[0]["error"]
 
 
 # Inputs
@@ -325,7 +326,8 @@ def test_names_restrict_the_inputs_and_those_missing_are_reported(here, predicto
     Path("names.txt").write_text("0001\nelsewhere/0003.png\n0009.png\n")
     summary = predict_files(predictor, ["a"], "out", names="names.txt", format="jsonl")
     assert [line["source"] for line in lines(Path("out/predictions.jsonl"))] == ["a/0001.png", "a/0003.png"]
-    assert summary.failures == [("0009.png", "0009.png: listed in names, but not among the inputs. Correct the list.")]
+    error = "0009.png: listed in names, but not among the inputs. Correct the list."
+    assert summary.failures == [{"source": "0009.png", "error": error, "scan": False}]
     assert predict_files(predictor, ["a"], "out2", names=["0002"], format="jsonl").predicted == 1
 
 
@@ -351,6 +353,47 @@ def test_scans_and_slices_share_a_run(here, predictor):
         mask = np.asarray(nibabel.load(f"out/{name}.lesions.nii.gz").dataobj)
         assert mask.sum() == 24
     assert predict_files(predictor, ["in"], "out").already_done == 6
+
+
+SCAN_COLUMNS = """source slices slices_failed slices_with_lesions lesion_ml lesions outside_lesion_ml
+right_lung_ml right_lesion_ml right_lesion_percent left_lung_ml left_lesion_ml left_lesion_percent
+both_lung_ml both_lesion_ml both_lesion_percent spacing_x_mm spacing_y_mm spacing_z_mm units problems score_threshold
+segmenter segmenter_sha256 classifier classifier_sha256 version"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_scans_csv_has_a_row_per_scan_that_says_what_its_json_says(here, processes):
+    nibabel = pytest.importorskip("nibabel")
+    made = phantom_scan([(-80.0, 20.0, 0.0, 22.0)], size=96, slices=24, thickness=10.0)
+    z, y, x = made.spacing
+    Path("in").mkdir()
+    nibabel.save(nibabel.Nifti1Image(made.hu.T + 1024, np.diag([-x, -y, z, 1])), "in/lungs.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(np.zeros((40, 40, 3), np.int16), np.eye(4)), "in/empty.nii.gz")
+    write_slices(Path("in/pictures"), 1)
+    (here / "in/pictures/bad.png").write_text("no picture")  # fails, too, but is no scan
+    predictor = TruthPredictor((made.lesions > 0).astype(np.uint8))
+    for rank in range(processes):
+        predict_files(predictor, ["in"], "out", units="hu", format="jsonl", shard=(rank, processes))
+    with Path("out/scans.csv").open(newline="") as stream:
+        table = csv.DictReader(stream)
+        good, failed = table
+    assert table.fieldnames == SCAN_COLUMNS.split()
+    facts = json.loads(Path("out/in/lungs.nii.gz.json").read_text())
+    figures = facts | facts["involvement"] | {"lesions": len(facts["lesions"])}
+    figures |= {f"spacing_{axis}_mm": mm for axis, mm in zip("xyz", facts["spacing_mm"], strict=True)}
+    model = facts["models"]["segmenter"]
+    texts = {"source": "in/lungs.nii.gz", "units": "hu+1024", "problems": " | ".join(facts["problems"])}
+    texts |= {"segmenter": model["variant"], "segmenter_sha256": model["sha256"], "classifier": ""}
+    texts |= {"classifier_sha256": "", "version": facts["version"]}
+    assert "1024" in texts["problems"]
+    for name, value in good.items():
+        assert value == texts[name] if name in texts else float(value) == pytest.approx(figures[name]), name
+    assert float(good["right_lesion_percent"]) > 1
+    stated = {key: value for key, value in failed.items() if value}
+    reason = stated.pop("problems")
+    assert reason.startswith("in/empty.nii.gz: ")
+    same = ("segmenter", "segmenter_sha256", "version")
+    assert stated == {"source": "in/empty.nii.gz", **{name: texts[name] for name in same}}
 
 
 def test_the_command_line_predicts_a_scan_and_says_where_the_mask_is(here, capsys):
