@@ -303,6 +303,8 @@ class Predictor:
             class_names=self._class_names,
             image=source.pixels,
             units=source.units,
+            in_hu=source.in_hu,
+            steps=source.steps,
             source=source.source,
             score_threshold=self.score_threshold,
             has_segmentation=self.segmenter is not None,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,9 +16,9 @@ from PIL import Image
 
 from ctmasknet.data.dicom_out import LesionMask, dicom_files
 from ctmasknet.data.lesions import Detection, Ids, ScanLesion, count_voxels, involvement, join_slices, measure
-from ctmasknet.data.lungs import find_lungs
+from ctmasknet.data.lungs import FIELD, find_lungs
 from ctmasknet.data.slices import LUNG_WINDOW
-from ctmasknet.errors import CTMaskNetError, InputError
+from ctmasknet.errors import CTMaskNetError, InputError, MissingExtraError
 from ctmasknet.output import Content, PathLike, csv_text, json_bytes, write_files
 from ctmasknet.overlay import Lesion, Tile, class_colour, montage, overlay, report
 from ctmasknet.registry import __version__, class_title
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 Keep = Literal["all", "lungs"]
 
 REPORT_TILES, REPORT_LESIONS = 12, 10
+NOT_HU, NO_LUNGS = "values are not HU, so lungs were not looked for", "no lungs found"
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +74,8 @@ class Prediction:
             (``Predictor(score_map=True)``) or no segmenter ran.
         units: what the slice's values were taken for, if it does not say it itself: ``"hu"``, ``"hu+1024"`` (HU + 1024,
             put right) or ``"range"``.
+        in_hu: whether the slice was read in HU, so that its lungs can be found.
+        steps: mm between its rows and between its columns, as `Slice.steps`; None if unknown.
     """
 
     image_size: tuple[int, int]
@@ -88,6 +93,8 @@ class Prediction:
     caveats: tuple[str, ...] = ()
     score_map: npt.NDArray[np.float32] | None = field(default=None, repr=False)
     units: str | None = None
+    in_hu: bool = False
+    steps: tuple[float, float] | None = None
 
     @property
     def lesion_mask(self) -> npt.NDArray[np.bool_]:
@@ -98,6 +105,48 @@ class Prediction:
     def lesion_fraction(self) -> float:
         """Share of the slice, 0..1, that belongs to any lesion; a pixel of several masks counts once."""
         return float(self.lesion_mask.mean())
+
+    @cached_property
+    def _lungs(self) -> tuple[npt.NDArray[np.uint8] | None, str]:
+        if not self.in_hu:
+            return None, NOT_HU
+        down, across = self.steps or (FIELD / max(self.image_size),) * 2
+        if down * across == 0:
+            return None, "not an axial slice, so lungs were not looked for"
+        turned = tuple(axis for axis, step in ((1, down), (2, across)) if step < 0)
+        try:
+            ids = join_slices(self.lesion_mask[None])
+            found = find_lungs(
+                np.flip(_grey(self.image)[None], turned), (1, abs(down), abs(across)), np.flip(ids, turned)
+            )
+        except MissingExtraError as error:
+            return None, str(error)
+        return (np.flip(found, turned)[0], "") if found.any() else (None, NO_LUNGS)
+
+    @property
+    def lungs(self) -> npt.NDArray[np.uint8] | None:
+        """(H, W): 1 right and 2 left lung, lesions and vessels included, airways not; None if `no_lungs` says why."""
+        return self._lungs[0]
+
+    @property
+    def no_lungs(self) -> str:
+        """Why there are no `lungs`: the values are not HU, or show none; "" if there are."""
+        return self._lungs[1]
+
+    @property
+    def involvement(self) -> dict[str, float | None] | None:
+        """What the lesions take up of the lungs; None without `lungs` or a segmenter.
+
+        As `VolumePrediction.involvement`, but in pixels (``right_lung_px``, …) and, where the pixel spacing is known,
+        in mm² (``right_lung_mm2``, …) in place of ml.
+        """
+        if self.lungs is None or not self.has_segmentation:
+            return None
+        (counts,) = count_voxels(_label_map(self)[None], self.lungs[None], len(self.class_names))
+        facts = involvement(counts, 1, self.class_names, "px")
+        if self.steps is not None:
+            facts |= involvement(counts, abs(math.prod(self.steps)), self.class_names, "mm2")
+        return facts
 
     @property
     def predicted_class(self) -> str | None:
@@ -126,7 +175,12 @@ class Prediction:
         if len(self.class_names) > 2:
             counts = ((name, int((self.labels == i).sum())) for i, name in enumerate(self.class_names))
             kinds = " (" + ", ".join(f"{n} {class_title(name)}" for name, n in counts if n) + ")"
-        return f"{counted(count, 'lesion')}{kinds} covering {share} of the slice"
+        found = f"{counted(count, 'lesion')}{kinds} covering {share} of the slice"
+        if facts := self.involvement:
+            shares = {side: facts[f"{side}_lesion_percent"] for side in ("right", "left")}
+            each = [f"{side} {percent:.1f}%" for side, percent in shares.items() if percent is not None]
+            found += f", {facts['both_lesion_percent']:.1f}% of the lungs ({', '.join(each)})"
+        return found
 
     def class_name(self, label: int) -> str:
         """Name of a detector class; "class 7" for a label that `class_names` does not reach."""
@@ -160,6 +214,8 @@ class Prediction:
             "has_segmentation": self.has_segmentation,
             "score_threshold": None if self.score_threshold is None else float(self.score_threshold),
             "lesion_fraction": self.lesion_fraction if self.has_segmentation else None,
+            "involvement": self.involvement,
+            "no_lungs": self.no_lungs,
             "class_probabilities": probabilities and {name: float(value) for name, value in probabilities.items()},
             "predicted_class": self.predicted_class,
             "lesions": lesions,
@@ -606,7 +662,7 @@ def gather(
             rows.append(replace(row, error=str(result)))
             continue
         mask[index] = _label_map(result)
-        image[index] = np.rint(255 * np.clip(result.image, 0, 1))
+        image[index] = _grey(result.image)
         for pixels, score in zip(result.masks, result.scores, strict=True):
             detections.append(Detection(index, np.flatnonzero(pixels), float(score)))
         rows.append(
@@ -623,7 +679,7 @@ def gather(
     if in_hu:
         lungs = find_lungs(image, (between_slices, between_rows, between_columns), ids)
     if lungs is None or not lungs.any():
-        why = "no lungs found" if in_hu else "values are not HU, so lungs were not looked for"
+        why = NO_LUNGS if in_hu else NOT_HU
         problems.append(f"{volume.source}: {why}; no percentages" + ", nothing dropped" * (keep == "lungs"))
         lungs = None
     lesions = measure(mask, ids, lungs, image, detections, class_names, steps, LUNG_WINDOW if in_hu else None)
@@ -666,6 +722,10 @@ def gather(
         caveats=caveats,
         models=models,
     )
+
+
+def _grey(image: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    return np.rint(255 * np.clip(image, 0, 1)).astype(np.uint8)
 
 
 def _label_map(prediction: Prediction) -> npt.NDArray[np.uint8]:

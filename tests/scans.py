@@ -61,26 +61,16 @@ class TruthPredictor(Predictor):
     def __init__(self, marks: np.ndarray, class_names: tuple[str, ...] = ("background", "lesion")) -> None:
         model = create_model("maskrcnn_resnet18_t2", num_classes=len(class_names))
         super().__init__(model, None, device="cpu")
-        self.marks, self.names = marks, class_names
+        self.marks = marks
 
     def _predict(self, slices: list[Slice], score_map: bool) -> list[Prediction]:
         return [self._marked(one, self.marks[int(re.findall(r"\d+", one.source)[-1])]) for one in slices]
 
     def _marked(self, one: Slice, marks: np.ndarray) -> Prediction:
         labels = np.unique(marks[marks > 0]).astype(np.int64)
-        return Prediction(
-            image_size=one.pixels.shape,
-            boxes=np.zeros((len(labels), 4), np.float32),
-            scores=np.full(len(labels), 0.9, np.float32),
-            labels=labels,
-            masks=marks == labels[:, None, None],
-            class_probabilities=None,
-            roi_batch=None,
-            class_names=self.names,
-            image=one.pixels,
-            source=one.source,
-            score_threshold=0.5,
-        )
+        boxes, scores = np.zeros((len(labels), 4), np.float32), np.full(len(labels), 0.9, np.float32)
+        masks = marks == labels[:, None, None]
+        return self._result(one, {"boxes": boxes, "scores": scores, "labels": labels, "masks": masks})
 
 
 def dicom_dataset(stored: np.ndarray, **tags: Any) -> Any:

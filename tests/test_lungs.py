@@ -21,7 +21,7 @@ from ctmasknet.data.lesions import join_slices
 from ctmasknet.data.lungs import LEFT, RIGHT, find_lungs
 from ctmasknet.data.scans import open_volume
 from ctmasknet.data.slices import window
-from ctmasknet.results import VolumePrediction
+from ctmasknet.results import Prediction, VolumePrediction
 
 nibabel = pytest.importorskip("nibabel")
 
@@ -151,6 +151,73 @@ def test_values_that_are_not_hu_have_no_lungs(scan):
     assert "not HU" in result.problems[-1]
     assert {lesion.side for lesion in result.lesions} <= {None}
     assert {lesion.mean_hu for lesion in result.lesions} <= {None}
+
+
+# One slice
+
+
+def predicted_slice(given: object, marks: np.ndarray, **options: object) -> Prediction:
+    """What comes of a slice in which exactly these pixels are marked."""
+    predictor = TruthPredictor(marks)
+    predictor._predict = lambda slices, _: [predictor._marked(one, marks) for one in slices]
+    return predictor(given, **options)
+
+
+def test_a_slice_in_hu_has_lungs_as_a_slice_of_a_scan_has(scan):
+    hu, truth, marks = scan.hu[24], scan.lungs[24], (scan.lesions[24] > 0).astype(np.uint8)
+    result = predicted_slice(hu, marks, units="hu")
+    require_lungs(result.lungs, truth)
+    facts = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert facts["no_lungs"] == ""
+    facts = facts["involvement"]
+    for side, inside in (("right", truth == RIGHT), ("left", truth == LEFT), ("both", truth > 0)):
+        lesions = int((inside & (marks > 0)).sum())
+        assert facts[f"{side}_lung_px"] == pytest.approx(inside.sum(), rel=0.05)
+        assert facts[f"{side}_lesion_px"] == lesions
+        assert facts[f"{side}_lesion_percent"] == pytest.approx(100 * lesions / inside.sum(), rel=0.05)
+    assert facts["outside_lesion_px"] == (marks[truth == 0] > 0).sum() > 0  # the heart's
+    assert not [key for key in facts if key.endswith("mm2")]  # an array has no spacing
+    shares = (f"{facts[f'{side}_lesion_percent']:.1f}%" for side in ("both", "right", "left"))
+    assert result.summary.endswith("of the slice, {} of the lungs (right {}, left {})".format(*shares))
+
+
+@pytest.mark.parametrize("turned", [(), (0,), (1,), (0, 1)])
+def test_a_dicom_slice_knows_its_spacing_and_its_sides(tmp_path, scan, turned):
+    pytest.importorskip("pydicom")
+    hu, lungs, marks = (np.flip(stack[23], turned) for stack in (scan.hu, scan.lungs, scan.lesions > 0))
+    directions = (-1 if 1 in turned else 1, 0, 0, 0, -1 if 0 in turned else 1, 0)
+    pixel = scan.spacing[1]
+    (path,) = write_series(tmp_path, hu[None], directions=directions, PixelSpacing=[pixel, pixel])
+    result = predicted_slice(path, marks.astype(np.uint8))
+    require_lungs(result.lungs, lungs)
+    for side, number in (("right", RIGHT), ("left", LEFT)):
+        area = (lungs == number).sum() * pixel**2
+        assert result.involvement[f"{side}_lung_mm2"] == pytest.approx(area, rel=0.05)
+        inside = (marks & (lungs == number)).sum()
+        assert result.involvement[f"{side}_lesion_mm2"] == pytest.approx(inside * pixel**2)
+    in_scan = open_volume(scan.hu, spacing=(pixel, pixel, 5.0)).read(23)
+    assert (in_scan.in_hu, in_scan.steps) == (True, pytest.approx((pixel, pixel), rel=1e-6))
+
+
+def test_a_slice_without_lungs_says_why(tmp_path, scan, monkeypatch):
+    pytest.importorskip("pydicom")
+    hu, none = scan.hu[24], np.zeros(scan.hu[0].shape, np.uint8)
+    (sagittal,) = write_series(tmp_path, hu[None], directions=(0, 1, 0, 0, 0, -1))
+    (tiny,) = write_series(tmp_path, hu[None], prefix="t", PixelSpacing=["1e-9", "1e-9"])
+    belly = np.where((scan.lungs[24] > 0) | (hu < -900) & (np.abs(np.arange(SIZE) - SIZE / 2) < 12), 50, hu)
+    for given, units, why in (
+        (grey(hu), None, "not HU"),
+        (hu, "range", "not HU"),
+        (sagittal, None, "not an axial slice"),
+        (belly, "hu", "no lungs found"),
+    ):
+        result = predicted_slice(given, none, units=units)
+        assert (result.lungs, result.to_dict()["involvement"]) == (None, None)
+        assert why in result.to_dict()["no_lungs"]
+        assert "lungs" not in result.summary
+    assert predicted_slice(tiny, none).involvement["both_lesion_px"] == 0  # no CT has such pixels
+    monkeypatch.setitem(sys.modules, "scipy.ndimage", None)
+    assert "ctmasknet[io]" in predicted_slice(hu, none, units="hu").to_dict()["no_lungs"]
 
 
 # Lesions

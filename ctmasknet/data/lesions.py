@@ -153,12 +153,14 @@ def count_voxels(mask: npt.NDArray[np.uint8], lungs: npt.NDArray[np.uint8], clas
     return np.stack(counts).reshape(-1, len(SIDES), classes)
 
 
-def involvement(counts: npt.NDArray[np.intp], voxel_ml: float, class_names: Sequence[str]) -> dict[str, float | None]:
-    """Volumes in ml of a scan's lungs and the lesions in them, and what share these take, in percent.
+def involvement(
+    counts: npt.NDArray[np.intp], size: float, class_names: Sequence[str], unit: str = "ml"
+) -> dict[str, float | None]:
+    """Sizes of the lungs and of the lesions in them, and what share these take, in percent.
 
     Args:
         counts: (3, classes), see `count_voxels`.
-        voxel_ml: of a voxel.
+        size: of a voxel or pixel, in `unit`.
         class_names: index = class, background first.
 
     Returns:
@@ -167,15 +169,15 @@ def involvement(counts: npt.NDArray[np.intp], voxel_ml: float, class_names: Sequ
     """
     facts: dict[str, float | None] = {}
     for side, of_class in zip((*SIDES, "both"), (*counts, counts[1:].sum(0)), strict=True):
-        ml = of_class * voxel_ml
-        parts = {"lesion": ml[1:].sum()}
+        sizes = of_class * size
+        parts = {"lesion": sizes[1:].sum().item()}
         if len(class_names) > 2:
-            parts |= dict(zip(class_names[1:], ml[1:], strict=True))
+            parts |= dict(zip(class_names[1:], sizes[1:].tolist(), strict=True))
         if side == SIDES[0]:
-            facts[f"{side}_lesion_ml"] = float(parts["lesion"])
+            facts[f"{side}_lesion_{unit}"] = parts["lesion"]
             continue
-        facts[f"{side}_lung_ml"] = lung = float(ml.sum())
-        for part, volume in parts.items():
-            facts[f"{side}_{part}_ml"] = float(volume)
-            facts[f"{side}_{part}_percent"] = 100 * float(volume) / lung if lung else None
+        facts[f"{side}_lung_{unit}"] = lung = sizes.sum().item()
+        for part, value in parts.items():
+            facts[f"{side}_{part}_{unit}"] = value
+            facts[f"{side}_{part}_percent"] = 100 * value / lung if lung else None
     return facts

@@ -35,6 +35,7 @@ PLEURA = 25.0  # mm; how far from air a lesion still lies in the lung
 GAP = (15.0, 40.0)  # mm; half of what lies free between patient and table, and where it goes from side to side
 LEAST_PIECE, LEAST_SHARE = 40.0, 0.02  # mm2; of the largest piece's voxels
 LEAST_AREA = 2500.0  # mm2; a scan with less lung in its best slice shows none
+FIELD = 360.0  # mm; across a slice whose spacing is unknown
 
 
 def find_lungs(
@@ -58,7 +59,7 @@ def find_lungs(
         MissingExtraError: scipy is not installed.
     """
     ndimage = import_extra("scipy.ndimage", "io", "finding the lungs")
-    factors = [max(1, round(WORKING_PIXEL / mm)) for mm in spacing[1:]]
+    factors = [max(1, round(min(WORKING_PIXEL / mm, n))) for mm, n in zip(spacing[1:], image.shape[1:], strict=True)]
     pixel = (spacing[1] * factors[0], spacing[2] * factors[1])
     hu = np.stack([_reduced(plane, factors) for plane in image])
     air = np.stack([_air_in_body(plane, pixel, ndimage) for plane in hu])

@@ -129,7 +129,8 @@ class Volume:
         name = self.names[index]
         (pixels,) = self.stack(np.expand_dims(self.plane(index), self.axial_axis))
         require_size(pixels.shape, name)
-        return Slice(np.ascontiguousarray(pixels, np.float32), name, self.kind, self.units)
+        down, across = np.linalg.norm(self.stack_steps[:, 1:], axis=0).tolist()
+        return Slice(np.ascontiguousarray(pixels, np.float32), name, self.kind, self.units, (down, across))
 
     def slices(self) -> Iterator[tuple[int, Slice | InputError]]:
         """Every slice with its index, in the order of the grid, or why it cannot be read; read a little ahead."""

@@ -94,12 +94,20 @@ class Slice:
             ``"pil"``, ``"array"``, ``"tensor"``.
         units: what the values were taken for where the source does not say it itself: ``"hu"``, ``"hu+1024"``
             (declared to be HU, found to be HU + 1024 and put right) or ``"range"``; None if it does.
+        steps: mm from row to row towards the back, and from column to column towards the patient's left; negative
+            the other way, 0 if the slice is not axial. None if they are unknown.
     """
 
     pixels: np.ndarray
     source: str
     kind: str
     units: str | None = None
+    steps: tuple[float, float] | None = None
+
+    @property
+    def in_hu(self) -> bool:
+        """Whether the pixels are HU in the lung window rather than grey values of a picture."""
+        return (self.units or self.kind).startswith(("hu", "dicom", "nifti", "memory"))
 
 
 def read_slice(source: Source, *, units: str | None = None) -> Slice:
@@ -352,7 +360,16 @@ def _read_dicom(name: str, units: str | None) -> Slice:
             )
         require_dicom_slice(header, name, units)
         pixels, offset = pixels_of_frame(read_dicom(name), name, units)
-        return Slice(pixels, name, "dicom", taken_for(units, offset))
+        return Slice(pixels, name, "dicom", taken_for(units, offset), _steps_of(header))
+
+
+def _steps_of(header: Any) -> tuple[float, float] | None:
+    """`Slice.steps`; a header without directions is taken to be axial, as viewers show it."""
+    spacing, directions = (numbers_of(header, 0, *tag) for tag in (("PixelSpacing", 2), ("ImageOrientationPatient", 6)))
+    if spacing is None or not ((spacing > 0.01) & (spacing < 100)).all():  # as no CT has it
+        return None
+    down, across = spacing * (1 if directions is None else np.rint(directions[[4, 0]]))
+    return float(down), float(across)
 
 
 def read_dicom(name: str, **options: Any) -> Any:
