@@ -19,7 +19,7 @@ from PIL import Image
 from ctmasknet import doctor
 from ctmasknet.cli import main
 from ctmasknet.cli.parser import build_parser
-from ctmasknet.cli.printing import as_flags
+from ctmasknet.cli.shared import as_flags
 from ctmasknet.registry import VARIANTS
 
 SHARED = Path(__file__).parents[2] / "shared"

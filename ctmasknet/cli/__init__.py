@@ -1,5 +1,6 @@
 """The command `ctmasknet`: every subcommand calls one public function and prints what it says.
 
+A flag has the name of the argument it sets, a command's docstring is its help, and its result the exit code (None: 0).
 torch is imported by the subcommands that need it, so that `ctmasknet list` answers at once.
 """
 
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ctmasknet.cli.parser import build_parser
-from ctmasknet.cli.printing import as_flags, printable
+from ctmasknet.cli.shared import as_flags, printable
 from ctmasknet.errors import CTMaskNetError
 
 
@@ -42,9 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"ctmasknet: {printable(as_flags(str(message), options))}", file=sys.stderr)
 
     warnings.showwarning = warn
-    run: Callable[[argparse.Namespace], int] = options.run
+    run: Callable[[argparse.Namespace], int | None] = options.run
     try:
-        return run(options)
+        return run(options) or 0
     except CTMaskNetError as error:
         print(f"ctmasknet {options.command}: {printable(as_flags(str(error), options))}", file=sys.stderr)
         return 2

@@ -8,48 +8,39 @@ import logging
 import os
 from typing import Any
 
-from ctmasknet.cli.printing import say
+from ctmasknet.cli.shared import arguments_of, say
 from ctmasknet.errors import ConfigError
 
-_TRAIN_FLAGS = (
-    "data",
-    "val",
-    "weights",
-    "out",
-    "recipe",
-    "classes",
-    "names",
-    "val_names",
-    "epochs",
-    "batch_size",
-    "lr",
-    "seed",
-    "device",
-    "cache_rois",
-)
 
+def train_command(options: argparse.Namespace) -> None:
+    """Train or fine-tune a variant.
 
-def train_command(options: argparse.Namespace) -> int:
-    """`ctmasknet train`; the exit code."""
+    Segmenters learn from CNCB folders (imgs/ + masks/) or COCO instance JSON; classifiers from CNCB file names,
+    COVIDx-CT lists or one folder per class. RUN holds checkpoints, best/ and last/ (weights), metrics.csv,
+    curves.png and run.json. The same command continues a run that was ended, at the step it had reached.
+    Several GPUs: accelerate launch -m ctmasknet train ... (docs/train.md).
+
+    Examples:
+      ctmasknet train maskrcnn_resnet18_t2 --data lesions/train --val lesions/val --weights default --out run
+      ctmasknet train ctmasknet_resnet18_t2 --data slices --weights run/best --out run2 --cache-rois
+      ctmasknet train --config run/config.json --out again --set lr=1e-4
+    """
     from ctmasknet.engine import TrainConfig, train
 
-    given = {name: getattr(options, name) for name in _TRAIN_FLAGS if getattr(options, name) is not None}
-    if options.name is not None:
-        given["model"] = options.name
-    if options.resume is not None:
-        given["resume"] = False if options.resume == "no" else options.resume
-    given |= dict(_field(text) for text in options.fields)
-    if options.config is not None:
-        config = TrainConfig.from_file(options.config, **given)
-    else:
+    given = arguments_of(TrainConfig, options) | dict(map(_field, options.fields))
+    if options.resume == "no":
+        given["resume"] = False
+    if options.config is None:
         config = TrainConfig.from_dict(given, source="the command line")
+    else:
+        config = TrainConfig.from_file(options.config, **given)
     if not options.quiet:
         logging.getLogger("ctmasknet").setLevel(logging.INFO)
     result = train(config)
     if _speaks() and (options.json or not options.quiet):
-        weights = f"Weights: create_model({config.model!r}, weights={result.best!r})\n" if result.finished else ""
-        say(options, result.to_dict(), f"{weights}{config.model}, {result.seconds / 60:.1f} min: {result.summary}")
-    return 0
+        lines = [f"Weights: create_model({config.model!r}, weights={result.best!r})"] if result.finished else []
+        lines.append(f"{config.model}, {result.seconds / 60:.1f} min: {result.summary}")
+        say(options, result.to_dict(), *lines)
 
 
 def _speaks() -> bool:
@@ -68,46 +59,35 @@ def _field(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def evaluate_command(options: argparse.Namespace) -> int:
-    """`ctmasknet evaluate`; the exit code."""
+def evaluate_command(options: argparse.Namespace) -> None:
+    """Measure a model, or other people's predictions, on labelled slices.
+
+    MODEL is a variant's name (its default weights), a folder of weights, an author's .pth, or a .json of
+    predictions: COCO results, or [{image_id, probabilities}] for classifiers. Segmenters: AP by the released
+    protocol, COCO AP, Dice, lesions found. Classifiers: sensitivity, specificity, AUC, calibration, by slice
+    and patient. 95% intervals over patients. Several processes: torchrun -m ctmasknet evaluate ...
+
+    Examples:
+      ctmasknet evaluate maskrcnn_resnet18_t2 --data lesions/val
+      ctmasknet evaluate ctmasknet_resnet18_t1 --data classes/val --json -o work > result.json
+      ctmasknet evaluate theirs.json --data lesions/val --score-threshold 0.5
+    """
     from ctmasknet.evaluation.evaluate import evaluate
 
-    result = evaluate(
-        options.model,
-        options.data,
-        classes=options.classes,
-        min_area=options.min_area,
-        names=options.names,
-        limit=options.limit,
-        per_class=options.per_class,
-        seed=options.seed,
-        score_threshold=options.score_threshold,
-        nms_threshold=options.nms_threshold,
-        samples=options.samples,
-        out=options.out,
-        device=options.device,
-        batch_size=options.batch_size,
-        precision=options.precision,
-        workers=options.workers,
-        progress=not options.quiet,
-    )
+    result = evaluate(**arguments_of(evaluate, options), progress=not options.quiet)
     if _speaks():
         say(options, result.to_dict(), result.table())
-    return 0
 
 
 def data_check_command(options: argparse.Namespace) -> int:
-    """`ctmasknet data check`; the exit code."""
+    """Report what a data set holds and what is wrong with it.
+
+    Reads every file; the exit code is 2 if anything should be put right.
+
+    Example: ctmasknet data check lesions/train --against lesions/val
+    """
     from ctmasknet.data.check import check_dataset
 
-    report = check_dataset(
-        options.data,
-        task=options.task,
-        against=options.against,
-        against_names=options.against_names,
-        classes=options.classes,
-        min_area=options.min_area,
-        names=options.names,
-    )
+    report = check_dataset(**arguments_of(check_dataset, options))
     say(options, report.to_dict(), report.table())
     return 0 if report.ok else 2

@@ -7,28 +7,50 @@ import logging
 import sys
 from typing import Any
 
-from ctmasknet.cli.printing import as_flags, printable, say
+from ctmasknet.cli.shared import arguments_of, as_flags, printable, say
 from ctmasknet.errors import ConfigError
 from ctmasknet.output import write_files
 from ctmasknet.registry import DISCLAIMER, LESION_CLASSES
 
 
 def predict_command(options: argparse.Namespace) -> int:
-    """`ctmasknet predict`; the exit code."""
+    """Segment and classify slices and whole scans.
+
+    Slices are PNG, JPEG, WebP, TIFF or DICOM files. Scans are NIfTI files, multi-frame DICOM files and folders
+    with a DICOM series. Give several, folders that hold them, or quoted wildcards. Writes
+      per slice  FILE.json (boxes, scores, masks as COCO RLE, class probabilities), FILE.overlay.png
+      per scan   .lesions.nii.gz (the mask), .lesion_ids.nii.gz, .lungs.nii.gz, .slices.csv, .lesions.csv,
+                 .montage.png, .report.png and .pdf (a page to read), .json
+                 with --format dicom also .seg.dcm (the mask) and .sr.dcm (the volumes)
+      run.json   what was done, and how
+    at the path of each input below DIR; for inputs outside this folder, paths start at the folder they share.
+    With more than one input, scans.csv has a row per scan and predictions.jsonl records what is done, so that
+    the same command continues a run that was stopped. A file that cannot be used is reported and the others
+    are done; the exit code is then 2.
+
+    Examples:
+      ctmasknet predict slice.png -o out
+      ctmasknet predict series/ scan.nii.gz -o out
+      ctmasknet predict 'scans/**/*.png' -o out --format jsonl --classifier none --score-threshold 0.5
+      ctmasknet predict raw16.tif -o out --units hu
+      accelerate launch -m ctmasknet predict --names files.txt -o out
+    """
     if sys.stderr.isatty():
         _announce("Starting PyTorch ...", options)
     from tqdm import tqdm
 
     from ctmasknet.batch import PREDICTIONS, FileResult, predict_files, process_device, process_shard, read_list
 
-    if not options.files and options.names is None:
-        raise ConfigError("nothing to predict: name slices, scans or folders, or pass --names FILE")
-    shard = _shard(options.shard) if options.shard else process_shard()
-    inputs, names = (options.files, options.names) if options.files else (list(read_list(options.names)), None)
+    if not options.inputs:
+        if options.names is None:
+            raise ConfigError("nothing to predict: name slices, scans or folders, or pass --names FILE")
+        options.inputs, options.names = list(read_list(options.names)), None
+    options.shard = rank, world = _shard(options.shard) if options.shard else process_shard()
+    options.spacing = options.spacing and tuple(options.spacing)
     options.device = options.device or process_device()
     if sys.stderr.isatty():
         _announce("Loading the models ...", options)
-    predictor = _predictor(options, batch_size=options.batch_size, score_map=options.score_map)
+    predictor = _predictor(options)
     facts: list[dict[str, Any]] = []
 
     def show(result: FileResult) -> None:
@@ -43,30 +65,14 @@ def predict_command(options: argparse.Namespace) -> int:
             where = f" -> {result.paths[0]}" if result.paths else ""
             tqdm.write(printable(f"{result.source}: {record['summary']}{where}"))
 
-    summary = predict_files(
-        predictor,
-        inputs,
-        options.out,
-        names=names,
-        units=options.units,
-        spacing=tuple(options.spacing) if options.spacing else None,
-        series=options.series,
-        keep=options.keep,
-        format=options.format,
-        slices=options.slices,
-        readers=options.readers,
-        shard=shard,
-        restart=options.restart,
-        annotations=options.annotations,
-        progress=not options.quiet,
-        on_result=show,
-    )
+    arguments = arguments_of(predict_files, options)
+    summary = predict_files(predictor, **arguments, progress=not options.quiet, on_result=show)
     lines = [f"({caveat})" for caveat in summary.caveats if summary.predicted]
-    if shard[1] > 1 or (options.out / PREDICTIONS).exists():  # more than a single slice or scan
-        mine = f" (process {shard[0]} of {shard[1]})" if shard[1] > 1 else ""
+    if world > 1 or (options.out / PREDICTIONS).exists():  # more than a single slice or scan
+        mine = f" (process {rank} of {world})" if world > 1 else ""
         lines.append(f"{summary.summary} -> {options.out}{mine}")
     if options.json or (lines and not options.quiet):
-        say(options, {**summary.to_dict(), "results": facts}, "\n".join(lines))
+        say(options, {**summary.to_dict(), "results": facts}, *lines)
     return 2 if summary.failed or summary.bad_slices else 0
 
 
@@ -82,26 +88,25 @@ def _shard(text: str) -> tuple[int, int]:
     return int(first), int(count)
 
 
-def _predictor(options: argparse.Namespace, **more: Any) -> Any:
+def _predictor(options: argparse.Namespace) -> Any:
     from ctmasknet.predictor import Predictor
 
-    chosen = [None if model == "none" else model for model in (options.segmenter, options.classifier)]
-    predictor = Predictor(
-        *chosen,
-        device=options.device,
-        score_threshold=options.score_threshold,
-        nms_threshold=options.nms_threshold,
-        precision=options.precision,
-        **more,
-    )
+    given: dict[str, Any] = arguments_of(Predictor, options)
+    given |= {slot: None for slot in ("segmenter", "classifier") if given[slot] == "none"}
+    predictor = Predictor(**given)
     logging.getLogger("ctmasknet").info("%r", predictor)
     return predictor
 
 
-def demo_command(options: argparse.Namespace) -> int:
-    """`ctmasknet demo`; the exit code."""
+def demo_command(options: argparse.Namespace) -> None:
+    """Predict a synthetic slice and compare the result with what is in it.
+
+    Predicts a synthetic slice that comes with the package, with the bundled weights. Says what is in it, what
+    was found, and where to find the slice and the picture.
+    """
     if options.web:
-        return _web(options)
+        _web(options)
+        return
     for flag in ("port", "max_upload_mb"):
         if getattr(options, flag) is not None:
             raise ConfigError(f"--{flag.replace('_', '-')} goes with --web")
@@ -133,28 +138,17 @@ def demo_command(options: argparse.Namespace) -> int:
     lines.append(f"The models say: {prediction.summary}")
     lines += [f"  ({caveat})" for caveat in prediction.caveats]
     lines += [f"{sum(covered)} of {len(drawn)} lesions found. Picture: {paths[0]}", DISCLAIMER]
-    say(options, {"lesions_drawn": drawn, "found": sum(covered), **facts}, "\n".join(lines))
-    return 0
+    say(options, {"lesions_drawn": drawn, "found": sum(covered), **facts}, *lines)
 
 
-def _web(options: argparse.Namespace) -> int:
+def _web(options: argparse.Namespace) -> None:
     import signal
 
     from ctmasknet.page import serve
 
-    def end(*_: Any) -> None:
-        raise KeyboardInterrupt
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that uploads are deleted
 
-    signal.signal(signal.SIGTERM, end)  # so that uploads are deleted
-    serve(
-        segmenter=options.segmenter,
-        classifier=options.classifier,
-        score_threshold=options.score_threshold,
-        nms_threshold=options.nms_threshold,
-        device=options.device,
-        precision=options.precision,
-        port=options.port,
-        max_upload_mb=200 if options.max_upload_mb is None else options.max_upload_mb,
-        on_start=lambda address: print(f"{DISCLAIMER} The page: {address} (Ctrl-C ends it)", flush=True),
-    )
-    return 0
+    def tell(address: str) -> None:
+        print(f"{DISCLAIMER} The page: {address} (Ctrl-C ends it)", flush=True)
+
+    serve(**arguments_of(serve, options), on_start=tell)

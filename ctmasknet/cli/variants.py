@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
-from ctmasknet.cli.printing import say
+from ctmasknet.cli.shared import say
+from ctmasknet.errors import ConfigError
 from ctmasknet.registry import Variant, get_variant, list_models
 
 
-def list_command(options: argparse.Namespace) -> int:
-    """`ctmasknet list`; the exit code."""
+def list_command(options: argparse.Namespace) -> None:
+    """List the variants.
+
+    Examples: ctmasknet list; ctmasknet list "*_t1" --task segmentation; ctmasknet list --json
+    """
     from ctmasknet.weights.manifest import variants_with_weights
 
     variants = [get_variant(name) for name in list_models(options.pattern, task=options.task)]
-    having = variants_with_weights()
     if not variants and not options.json:
-        print(f"ctmasknet list: no variant matches {options.pattern!r}", file=sys.stderr)
-        return 2
+        raise ConfigError(f"no variant matches {options.pattern!r}")
+    having = variants_with_weights()
     lines = [f"{'name':24}{'model':42}{'values':>9}  weights"]
     for variant in variants:
         weights = "default" if variant.name in having else "-"
         lines.append(f"{variant.name:24}{variant.title:42}{variant.num_values / 1e6:8.2f}M  {weights}")
     facts = [variant.to_dict() | {"default_weights": variant.name in having} for variant in variants]
-    say(options, facts, "\n".join(lines))
-    return 0
+    say(options, facts, *lines)
 
 
-def info_command(options: argparse.Namespace) -> int:
-    """`ctmasknet info`; the exit code."""
+def info_command(options: argparse.Namespace) -> None:
+    """Show a variant: what it is, what the paper reports for it, and its weights.
+
+    Example: ctmasknet info maskrcnn_resnet18_t2
+    """
     from ctmasknet.weights.manifest import manifest
 
     variant = get_variant(options.name)
@@ -48,8 +52,7 @@ def info_command(options: argparse.Namespace) -> int:
         lines.append("  default weights: none yet")
     shown = ("tag", "place", "bytes", "sha256", "license", "metrics")
     weights = [{name: getattr(entry, name) for name in shown} for entry in entries]
-    say(options, variant.to_dict() | {"weights": weights}, "\n".join(lines))
-    return 0
+    say(options, variant.to_dict() | {"weights": weights}, *lines)
 
 
 def _paper_line(variant: Variant) -> str:
@@ -63,8 +66,14 @@ def _paper_line(variant: Variant) -> str:
     return f"AP@0.5 {paper.ap50}, AP@0.75 {paper.ap75}, mAP {paper.ap}; trained in {paper.minutes} min"
 
 
-def download_command(options: argparse.Namespace) -> int:
-    """`ctmasknet download`; the exit code."""
+def download_command(options: argparse.Namespace) -> None:
+    """Fetch weights for use without a network.
+
+    Default weights by the variant's name, or a Hub repository, better pinned: owner/name@commit. They go to
+    the cache of huggingface_hub (HF_HOME), where create_model, from_pretrained and predict find them.
+
+    Example: ctmasknet download maskrcnn_resnet18_t2
+    """
     from ctmasknet.weights.hub import download
 
     facts, lines = [], []
@@ -73,12 +82,17 @@ def download_command(options: argparse.Namespace) -> int:
         size = file.stat().st_size
         facts.append({"name": name, "source": source, "folder": str(file.parent), "bytes": size})
         lines.append(f"{name}: {source}, {size / 1e6:.1f} MB in {file.parent}")
-    say(options, facts, "\n".join(lines))
-    return 0
+    say(options, facts, *lines)
 
 
-def convert_command(options: argparse.Namespace) -> int:
-    """`ctmasknet convert`; the exit code."""
+def convert_command(options: argparse.Namespace) -> None:
+    """Turn one of the paper author's checkpoints into a folder of weights.
+
+    Writes model.safetensors, config.json, README.md and golden.safetensors. The variant is recognised from the
+    file, anchors and numbers of classes are taken from it, and nothing in it is executed.
+
+    Example: ctmasknet convert released.pth -o folder
+    """
     from ctmasknet.weights.files import read_metadata
     from ctmasknet.zoo import load_released
 
@@ -88,21 +102,31 @@ def convert_command(options: argparse.Namespace) -> int:
     name, folder = model.variant.name, model.save_pretrained(options.out, dtype=options.dtype)
     facts = {"variant": name, "folder": str(folder)}
     say(options, facts, f'{name}: create_model("{name}", weights="{folder}") loads it')
-    return 0
 
 
-def push_command(options: argparse.Namespace) -> int:
-    """`ctmasknet push`; the exit code."""
+def push_command(options: argparse.Namespace) -> None:
+    """Publish a folder of weights on the Hugging Face Hub.
+
+    Checks the folder, then pushes model.safetensors, config.json, README.md and golden.safetensors to the
+    repository in one commit, and nothing else. Needs HF_TOKEN or: hf auth login.
+
+    Example: ctmasknet push runs/one/best owner/maskrcnn_resnet18_t2
+    """
     from ctmasknet.weights.publish import push_folder
 
     pushed = push_folder(options.folder, options.repository, private=options.private)
     use = f'create_model("{pushed.variant}", weights="{pushed}") loads it'
-    say(options, pushed.to_dict(), f"{pushed.variant}: {pushed}, sha256 {pushed.sha256}\n{use}")
-    return 0
+    say(options, pushed.to_dict(), f"{pushed.variant}: {pushed}, sha256 {pushed.sha256}", use)
 
 
-def verify_command(options: argparse.Namespace) -> int:
-    """`ctmasknet verify`; the exit code."""
+def verify_command(options: argparse.Namespace) -> None:
+    """Check that a folder of weights is what was saved.
+
+    Loads the weights strictly, runs the golden input that travels with them, and compares the outputs and the
+    digest of the weights with those recorded in golden.safetensors.
+
+    Example: ctmasknet verify runs/one/best
+    """
     from ctmasknet.weights.assemble import assemble
     from ctmasknet.weights.files import GOLDEN_NAME, WEIGHTS_NAME, read_weights, sha256_of
     from ctmasknet.weights.manifest import known_as
@@ -115,25 +139,34 @@ def verify_command(options: argparse.Namespace) -> int:
     facts = {"variant": model.variant.name, "digest": digest, "sha256": sha256, "manifest": known}
     compared = "golden outputs and digest match" if digest else "golden outputs match, no digest is recorded"
     place = f"sha256 {sha256}: {known or 'not in the manifest'}"
-    say(options, facts, f"{options.folder}: {model.variant.name}: {compared}\n{place}")
-    return 0
+    say(options, facts, f"{options.folder}: {model.variant.name}: {compared}", place)
 
 
-def export_command(options: argparse.Namespace) -> int:
-    """`ctmasknet export`; the exit code."""
+def export_command(options: argparse.Namespace) -> None:
+    """Write a model as an ONNX file, which runs without this library.
+
+    The whole model: image in, boxes and masks or class probabilities out. The file is written only if it gives
+    what PyTorch gives. Needs the extra export.
+
+    Examples:
+      ctmasknet export maskrcnn_resnet18_t1 -o model.onnx
+      ctmasknet export run/best -o model.onnx
+    """
     from ctmasknet import export
     from ctmasknet.zoo import open_model
 
     exported = export(open_model(options.model, device="cpu"), options.out)
     say(options, exported.to_dict(), exported)
-    return 0
 
 
 def doctor_command(options: argparse.Namespace) -> int:
-    """`ctmasknet doctor`; the exit code."""
+    """Check the installation: torch against torchvision, devices, cache, bundled weights.
+
+    Exit code 0 if everything needed works, 1 if not.
+    """
     from ctmasknet.doctor import examine
 
     checks = examine()
     lines = [f"{'ok  ' if check.ok else 'FAIL'} {check.name}: {check.detail}" for check in checks]
-    say(options, [check.to_dict() for check in checks], "\n".join(lines))
+    say(options, [check.to_dict() for check in checks], *lines)
     return 0 if all(check.ok for check in checks) else 1

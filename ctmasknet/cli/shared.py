@@ -1,21 +1,29 @@
-"""What every command prints alike."""
+"""What the commands share: flags become arguments, and text is printed alike."""
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 _LONGEST_LINE = 600
 
 
-def say(options: argparse.Namespace, facts: Any, text: object) -> None:
-    """Print `facts` as JSON if asked to (NaN is refused, which JSON does not know), else `text`, line by line."""
+def arguments_of(function: Callable[..., Any], options: argparse.Namespace) -> dict[str, Any]:
+    """What the flags say about the function's arguments, which have their names; None stands for a flag not given."""
+    given = {name: getattr(options, name, None) for name in inspect.signature(function).parameters}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def say(options: argparse.Namespace, facts: Any, *texts: object) -> None:
+    """Print `facts` as JSON if asked to (NaN is refused, which JSON does not know), else `texts`, line by line."""
     if options.json:
         print(json.dumps(facts, indent=2, allow_nan=False))
         return
-    for line in str(text).split("\n"):
+    for line in "\n".join(map(str, texts)).split("\n"):
         print(printable(line))
 
 
