@@ -6,10 +6,9 @@ import os
 import platform
 import re
 import sys
-from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ctmasknet.errors import CTMaskNetError
 from ctmasknet.registry import __version__, get_variant
@@ -22,29 +21,18 @@ _EXTRA_OF = re.compile(r"""([\w.-]+)(?:\[(\w+)\])?.*\bextra\s*==\s*["'](\w+)["']
 _MISSING = "is not installed"
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     """One finding: what was looked at, whether it works, and what was seen or how to mend it."""
 
     name: str
     ok: bool
     detail: str
 
-    def to_dict(self) -> dict[str, object]:
-        """Plain values for JSON."""
-        return asdict(self)
-
 
 def examine() -> list[Check]:
     """Every check, in the order a person would want them. Never raises for a broken installation."""
-    checks = [
-        Check(
-            "ctmasknet",
-            True,
-            f"{__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}",
-        )
-    ]
-    checks.append(_torch())
+    machine = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    checks = [Check("ctmasknet", True, f"{__version__}, {machine}"), _torch()]
     if checks[-1].ok:
         checks += [_devices(), *_bundled_weights()]
     return [*checks, _cache(), *_extras()]
@@ -57,18 +45,15 @@ def _torch() -> Check:
         import torch
         from torchvision.ops import nms
 
-        kept = nms(
-            torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 30, 30]]), torch.tensor([0.9, 0.8, 0.7]), 0.5
-        )
+        nms(torch.tensor([[0.0, 0, 10, 10]]), torch.tensor([0.9]), 0.5)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return Check(
-            "torch and torchvision",
-            False,
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        detail = (
             f"{installed}: do not work together ({reason}). Reinstall both from one place: "
-            "pip install --force-reinstall torch torchvision",
+            "pip install --force-reinstall torch torchvision"
         )
-    return Check("torch and torchvision", kept.tolist() == [0, 2], f"{installed} work together")
+        return Check("torch and torchvision", False, detail)
+    return Check("torch and torchvision", True, f"{installed} work together")
 
 
 def _devices() -> Check:
@@ -100,8 +85,7 @@ def _weights(entry: ManifestEntry) -> Check:
     if entry.path is None:  # nothing is downloaded to find out whether an installation is sound
         return Check(name, True, f"{facts}, on the Hub: {entry.place}")
     try:
-        variant = get_variant(entry.variant)
-        stored = load_stored("default", variant)
+        stored = load_stored("default", get_variant(entry.variant))
         check_golden(assemble(stored, {}), stored.path.with_name(GOLDEN_NAME))
     except CTMaskNetError as error:
         return Check(name, False, str(error))
@@ -112,8 +96,7 @@ def _cache() -> Check:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     folder = Path(HF_HUB_CACHE)
-    existing = next((parent for parent in (folder, *folder.parents) if parent.exists()), folder)
-    ok = os.access(existing, os.W_OK)
+    ok = os.access(next((one for one in (folder, *folder.parents) if one.exists()), folder), os.W_OK)
     return Check("cache", ok, f"{folder}{'' if ok else ' cannot be written: set HF_HOME to a folder that can'}")
 
 

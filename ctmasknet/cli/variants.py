@@ -168,5 +168,5 @@ def doctor_command(options: argparse.Namespace) -> int:
 
     checks = examine()
     lines = [f"{'ok  ' if check.ok else 'FAIL'} {check.name}: {check.detail}" for check in checks]
-    say(options, [check.to_dict() for check in checks], *lines)
+    say(options, [check._asdict() for check in checks], *lines)
     return 0 if all(check.ok for check in checks) else 1
