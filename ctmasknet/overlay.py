@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from ctmasknet.errors import ConfigError
 from ctmasknet.registry import DISCLAIMER
 
 Colour = tuple[int, int, int]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+Bools = npt.NDArray[np.bool_]
+Rect = tuple[int, int, int, int]  # x1, y1, x2, y2 in pixels of the picture, half-open
 
 CLASS_COLOURS: dict[str, Colour] = {
     "lesion": (230, 159, 0),  # orange
@@ -23,11 +25,10 @@ CLASS_COLOURS: dict[str, Colour] = {
 """Colours by lesion class out of Okabe and Ito's palette, which colour-blind people tell apart."""
 
 _OTHER_COLOURS: tuple[Colour, ...] = ((0, 158, 115), (240, 228, 66), (204, 121, 167), (0, 114, 178))
-_FILL_ALPHA = 0.28  # ground glass stays visible under it
-_BOX_ALPHA = 0.75
-_BACKING_ALPHA = 0.72
+_FILL, _BOX, _BACKING = 71, 191, 184  # opacity of 255; ground glass stays visible under the fill
 _SMALLEST_SIDE = 768  # a picture's longer side is enlarged to at least this
 _TILE, _CAPTION, _COLUMNS = 288, 20, 4  # of a montage: side of a tile and height of its caption, tiles in a row
+_WHOLE = _COLUMNS * _TILE
 _PAGE, _INK, _FAINT_INK = (1240, 1754), (0, 0, 0), (90, 90, 90)  # of a report: A4 at 150 dpi
 _STRIP = (18, 18, 20)
 _TEXT = (240, 240, 240)
@@ -36,7 +37,6 @@ _BAR = (230, 230, 230)  # neutral: colours belong to the lesions
 _FAINT_BAR = (112, 112, 118)
 _BAR_GROUND = (44, 44, 48)
 
-
 Tile = tuple[str, npt.NDArray[np.uint8], npt.NDArray[np.uint8]]
 """Of a montage: caption, slice (H, W) in grey, label of the lesion at each pixel (H, W), 0 for none."""
 
@@ -44,22 +44,10 @@ Tile = tuple[str, npt.NDArray[np.uint8], npt.NDArray[np.uint8]]
 class Lesion(NamedTuple):
     """A lesion to draw: its mask (H, W) bool, its box xyxy in pixels of the slice, what to write beside it."""
 
-    mask: npt.NDArray[np.bool_]
+    mask: Bools
     box: npt.NDArray[np.float32]
     text: str
     colour: Colour
-
-
-class _Rect(NamedTuple):
-    """Integer pixels of the picture, half-open."""
-
-    x1: int
-    y1: int
-    x2: int
-    y2: int
-
-    def overlaps(self, other: _Rect) -> bool:
-        return self.x1 < other.x2 and other.x1 < self.x2 and self.y1 < other.y2 and other.y1 < self.y2
 
 
 class _Style(NamedTuple):
@@ -73,8 +61,7 @@ class _Style(NamedTuple):
     pad: int
     line: int  # width of contours
     margin: int  # round the text of a label
-    label_top: int  # of its capitals and digits, below the point it is drawn at
-    label_height: int  # from there to the bottom of its descenders
+    label_height: int  # margins included
 
 
 def class_colour(class_names: Sequence[str], label: int) -> Colour:
@@ -88,9 +75,9 @@ def overlay(
     lesions: Sequence[Lesion],
     *,
     headline: str,
-    legend: Mapping[str, Colour] | None = None,
-    probabilities: Mapping[str, float] | None = None,
-    notes: Sequence[str] = (),
+    legend: Mapping[str, Colour],
+    probabilities: Mapping[str, float],
+    notes: Sequence[str],
     scale: int | None = None,
 ) -> Image.Image:
     """Draw lesions on a slice, and below it a line of text, bars for probabilities, and notes.
@@ -127,26 +114,22 @@ def overlay(
     style = _style(size)
     boxes = [_scaled(lesion.box, size, scale) for lesion in lesions]
     for colour in dict.fromkeys(lesion.colour for lesion in lesions):
-        paint(picture, (lesion.mask for lesion in lesions if lesion.colour == colour), colour, scale, style.line)
-        layer = Image.new("L", size, 0)
-        draw = ImageDraw.Draw(layer)
-        for lesion, (x1, y1, x2, y2) in zip(lesions, boxes, strict=True):
-            if lesion.colour == colour:
-                draw.rectangle((x1, y1, x2 - 1, y2 - 1), outline=round(255 * _BOX_ALPHA), width=(style.line + 1) // 2)
-        picture.paste(colour, mask=layer)
+        _paint(picture, [lesion.mask for lesion in lesions if lesion.colour == colour], colour, scale, style.line)
+    draw = ImageDraw.Draw(picture, "RGBA")
+    for lesion, (x1, y1, x2, y2) in zip(lesions, boxes, strict=True):
+        draw.rectangle((x1, y1, x2 - 1, y2 - 1), outline=(*lesion.colour, _BOX), width=(style.line + 1) // 2)
     placed = _place_labels(lesions, boxes, size, scale, style)
-    _draw_labels(picture, placed, style)
+    for (x1, y1, x2, y2), lesion in placed:
+        draw.rectangle((x1, y1, x2 - 1, y2 - 1), fill=(0, 0, 0, _BACKING))
+        draw.rectangle((x1, y1, x1 + style.margin // 2, y2 - 1), fill=lesion.colour)
+        place = x1 + 2 * style.margin, (y1 + y2) // 2
+        draw.text(place, lesion.text, fill=(255, 255, 255), font=style.label, anchor="lm")
     if len(placed) < len(lesions):
         notes = (f"{len(lesions) - len(placed)} of {len(lesions)} scores not shown for lack of room.", *notes)
-    return _with_text(picture, style, headline, notes, legend or {}, probabilities or {})
+    return _with_text(picture, style, headline, notes, legend, probabilities)
 
 
-def montage(
-    tiles: Sequence[Tile],
-    class_names: Sequence[str],
-    headline: str,
-    notes: Sequence[str] = (),
-) -> Image.Image:
+def montage(tiles: Sequence[Tile], class_names: Sequence[str], headline: str, notes: Sequence[str] = ()) -> Image.Image:
     """Slices of a scan side by side, each over its caption, with a line of text and notes below.
 
     Args:
@@ -154,9 +137,7 @@ def montage(
         class_names: index = label, background first.
         headline, notes: see `overlay`.
     """
-    return _with_text(
-        _mosaic(tiles, class_names), _style((_COLUMNS * _TILE, _COLUMNS * _TILE)), headline, notes, {}, {}
-    )
+    return _with_text(_mosaic(tiles, class_names), _style((_WHOLE, _WHOLE)), headline, notes, {}, {})
 
 
 def report(
@@ -210,26 +191,22 @@ def _mosaic(tiles: Sequence[Tile], class_names: Sequence[str]) -> Image.Image:
     columns = min(_COLUMNS, max(len(tiles), 1))
     cell = _TILE + _CAPTION
     picture = Image.new("RGB", (columns * _TILE, -(-len(tiles) // columns) * cell), _STRIP)
-    font = _style((_COLUMNS * _TILE, _COLUMNS * _TILE)).small
+    font = _style((_WHOLE, _WHOLE)).small
     draw = ImageDraw.Draw(picture)
     for place, (caption, grey, labels) in enumerate(tiles):
         x, y = place % columns * _TILE, place // columns * cell
         shown = Image.fromarray(grey).convert("RGB")
         for label in np.unique(labels[labels > 0]).tolist():
             contour = max(1, round(max(shown.size) / _TILE))  # it must survive the reduction
-            paint(shown, [labels == label], class_colour(class_names, label), 1, contour)
+            _paint(shown, [labels == label], class_colour(class_names, label), 1, contour)
         shown = ImageOps.pad(shown, (_TILE, _TILE), color=_STRIP)
         picture.paste(shown, (x, y))
         draw.text((x + 4, y + _TILE + _CAPTION // 2), caption, fill=_TEXT, font=font, anchor="lm")
     return picture
 
 
-def paint(picture: Image.Image, masks: Iterable[npt.NDArray[np.bool_]], colour: Colour, scale: int, line: int) -> None:
-    """Draw masks (H, W) of one colour, translucent with a crisp contour, on an RGB picture of H * scale by W * scale.
-
-    Args:
-        line: width of the contour in pixels of the picture.
-    """
+def _paint(picture: Image.Image, masks: Sequence[Bools], colour: Colour, scale: int, line: int) -> None:
+    """Draw masks (H, W) of one colour, translucent with a crisp contour, on a picture of H * scale by W * scale."""
     # One layer of each for all masks: where they overlap the slice must not disappear.
     fill = np.zeros((picture.height, picture.width), np.uint8)
     contour = np.zeros_like(fill)
@@ -241,7 +218,7 @@ def paint(picture: Image.Image, masks: Iterable[npt.NDArray[np.bool_]], colour: 
         shape, edge = _enlarge(mask[top : bounds[3] + 2, left : bounds[2] + 2], scale, line)
         height, width = shape.shape
         at = slice(top * scale, top * scale + height), slice(left * scale, left * scale + width)
-        fill[at][shape] = round(255 * _FILL_ALPHA)
+        fill[at][shape] = _FILL
         contour[at][edge] = 255
     picture.paste(colour, mask=Image.fromarray(fill))
     picture.paste(colour, mask=Image.fromarray(contour))
@@ -253,6 +230,7 @@ def _style(size: tuple[int, int]) -> _Style:
     body = max(17, round(side / 46))
     small = max(12, round(0.65 * body))
     pad = max(8, body // 2)
+    margin = max(3, pad // 3)
     label = ImageFont.load_default(size=max(13, round(0.75 * body)))
     _, top, _, bottom = map(int, label.getbbox("Hg0"))
     return _Style(
@@ -263,80 +241,60 @@ def _style(size: tuple[int, int]) -> _Style:
         fine_row=round(1.35 * small),
         pad=pad,
         line=max(1, round(side / 640)),
-        margin=max(3, pad // 3),
-        label_top=top,
-        label_height=bottom - top,
+        margin=margin,
+        label_height=bottom - top + 2 * margin,
     )
 
 
-def _enlarge(mask: npt.NDArray[np.bool_], scale: int, line: int) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """(h, w) bool -> two (h * scale, w * scale) bool: the shape and its inner contour."""
-    height, width = mask.shape
-    soft = Image.fromarray(mask.astype(np.uint8) * 255).resize(
-        (width * scale, height * scale), Image.Resampling.BILINEAR
-    )
+def _enlarge(mask: Bools, scale: int, line: int) -> tuple[Bools, Bools]:
+    """(h, w) bool -> two (h * scale, w * scale) bool: the shape and its inner contour; none along the border."""
+    size = mask.shape[1] * scale, mask.shape[0] * scale
+    soft = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BILINEAR)
     shape = np.asarray(soft) >= 128
-    inside = shape
-    for _ in range(line):
-        # Outside the picture counts as inside, so that no contour runs along its border.
-        padded = np.pad(inside, 1, mode="edge")
-        inside = inside & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    inside = np.asarray(soft.filter(ImageFilter.MinFilter(2 * line + 1))) >= 128
     return shape, shape & ~inside
 
 
-def _scaled(box: npt.NDArray[np.float32], size: tuple[int, int], scale: int) -> _Rect:
+def _scaled(box: npt.NDArray[np.float32], size: tuple[int, int], scale: int) -> Rect:
     width, height = size
     x1, y1, x2, y2 = (round(float(value) * scale) for value in box)
     x1, y1 = min(max(x1, 0), width - 1), min(max(y1, 0), height - 1)
-    return _Rect(x1, y1, max(min(x2, width), x1 + 1), max(min(y2, height), y1 + 1))
+    return x1, y1, max(min(x2, width), x1 + 1), max(min(y2, height), y1 + 1)
 
 
 def _place_labels(
-    lesions: Sequence[Lesion], boxes: Sequence[_Rect], size: tuple[int, int], scale: int, style: _Style
-) -> list[tuple[_Rect, Lesion]]:
+    lesions: Sequence[Lesion], boxes: Sequence[Rect], size: tuple[int, int], scale: int, style: _Style
+) -> list[tuple[Rect, Lesion]]:
     """Where texts find room; none of them overlaps another or leaves the slice."""
     width, height = size
-    h = style.label_height + 2 * style.margin
-    marked = np.any([lesion.mask for lesion in lesions], axis=0) if lesions else np.zeros((1, 1), bool)
-    placed: list[tuple[_Rect, Lesion]] = []
+    h = style.label_height
+    marked = np.any([lesion.mask for lesion in lesions], axis=0)
+    taken = np.zeros((height, width), bool)
+    placed: list[tuple[Rect, Lesion]] = []
     for lesion, box in zip(lesions, boxes, strict=True):
         w = round(style.label.getlength(lesion.text)) + 3 * style.margin
         if w > width or h > height:
             continue
-        free: list[tuple[float, _Rect]] = []
+        free: list[tuple[float, Rect]] = []
         for rank, (x, y) in enumerate(_positions(box, w, h, style.line)):
             x, y = min(max(x, 0), width - w), min(max(y, 0), height - h)
-            rect = _Rect(x, y, x + w, y + h)
-            if not any(rect.overlaps(other) for other, _ in placed):
-                hidden = marked[y // scale : -(-rect.y2 // scale), x // scale : -(-rect.x2 // scale)]
-                free.append((np.count_nonzero(hidden) / hidden.size + 0.04 * rank, rect))
+            if not taken[y : y + h, x : x + w].any():
+                hidden = marked[y // scale : -(-(y + h) // scale), x // scale : -(-(x + w) // scale)].mean()
+                free.append((hidden + 0.04 * rank, (x, y, x + w, y + h)))
         if free:
-            placed.append((min(free, key=lambda one: one[0])[1], lesion))
+            x1, y1, x2, y2 = min(free)[1]
+            taken[y1:y2, x1:x2] = True
+            placed.append(((x1, y1, x2, y2), lesion))
     return placed
 
 
-def _positions(box: _Rect, w: int, h: int, gap: int) -> Iterator[tuple[int, int]]:
+def _positions(box: Rect, w: int, h: int, gap: int) -> Iterator[tuple[int, int]]:
     """Upper left corners for a w x h label of a box: above and below it, beside it, further off, inside."""
-    step = h + gap
-    for away in range(3):
-        above, below = box.y1 - gap - h - away * step, box.y2 + gap + away * step
-        yield from ((x, y) for y in (above, below) for x in (box.x1, box.x2 - w))
-        beside = (box.x2 + gap, box.x1 - gap - w)
-        yield from ((x, y) for x in beside for y in (box.y1 + away * step, box.y2 - h - away * step))
-    yield from ((box.x1 + gap, y) for y in range(box.y1 + gap, box.y2 - h, step))
-
-
-def _draw_labels(picture: Image.Image, placed: Sequence[tuple[_Rect, Lesion]], style: _Style) -> None:
-    backing = Image.new("L", picture.size, 0)
-    draw = ImageDraw.Draw(backing)
-    for rect, _ in placed:
-        draw.rectangle((rect.x1, rect.y1, rect.x2 - 1, rect.y2 - 1), fill=round(255 * _BACKING_ALPHA))
-    picture.paste((0, 0, 0), mask=backing)
-    draw = ImageDraw.Draw(picture)
-    for (x, y, _, bottom), lesion in placed:
-        draw.rectangle((x, y, x + style.margin // 2, bottom - 1), fill=lesion.colour)
-        corner = x + 2 * style.margin, y + style.margin - style.label_top
-        draw.text(corner, lesion.text, fill=(255, 255, 255), font=style.label)
+    (x1, y1, x2, y2), step = box, h + gap
+    for away in range(0, 3 * step, step):
+        yield from ((x, y) for y in (y1 - step - away, y2 + gap + away) for x in (x1, x2 - w))
+        yield from ((x, y) for x in (x2 + gap, x1 - gap - w) for y in (y1 + away, y2 - h - away))
+    yield from ((x1 + gap, y) for y in range(y1 + gap, y2 - h, step))
 
 
 def _with_text(

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from ctmasknet.errors import ConfigError
-from ctmasknet.overlay import Lesion, _enlarge, _place_labels, _Rect, _scaled, _style, montage
+from ctmasknet.overlay import Lesion, _enlarge, _place_labels, _scaled, _style, montage
 from ctmasknet.results import Prediction
 
 
@@ -176,7 +176,7 @@ def crowd(count: int, size: int = 512) -> Prediction:
     return discs(size, size, lesions)
 
 
-def placed_labels(prediction: Prediction) -> list[tuple[_Rect, Lesion]]:
+def placed_labels(prediction: Prediction) -> list[tuple[tuple[int, int, int, int], Lesion]]:
     """Of a 512 x 512 slice enlarged twice."""
     size = (1024, 1024)
     lesions = [
@@ -191,10 +191,10 @@ def test_labels_overlap_nothing_stay_inside_and_go_to_the_best_scores_first() ->
     labels = placed_labels(prediction)
     assert len(labels) > 30
     covered = np.zeros((1024, 1024), int)
-    for rect, _ in labels:
-        assert 0 <= rect.x1 < rect.x2 <= 1024
-        assert 0 <= rect.y1 < rect.y2 <= 1024
-        covered[rect.y1 : rect.y2, rect.x1 : rect.x2] += 1
+    for (x1, y1, x2, y2), _ in labels:
+        assert 0 <= x1 < x2 <= 1024
+        assert 0 <= y1 < y2 <= 1024
+        covered[y1:y2, x1:x2] += 1
     assert covered.max() == 1
     assert labels[0][1].text == "0.95"
 
@@ -206,9 +206,9 @@ def test_two_lesions_in_the_same_place_are_both_labelled() -> None:
 
 def test_labels_avoid_the_lesions_where_there_is_room() -> None:
     prediction = discs(512, 512, [(200, 200, 40)])
-    ((rect, _),) = placed_labels(prediction)
+    (((x1, y1, x2, y2), _),) = placed_labels(prediction)
     lesion = prediction.masks[0].repeat(2, axis=0).repeat(2, axis=1)
-    assert not lesion[rect.y1 : rect.y2, rect.x1 : rect.x2].any()
+    assert not lesion[y1:y2, x1:x2].any()
 
 
 def test_128_overlapping_lesions_draw_in_reasonable_time() -> None:
