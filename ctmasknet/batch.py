@@ -60,7 +60,7 @@ class FileResult:
         scan: whether it is one.
         error: why it could not be predicted, "" if it was.
         record: its line in predictions.jsonl; None with an error.
-        paths: files written for it, the one to look at first: overlay, or mask of a scan.
+        paths: files written for it: of a slice first the overlay, of a scan first the mask.
     """
 
     source: str
@@ -188,7 +188,7 @@ def predict_files(
         slices: take DICOM files in folders as single slices, not as scans.
         readers: threads that read ahead of the model.
         shard: (i, n): do every n-th file from the i-th on. `process_shard` takes it from torchrun's environment.
-        restart: forget what is in `out` of an earlier run, and begin anew.
+        restart: discard an earlier run in `out`, and start again.
         annotations: COCO annotation JSON to take image ids from.
         progress: show a bar on a terminal.
         on_result: called with every result, in order.
@@ -211,7 +211,7 @@ def predict_files(
     if format == "dicom":
         import_extra("highdicom", "dicom", "writing DICOM")
         if predictor.segmenter is None:
-            raise ConfigError('format="dicom": writes lesions, which no model looks for here. Give a segmenter.')
+            raise ConfigError('format="dicom" writes lesions, but no model looks for them. Give a segmenter.')
     if predictor.score_map and format != "files":
         raise ConfigError(f'score_map=True: a map is a file per slice, which needs format="files", not {format!r}')
     if restart and world > 1:
@@ -584,12 +584,12 @@ def _go_on(out: Path, summary: RunSummary) -> None:
         if differs:
             raise ConfigError(
                 f"{path}: a run with another {' and '.join(differs)}. "
-                "Choose another folder, or begin anew: restart=True"
+                "Choose another folder, or start again: restart=True"
             )
         if began != summary.root:
             raise ConfigError(
-                f"{path}: a run of files below {began or 'the current folder'}, where results have their place. "
-                "Choose another folder, or begin anew: restart=True"
+                f"{path}: a run of files below {began or 'the current folder'}, where these are not. "
+                "Choose another folder, or start again: restart=True"
             )
 
 
@@ -707,6 +707,7 @@ def _ids_of(annotations: Path, names: list[str]) -> tuple[dict[str, int], list[i
         # Of several of the same name, the one whose path the file's ends in.
         fitting = [file for file in files if len(files) == 1 or f"/{Path(name).as_posix()}".endswith(f"/{file}")]
         if not fitting:
-            raise DataError(f"{annotations}: lists {len(files)} images named {Path(name).name}, of {name}")
+            what = f"{len(files)} images named {Path(name).name}" if files else f"no image {Path(name).name}"
+            raise DataError(f"{annotations}: lists {what}, so {name} has no image id. Mend file_name there")
         ids[name] = files[max(fitting, key=len)]
     return ids, categories

@@ -64,7 +64,7 @@ def open_model(
     elif source == DEFAULT:
         if task is None:
             raise ConfigError(
-                f"'default' alone does not say of which task: {DEFAULT_SEGMENTER} or {DEFAULT_CLASSIFIER}"
+                f"'default' alone does not say for which task: give {DEFAULT_SEGMENTER} or {DEFAULT_CLASSIFIER}"
             )
         model = create_model(DEFAULT_SEGMENTER if task == "segmentation" else DEFAULT_CLASSIFIER, weights=DEFAULT)
     elif source in VARIANTS:
@@ -148,7 +148,7 @@ def create_model(
             f"pretrained is for the factories ({name}(pretrained=True)): create_model({name!r}, weights='default')"
         )
     if weights is not None and weights_backbone:
-        raise ConfigError("give weights or weights_backbone, not both: weights bring a body")
+        raise ConfigError("give weights or weights_backbone, not both: weights include a body")
     classes = {"num_classes": num_classes, "image_classes": image_classes}
     given = config | {key: count for key, count in classes.items() if count is not None}
     if weights is None:

@@ -317,7 +317,7 @@ def test_results_lie_at_their_inputs_path_from_here_or_from_the_shared_folder(tm
     predict_files(predictor, [tmp_path / "data/val/more"], "out")
     assert Path("out/val/more/0000.png.json").is_file()
     write_slices(tmp_path / "other", 1)
-    with pytest.raises(ConfigError, match=r"run\.json: a run of files below .*data, where results"):
+    with pytest.raises(ConfigError, match=r"run\.json: a run of files below .*data, where these are not"):
         predict_files(predictor, [tmp_path / "other"], "out")
 
 
@@ -558,7 +558,7 @@ def test_coco_results_score_a_perfect_prediction_perfectly(here, predictor, caps
     listed = {image["id"]: image["file_name"] for image in json.loads(plain[1].read_text())["images"]}
     assert listed == dict(enumerate(names, start=1))
     Path("truth.json").write_text(json.dumps({**content, "images": images[:3]}))
-    with pytest.raises(DataError, match=r"truth\.json: lists 0 images named 0003\.png"):
+    with pytest.raises(DataError, match=r"truth\.json: lists no image 0003\.png"):
         write_coco_results("out/predictions.jsonl", "plain", annotations="truth.json")
 
 

@@ -539,7 +539,7 @@ def test_duplicate_names_are_refused(coco_files: tuple[Path, Path], lesions: Pat
     entries = json.loads(coco_files[1].read_text())
     images = [{"id": 1, "file_name": "slice1.png"}, {"id": 2, "file_name": "slice1.png"}]
     (tmp_path / "theirs.json").write_text(json.dumps({"images": images, "annotations": entries}))
-    with pytest.raises(DataError, match=r"file_name slice1.png stands twice"):
+    with pytest.raises(DataError, match=r"file_name slice1.png appears twice"):
         evaluate(tmp_path / "theirs.json", lesions)
     twice = Fragile(open_dataset("segmentation", lesions), None)
     twice.names = [*twice.names[:-1], twice.names[0]]

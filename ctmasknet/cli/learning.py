@@ -17,7 +17,7 @@ def train_command(options: argparse.Namespace) -> None:
 
     Segmenters learn from CNCB folders (imgs/ + masks/) or COCO instance JSON; classifiers from CNCB file names,
     COVIDx-CT lists or one folder per class. RUN holds checkpoints, best/ and last/ (weights), metrics.csv,
-    curves.png and run.json. The same command continues a run that was ended, at the step it had reached.
+    curves.png and run.json. If a run is interrupted, the same command continues it where it stopped.
     Several GPUs: accelerate launch -m ctmasknet train ... (docs/train.md).
 
     Examples:
@@ -63,9 +63,9 @@ def evaluate_command(options: argparse.Namespace) -> None:
     """Measure a model, or other people's predictions, on labelled slices.
 
     MODEL is a variant's name (its default weights), a folder of weights, an author's .pth, or a .json of
-    predictions: COCO results, or [{image_id, probabilities}] for classifiers. Segmenters: AP by the released
-    protocol, COCO AP, Dice, lesions found. Classifiers: sensitivity, specificity, AUC, calibration, by slice
-    and patient. 95% intervals over patients. Several processes: torchrun -m ctmasknet evaluate ...
+    predictions: COCO results, or [{image_id, probabilities}] for classifiers. Segmenters get AP by the released
+    protocol, COCO AP, Dice and lesions found; classifiers get sensitivity, specificity, AUC and calibration, by
+    slice and by patient. Intervals are 95%, over patients. Several processes: torchrun -m ctmasknet evaluate ...
 
     Examples:
       ctmasknet evaluate maskrcnn_resnet18_t2 --data lesions/val
@@ -82,7 +82,7 @@ def evaluate_command(options: argparse.Namespace) -> None:
 def data_check_command(options: argparse.Namespace) -> int:
     """Report what a data set holds and what is wrong with it.
 
-    Reads every file; the exit code is 2 if anything should be put right.
+    Reads every file. If anything should be put right, the exit code is 2.
 
     Example: ctmasknet data check lesions/train --against lesions/val
     """

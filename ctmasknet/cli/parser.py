@@ -43,60 +43,60 @@ def build_parser() -> argparse.ArgumentParser:
     flag = _command(commands, "predict", predicting.predict_command)
     flag("inputs", nargs="*", metavar="FILE", help="slices, scans, folders, quoted wildcards")
     flag("-o", "--out", required=True, type=Path, metavar="DIR", help="folder for the results")
-    flag("--names", metavar="LIST", help=f"{_NAMES_HELP}; without FILE arguments, LIST has the paths, one per line")
+    flag("--names", metavar="LIST", help=f"{_NAMES_HELP}; without FILE arguments, it lists their paths")
     flag("--units", choices=("hu", "range"), help=_UNITS_HELP)
     flag(
         "--format",
         choices=("files", "dicom", "jsonl", "coco"),
         default="files",
-        help="files (default): JSON and overlay of each; dicom: DICOM scans only, with DICOM SEG and SR (extra dicom); "
-        "jsonl: predictions.jsonl alone; coco: it and COCO results",
+        help="files (default): JSON and overlay of each input; dicom: DICOM SEG and SR as well, for DICOM scans only "
+        "(extra dicom); jsonl: only predictions.jsonl; coco: predictions.jsonl and COCO results",
     )
     flag("--annotations", type=Path, metavar="JSON", help="COCO annotations to take image ids from")
     flag(
         "--score-map",
         action="store_true",
-        help="slices: also write FILE.score_map.npy, the mask logits of all regions, (H, W)",
+        help="for slices, also write FILE.score_map.npy, (H, W): the mask logits of all regions",
     )
-    flag("--slices", action="store_true", help="take DICOM files in folders as slices, not as scans")
-    flag("--series", metavar="UID", help="the series to take from a scan's folder (default: the longest)")
+    flag("--slices", action="store_true", help="predict DICOM files in folders as single slices, not as scans")
+    flag("--series", metavar="UID", help="which series of a folder to predict (default: the longest)")
     flag(
         "--spacing",
         nargs=3,
         type=float,
         metavar="MM",
-        help="distance of columns, rows and slices, for a scan that does not say",
+        help="mm between columns, rows and slices, for scans that do not say",
     )
     flag(
         "--keep",
         choices=("all", "lungs"),
         default="all",
-        help="lungs: drop lesions of scans that lie outside the lungs",
+        help="lungs: for scans, drop lesions outside the lungs (default: all)",
     )
-    flag("--batch-size", type=int, metavar="N", help="slices at once (default: 1 on the CPU, else 8)")
+    flag("--batch-size", type=int, metavar="N", help="slices per batch (default: 1 on a CPU, else 8)")
     flag("--readers", type=int, default=4, metavar="N", help="threads that read ahead (default: 4)")
     flag("--shard", metavar="I/N", help="predict only every N-th input, starting with the I-th, counted from 0")
     flag("--restart", action="store_true", help="discard an earlier run in DIR and start again")
     _model_flags(flag)
 
     flag = _command(commands, "demo", predicting.demo_command)
-    flag("-o", "--out", type=Path, default=Path("ctmasknet-demo"), metavar="DIR", help="default: ctmasknet-demo")
+    flag("-o", "--out", type=Path, default=Path("ctmasknet-demo"), metavar="DIR", help=_DEMO_HELP)
     flag("--web", action="store_true", help="open a page for your browser instead (extra demo)")
-    flag("--port", type=int, metavar="N", help="with --web: default: the first free one from 7860 on")
-    flag("--max-upload-mb", type=int, metavar="MB", help="with --web: of one upload (default: 200)")
+    flag("--port", type=int, metavar="N", help="with --web: port of the page (default: the first free one from 7860)")
+    flag("--max-upload-mb", type=int, metavar="MB", help="with --web: size of an upload, at most (default: 200)")
     _model_flags(flag)
 
     flag = _command(commands, "train", learning.train_command)
     flag("model", nargs="?", metavar="NAME", help="variant to train: see ctmasknet list")
-    flag("--data", nargs="+", metavar="DIR", help="training data, one root or several")
+    flag("--data", nargs="+", metavar="DIR", help="training data, one folder or several")
     flag("--val", nargs="+", metavar="DIR", help="validation data")
-    flag("--weights", metavar="W", help="where to start: default, a folder, a .pth of the paper's author")
+    flag("--weights", metavar="W", help="weights to start from: default, a folder or an author's .pth")
     flag("-o", "--out", metavar="RUN", help="folder of the run")
     flag("--config", type=Path, metavar="FILE", help="YAML or JSON with any field of TrainConfig")
     flag("--recipe", choices=("fast", "paper"), help="fast (default) or the paper's")
-    flag("--classes", choices=("merge", "both", "ggo"), help="lesion classes of CNCB masks")
+    flag("--classes", choices=("merge", "both", "ggo"), help="lesion classes to learn from CNCB masks (default: merge)")
     flag("--names", metavar="LIST", help=_NAMES_HELP)
-    flag("--val-names", metavar="LIST", help="likewise for --val")
+    flag("--val-names", metavar="LIST", help="like --names, for --val")
     flag("--epochs", type=int, help="passes over the data")
     flag("--batch-size", type=int, help="slices per process and step")
     flag("--lr", type=float, help="highest learning rate")
@@ -117,12 +117,16 @@ def build_parser() -> argparse.ArgumentParser:
     data.set_defaults(run=lambda _: data.print_help())
     data_commands = data.add_subparsers(dest="data_command", metavar="COMMAND")
     flag = _command(data_commands, "check", learning.data_check_command)
-    flag("data", nargs="+", metavar="DIR", help="one root or several")
-    flag("--against", nargs="+", metavar="DIR", help="the other split: report patients in both")
-    flag("--against-names", metavar="FILE", help="as --names, for --against")
-    flag("--task", choices=("segmentation", "classification"), help="default: tell by looking")
-    flag("--classes", choices=("merge", "both", "ggo"), default="merge", help="default: merge")
-    flag("--min-area", type=int, default=100, metavar="PX", help="default: 100")
+    flag("data", nargs="+", metavar="DIR", help="one folder or several")
+    flag("--against", nargs="+", metavar="DIR", help="the other split: report patients and images in both")
+    flag("--against-names", metavar="FILE", help="like --names, for --against")
+    flag(
+        "--task",
+        choices=("segmentation", "classification"),
+        help="default: what the files show",
+    )
+    flag("--classes", choices=("merge", "both", "ggo"), default="merge", help="lesion classes (default: merge)")
+    flag("--min-area", type=int, default=100, metavar="PX", help=_AREA_HELP)
     flag("--names", metavar="LIST", help=_NAMES_HELP)
 
     flag = _command(commands, "download", variants.download_command)
@@ -137,7 +141,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--metadata",
         type=Path,
         metavar="JSON",
-        help="a file with what is known of the weights: classes, operating_point, metrics, dataset, license, note, ...",
+        help="a file that describes the weights: classes, operating_point, metrics, dataset, license, note, ...",
     )
 
     flag = _command(commands, "verify", variants.verify_command)
@@ -145,22 +149,22 @@ def build_parser() -> argparse.ArgumentParser:
 
     flag = _command(commands, "push", variants.push_command)
     flag("folder", type=Path, metavar="DIR", help="a folder of weights, such as a run's best/")
-    flag("repository", metavar="REPO", help="owner/name, made if missing")
-    flag("--private", action="store_true", help="make a new repository private")
+    flag("repository", metavar="REPO", help="owner/name; created if it does not exist")
+    flag("--private", action="store_true", help="if the repository is created, make it private")
 
     flag = _command(commands, "evaluate", learning.evaluate_command)
     flag("model", metavar="MODEL", help="what to measure")
     flag("--data", nargs="+", required=True, metavar="DIR", help="labelled slices")
     flag("--names", metavar="LIST", help=_NAMES_HELP)
-    flag("--min-area", type=int, default=100, metavar="PX", help="smaller lesions do not count")
-    flag("--per-class", type=int, metavar="N", help="classifiers: N slices of each class")
+    flag("--min-area", type=int, default=100, metavar="PX", help=_AREA_HELP)
+    flag("--per-class", type=int, metavar="N", help="for classifiers, take N slices of each class")
     flag("--samples", type=int, default=1000, metavar="N", help="bootstrap resamples (default: 1000)")
-    flag("--batch-size", type=int, metavar="N", help="slices per forward")
+    flag("--batch-size", type=int, metavar="N", help="slices per batch")
     flag("--workers", type=int, default=0, metavar="N", help="processes that read slices")
     flag("--limit", type=int, metavar="N", help="at most N slices, drawn at random")
-    flag("--seed", type=int, default=0, help="of every draw (default: 0)")
+    flag("--seed", type=int, default=0, help="for everything drawn at random (default: 0)")
     flag("--classes", choices=("merge", "both", "ggo"), help="lesion classes (default: the model's)")
-    flag("-o", "--out", metavar="DIR", help="write the results here; an interrupted run carries on from them")
+    flag("-o", "--out", metavar="DIR", help="folder for the results; an interrupted run continues from them")
     _running_flags(flag)
 
     flag = _command(commands, "export", variants.export_command)
@@ -172,10 +176,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 _UNITS_HELP = (
-    "what the values are, where a file does not say: hu (Hounsfield units) or range (stretch the slice's own "
-    "range, no Hounsfield units claimed)"
+    "what the values are, if a file does not say: hu (Hounsfield units), or range (unknown: each slice is "
+    "stretched over its own range)"
 )
 _NAMES_HELP = "only the slices that this text file names, one per line"
+_AREA_HELP = "lesions of up to PX pixels do not count (default: 100)"
+_DEMO_HELP = "folder for the results (default: ctmasknet-demo)"
 _DEVICE_HELP = "cpu, cuda, cuda:1, ... (default: a GPU if there is one)"
 
 
@@ -187,8 +193,8 @@ def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int |
     parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=text, formatter_class=raw)
     parser.set_defaults(run=run)
     level = parser.add_mutually_exclusive_group()
-    level.add_argument("-q", "--quiet", action="store_true", help="no progress and no remarks, errors only")
-    level.add_argument("-v", "--verbose", action="store_true", help="say more about what is being done")
+    level.add_argument("-q", "--quiet", action="store_true", help="print no progress and no remarks, only errors")
+    level.add_argument("-v", "--verbose", action="store_true", help="print more about what is being done")
     parser.add_argument("--json", action="store_true", help="print the facts as JSON")
     return parser.add_argument
 
@@ -203,12 +209,12 @@ def _model_flags(flag: Flag) -> None:
 def _running_flags(flag: Flag) -> None:
     own = "(default: the weights' own operating point)"
     flag("--score-threshold", type=float, metavar="T", help=f"report lesions scored above T {own}")
-    flag("--nms-threshold", type=float, metavar="T", help=f"of boxes that overlap by more, keep the best {own}")
+    flag("--nms-threshold", type=float, metavar="T", help=f"of lesions that overlap more, keep the best {own}")
     flag("--device", help=_DEVICE_HELP)
     flag(
         "--precision",
         choices=("float32", "bfloat16", "float16"),
         default="float32",
-        help="of the backbone; less than float32 is faster where the device can, and changes results a little "
-        "(float16: GPUs only)",
+        help="precision of the backbone: bfloat16 and float16 (GPUs only) are faster on hardware made for them, and "
+        "change results a little (default: float32)",
     )

@@ -17,16 +17,16 @@ def predict_command(options: argparse.Namespace) -> int:
     """Segment and classify slices and whole scans.
 
     Slices are PNG, JPEG, WebP, TIFF or DICOM files. Scans are NIfTI files, multi-frame DICOM files and folders
-    with a DICOM series. Give several, folders that hold them, or quoted wildcards. Writes
+    with a DICOM series. Give any number of them, folders that hold them, or quoted wildcards. This is written:
       per slice  FILE.json (boxes, scores, masks as COCO RLE, class probabilities), FILE.overlay.png
       per scan   .lesions.nii.gz (the mask), .lesion_ids.nii.gz, .lungs.nii.gz, .slices.csv, .lesions.csv,
                  .montage.png, .report.png and .pdf (a page to read), .json
                  with --format dicom also .seg.dcm (the mask) and .sr.dcm (the volumes)
       run.json   what was done, and how
-    at the path of each input below DIR; for inputs outside this folder, paths start at the folder they share.
-    With more than one input, scans.csv has a row per scan and predictions.jsonl records what is done, so that
-    the same command continues a run that was stopped. A file that cannot be used is reported and the others
-    are done; the exit code is then 2.
+    Each result goes to the path of its input below DIR; for inputs outside the current folder, paths start at
+    the folder they all share. With more than one input, scans.csv has a row per scan, and predictions.jsonl
+    records the finished files, so that the same command continues a run that was stopped. If a file cannot be
+    used, it is reported, the others are predicted, and the exit code is 2.
 
     Examples:
       ctmasknet predict slice.png -o out
@@ -62,7 +62,8 @@ def predict_command(options: argparse.Namespace) -> int:
             lesions = {"lesions": len(record["lesions"])} if "lesions" in record else {}
             facts.append({"source": result.source, **record, **lesions, **paths})
         elif result.record is not None and not options.quiet:
-            where = f" -> {result.paths[0]}" if result.paths else ""
+            pages = [path for path in result.paths if path.name.endswith(".report.pdf")]  # where to begin with a scan
+            where = f" -> {(pages or result.paths)[0]}" if result.paths else ""
             tqdm.write(printable(f"{result.source}: {record['summary']}{where}"))
 
     arguments = arguments_of(predict_files, options)
@@ -101,8 +102,8 @@ def _predictor(options: argparse.Namespace) -> Any:
 def demo_command(options: argparse.Namespace) -> None:
     """Predict a synthetic slice and compare the result with what is in it.
 
-    Predicts a synthetic slice that comes with the package, with the bundled weights. Says what is in it, what
-    was found, and where to find the slice and the picture.
+    Uses the bundled weights and a synthetic slice that comes with the package. Prints what is in it, what was
+    found, and where the slice and the picture are.
     """
     if options.web:
         _web(options)

@@ -69,8 +69,8 @@ def _paper_line(variant: Variant) -> str:
 def download_command(options: argparse.Namespace) -> None:
     """Fetch weights for use without a network.
 
-    Default weights by the variant's name, or a Hub repository, better pinned: owner/name@commit. They go to
-    the cache of huggingface_hub (HF_HOME), where create_model, from_pretrained and predict find them.
+    Give a variant's name for its default weights, or a Hub repository, best pinned: owner/name@commit. Weights
+    go to the cache of huggingface_hub (HF_HOME), where create_model, from_pretrained and predict find them.
 
     Example: ctmasknet download maskrcnn_resnet18_t2
     """
@@ -120,10 +120,10 @@ def push_command(options: argparse.Namespace) -> None:
 
 
 def verify_command(options: argparse.Namespace) -> None:
-    """Check that a folder of weights is what was saved.
+    """Check that a folder of weights is as it was saved.
 
-    Loads the weights strictly, runs the golden input that travels with them, and compares the outputs and the
-    digest of the weights with those recorded in golden.safetensors.
+    Loads the weights strictly, runs the golden input saved with them, and compares the outputs and the digest
+    of the weights with those recorded in golden.safetensors.
 
     Example: ctmasknet verify runs/one/best
     """
@@ -145,8 +145,8 @@ def verify_command(options: argparse.Namespace) -> None:
 def export_command(options: argparse.Namespace) -> None:
     """Write a model as an ONNX file, which runs without this library.
 
-    The whole model: image in, boxes and masks or class probabilities out. The file is written only if it gives
-    what PyTorch gives. Needs the extra export.
+    The file holds the whole model: image in, boxes and masks or class probabilities out. It is written only if
+    it gives the same results as PyTorch. Needs the extra export.
 
     Examples:
       ctmasknet export maskrcnn_resnet18_t1 -o model.onnx
@@ -162,7 +162,7 @@ def export_command(options: argparse.Namespace) -> None:
 def doctor_command(options: argparse.Namespace) -> int:
     """Check the installation: torch against torchvision, devices, cache, bundled weights.
 
-    Exit code 0 if everything needed works, 1 if not.
+    The exit code is 0 if all that is needed works, and 1 if not.
     """
     from ctmasknet.doctor import examine
 

@@ -98,7 +98,7 @@ def instances(
 
 def _require_few(count: int, size: tuple[int, ...], source: str) -> None:
     if count * math.prod(size) > MAX_TARGET:
-        raise DataError(f"{source}: {count} lesions in one slice are too many to be lesions; draw them again")
+        raise DataError(f"{source}: {count} lesions in one slice cannot be right; draw them again")
 
 
 def _target(masks: list[np.ndarray], labels: list[int], size: tuple[int, ...]) -> dict[str, Tensor]:

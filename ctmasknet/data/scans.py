@@ -354,7 +354,7 @@ def _open_nifti(name: str, image: Any, units: str | None, spacing: Spacing | Non
 
     def values_of(index: int) -> Floats:
         if index >= len(planes):
-            raise InputError(f"{name}[{index}]: the file is cut off before it. Copy or export it again.")
+            raise InputError(f"{name}[{index}]: the file is cut off before this slice. Copy or export it again.")
         values: Floats = planes[index].astype(np.float64) * slope + inter
         require_finite(values, f"{name}[{index}]")
         return values

@@ -504,7 +504,7 @@ def require_chest_hu(image: np.ndarray, values: np.ndarray, name: str, monochrom
         raise InputError(not_hu(name, f"half of it is above {DENSER_THAN_BONE:g} HU, denser than bone"))
     edge = np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])
     if monochrome1 and np.median(edge) > -AIR_BELOW:
-        raise InputError(not_hu(name, f"MONOCHROME1, and its edge is at {np.median(edge):g} HU, where air must be"))
+        raise InputError(not_hu(name, f"MONOCHROME1, but its edge is at {np.median(edge):g} HU, which is not air"))
 
 
 def hu_offset(values: np.ndarray, name: str) -> float:

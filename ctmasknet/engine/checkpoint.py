@@ -123,7 +123,7 @@ def newest_readable(candidates: list[Path]) -> tuple[Path, dict[str, Tensor], di
         for problem in problems:
             log.warning("%s; continuing from the one before, %s", problem, path.name)
         return path, tensors, facts
-    raise WeightsError("; ".join(problems) + ". No checkpoint is left: start anew in another folder")
+    raise WeightsError("; ".join(problems) + ". No checkpoint is left: start again in another folder")
 
 
 def list_checkpoints(run: Path) -> list[Path]:

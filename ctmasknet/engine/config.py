@@ -300,7 +300,7 @@ def _check_ranges(config: TrainConfig) -> None:
     if config.cache_rois and config.task != "classification":
         raise ConfigError(f"cache_rois is for classifiers; {config.model} is a segmenter")
     if config.weights_backbone and config.weights is not None:
-        raise ConfigError("give weights or weights_backbone, not both: weights bring a body")
+        raise ConfigError("give weights or weights_backbone, not both: weights include a body")
     if config.cache == "device" and config.workers:
         raise ConfigError('cache="device" needs workers=0: worker processes cannot share what is on a GPU')
     try:

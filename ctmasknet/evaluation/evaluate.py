@@ -402,7 +402,7 @@ def _draw(source: SliceDataset[Any], limit: int | None, per_class: int | None, s
         members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
         count = min([per_class, *map(len, members)])
         if count < per_class:
-            warnings.warn(f"{per_class} slices per class asked for, {count} taken: more there are not", stacklevel=3)
+            warnings.warn(f"{per_class} slices per class asked for, {count} taken: there are no more", stacklevel=3)
         return sorted(np.concatenate([generator.choice(own, count, replace=False) for own in members]).tolist())
     if limit is not None and limit > len(source):
         warnings.warn(f"{limit} slices asked for, but there are {len(source)}: all are taken", stacklevel=3)

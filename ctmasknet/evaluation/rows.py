@@ -287,7 +287,7 @@ class Predictions(NamedTuple):
         for field in ("id", name):
             for value, count in Counter(item[field] for item in listed).most_common(1):
                 if count > 1:
-                    raise DataError(f"{source}: {field} {value} stands twice in {key}; each needs its own")
+                    raise DataError(f"{source}: {field} {value} appears twice in {key}; each needs its own")
         return listed
 
 

@@ -250,5 +250,5 @@ def _checked_metadata(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
         raise WeightsError(f"{path}: temperature={metadata['temperature']}: must be above 0")
     for name in metadata.get("classes", ()):
         if not name.isprintable() or len(name) > _LONGEST_NAME:
-            raise WeightsError(f"{path}: class {shown(name)}: up to {_LONGEST_NAME} printable characters are a name")
+            raise WeightsError(f"{path}: class {shown(name)}: a name has up to {_LONGEST_NAME} printable characters")
     return metadata

@@ -237,7 +237,7 @@ def explained(source: HubSource, request: Callable[[], Result], name: str | None
             state = "out of order" if status >= 500 else "busy"
             raise HubUnreachableError(f"{source}: {constants.ENDPOINT} is {state} (HTTP {status})") from None
         raise WeightsError(
-            f"{source}: {constants.ENDPOINT} refused (HTTP {status}: {_reason(error)}). Is HF_TOKEN valid, and may it?"
+            f"{source}: {constants.ENDPOINT} refused (HTTP {status}: {_reason(error)}). Does HF_TOKEN allow this?"
         ) from None
     except Exception as error:
         # The transport underneath (requests, httpx, ...) differs between versions of the client.

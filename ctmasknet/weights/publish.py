@@ -160,7 +160,7 @@ def push_folder(folder: str | os.PathLike[str], repository: str, *, private: boo
     sha256 = sha256_of(Path(folder) / WEIGHTS_NAME)
     lfs = getattr(there[0], "lfs", None) if there else None
     if lfs is None or lfs.sha256 != sha256:
-        raise WeightsError(f"{repository}@{commit.oid}: the Hub holds other weights than were sent: push again")
+        raise WeightsError(f"{repository}@{commit.oid}: the Hub holds other weights than those sent: push again")
     return Published(model.variant.name, repository, commit.oid, sha256, lfs.size)
 
 
