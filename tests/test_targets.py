@@ -10,7 +10,7 @@ import torch
 from phantom import phantom
 
 from ctmasknet.data.layouts import half_open_boxes, instances, lesion_class_names
-from ctmasknet.errors import ConfigError, DataError, MissingExtraError
+from ctmasknet.errors import MissingExtraError
 
 MIXED = np.array(
     [
@@ -90,22 +90,6 @@ def test_a_phantoms_lesions_are_found_again():
     assert target["labels"].tolist() == truth.labels[order].tolist()
     assert np.array_equal(target["masks"].numpy().astype(bool), truth.masks[order])
     assert np.array_equal(target["boxes"].numpy(), truth.boxes[order])
-
-
-def test_unknown_mask_values_are_named_with_their_file():
-    with pytest.raises(DataError, match=r"slice7\.png: unknown mask values 4, 255; recode"):
-        instances(np.array([[0, 255], [4, 2]], dtype=np.uint8), source="slice7.png")
-
-
-def test_a_mask_of_three_dimensions_is_refused():
-    with pytest.raises(DataError, match=r"colour\.png.*\(H, W\)"):
-        instances(np.zeros((4, 4, 3), dtype=np.uint8), source="colour.png")
-
-
-@pytest.mark.parametrize("options", [{"classes": "all"}, {"min_area": -1}])
-def test_impossible_options_raise(options: dict):
-    with pytest.raises(ConfigError):
-        instances(MIXED, **options)
 
 
 def test_without_scipy_the_error_names_the_extra(monkeypatch):

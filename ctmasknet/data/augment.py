@@ -9,6 +9,7 @@ passed, so that a resumed run draws what an uninterrupted one would have drawn.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,27 +71,23 @@ class Augmentation:
 
 def augment(
     image: Tensor,
-    target: dict[str, Tensor] | None,
+    target: dict[str, Any],
     generator: torch.Generator,
-    settings: Augmentation | None = None,
-) -> tuple[Tensor, dict[str, Tensor] | None]:
+    settings: Augmentation = Augmentation(),
+) -> tuple[Tensor, dict[str, Any]]:
     """Change one slice at random; its inputs are left as they are.
 
     Args:
         image: (C, H, W), uint8 or floating point in 0..1, on any device.
         target: ``boxes`` (N, 4), ``labels`` (N,), ``masks`` (N, H, W) as `layouts.instances` gives them, on
-            the device of the image; other entries are passed on. None, or no ``masks``: the image alone
-            changes.
+            the device of the image; other entries are passed on. Without ``masks`` the image alone changes.
         generator: the only source of randomness, on the CPU (`sample_generator` makes one per sample). It
             advances by the same number of draws whatever the settings are.
-        settings: None is `Augmentation()`.
 
     Returns:
         The image with its dtype and size, and the target: boxes half-open round the moved masks, instances
-        with no or under `min_visible` pixels left out. The part of the canvas that nothing moved into is 0,
-        as air is.
+        with no or under `min_visible` pixels left out. What nothing moved into is 0, as air is.
     """
-    settings = settings or Augmentation()
     draws = torch.rand(10, generator=generator, dtype=torch.float64).tolist()
     noise_seed = int(torch.randint(2**62, (), generator=generator))
     flipped = draws[0] < settings.flip
@@ -105,22 +102,18 @@ def augment(
     if not image.is_floating_point():
         pixels = (pixels * 255).round().to(image.dtype)
 
-    if target is None or "masks" not in target:
+    if "masks" not in target:
         return pixels, target
-    masks = target["masks"]
-    if flipped:
-        masks = masks.flip(-1)
+    masks = target["masks"].flip(-1) if flipped else target["masks"]
     if matrix is not None:
         masks = _move_masks(masks, matrix)
-    return pixels, _visible(target, masks, settings.min_visible)
+    kept = (masks != 0).flatten(1).sum(dim=1) >= max(settings.min_visible, 1)
+    masks = masks[kept]
+    return pixels, {**target, "boxes": half_open_boxes(masks), "labels": target["labels"][kept], "masks": masks}
 
 
 def sample_generator(seed: int, epoch: int, index: int) -> torch.Generator:
-    """A generator for sample `index` of `epoch`: the same for equal arguments, unrelated for different ones.
-
-    With one generator per sample the augmentation depends neither on the order in which worker processes come
-    by, nor on where a run was resumed, nor on the number of processes.
-    """
+    """A generator per sample: what it draws depends on no other sample, worker process or interruption."""
     state = np.random.SeedSequence([seed, epoch, index]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))
 
@@ -159,8 +152,6 @@ def _change_intensity(pixels: Tensor, draws: list[float], noise_seed: int, setti
 def _move_masks(masks: Tensor, matrix: dict[str, object]) -> Tensor:
     """Masks (N, H, W) under the affine map, by nearest neighbour."""
     count = masks.shape[0]
-    if count == 0:
-        return masks
     if count > 1 and int((masks != 0).sum(dim=0).max()) <= 1:
         # Instances of a class mask do not overlap: one map of their numbers moves at the price of one mask.
         numbers = torch.arange(1, count + 1, device=masks.device, dtype=torch.float32)
@@ -168,10 +159,3 @@ def _move_masks(masks: Tensor, matrix: dict[str, object]) -> Tensor:
         moved = transforms.affine(tv_tensors.Mask(numbered), **matrix).as_subclass(Tensor)
         return (moved == numbers[:, None, None]).to(masks.dtype)
     return transforms.affine(tv_tensors.Mask(masks), **matrix).as_subclass(Tensor)
-
-
-def _visible(target: dict[str, Tensor], masks: Tensor, min_visible: int) -> dict[str, Tensor]:
-    """The target with `masks` in place of its own, without those that are (nearly) gone."""
-    kept = (masks != 0).flatten(1).sum(dim=1) >= max(min_visible, 1)
-    masks = masks[kept]
-    return {**target, "boxes": half_open_boxes(masks), "labels": target["labels"][kept], "masks": masks}

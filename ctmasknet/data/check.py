@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,12 @@ from ctmasknet.data.layouts import (
     Names,
     check_sizes,
     guess_task,
-    instances,
     list_slices,
     read_class_mask,
     read_image,
     shared_patients,
 )
-from ctmasknet.errors import CTMaskNetError, DataError, MissingExtraError
+from ctmasknet.errors import CTMaskNetError, MissingExtraError
 from ctmasknet.output import PathLike
 from ctmasknet.registry import Task
 
@@ -39,20 +39,15 @@ class DataReport:
 
     Attributes:
         task, layout, sources: what it was read as, and from where.
-        slices: those with everything they need, by name.
+        slices: how many have everything they need.
         image_sizes: slices by ``"WIDTHxHEIGHT"``.
-        class_counts: instances by class, of more than `min_area` pixels (segmentation); slices by class
-            (classification). Classes that do not occur count 0.
-        empty_slices: slices without an instance of more than `min_area` pixels (segmentation).
+        class_counts: instances (segmentation) or slices (classification) by class, 0 included.
+        empty_slices: slices without an instance (segmentation).
         mask_values: pixels by value over all masks (CNCB folders).
-        min_area: components of this many pixels or fewer are not instances.
-        dropped_instances: components that `min_area` drops.
-        instance_areas: percentiles of the areas of the instances kept, pixels; keys ``"p0"`` to ``"p100"``.
-        instances_per_slice: percentiles over the slices that have any.
-        patients: how many are known.
-        slices_without_patient: slices of which the patient is not known.
-        shared_patients: patients that also occur in the other split.
-        shared_images: files of the same bytes as one of the other split.
+        min_area: components of this many pixels or fewer are not instances, but `dropped_instances`.
+        instance_areas, instances_per_slice: percentiles ``"p0"`` to ``"p100"``; areas in pixels, slices that have any.
+        patients: how many are known; `slices_without_patient` have none.
+        shared_patients, shared_images: those of the other split, too; images by their bytes.
         problems: everything that should be put right, one line each, file and fix.
     """
 
@@ -136,17 +131,33 @@ def check_dataset(
     """
     task = task or guess_task(data)
     found = list_slices(task, data, classes=classes, min_area=min_area, names=names)
-    report = DataReport(task, found.layout, [str(source) for source in found.sources], min_area=min_area)
-    report.slices = len(found.records)
-    report.problems = [str(problem) for problem in found.problems]
+    patients = [record.patient for record in found.records]
+    report = DataReport(
+        task,
+        found.layout,
+        [str(source) for source in found.sources],
+        slices=len(found.records),
+        min_area=min_area,
+        patients=len(set(patients) - {None}),
+        slices_without_patient=patients.count(None),
+        problems=[str(problem) for problem in found.problems],
+    )
     _read_all(found, report)
-    patients = {record.patient for record in found.records if record.patient is not None}
-    report.patients = len(patients)
-    report.slices_without_patient = sum(record.patient is None for record in found.records)
     if against is not None:
         other = list_slices(task, against, classes=classes, min_area=min_area, names=against_names)
         _compare(found, other, report)
     return report
+
+
+@contextmanager
+def _noted(report: DataReport) -> Iterator[None]:
+    """What is wrong with a file becomes an entry; that an extra is missing does not."""
+    try:
+        yield
+    except MissingExtraError:
+        raise
+    except CTMaskNetError as error:
+        report.problems.append(str(error))
 
 
 def _read_all(found: Listing, report: DataReport) -> None:
@@ -158,40 +169,25 @@ def _read_all(found: Listing, report: DataReport) -> None:
     per_slice: list[int] = []
     for record in found.records:
         image_size: tuple[int, ...] | None = None
-        try:
+        with _noted(report):
             image_size = tuple(read_image(record.image).shape[1:])
             sizes[f"{image_size[1]}x{image_size[0]}"] += 1
-        except MissingExtraError:
-            raise
-        except CTMaskNetError as error:
-            report.problems.append(str(error))
         if isinstance(record, ImageRecord):
             classes[record.label] += 1
             continue
-        try:
+        with _noted(report):
+            target = replace(record, min_area=0).target()
             if isinstance(record, LesionRecord):
-                mask = read_class_mask(record.mask)
-                values += np.bincount(mask.ravel(), minlength=4)
-                target = instances(mask, classes=record.classes, min_area=0, source=str(record.mask))
-            else:
-                target = replace(record, min_area=0).target()
-        except MissingExtraError:
-            raise
-        except CTMaskNetError as error:
-            report.problems.append(str(error))
-            continue
-        try:
+                values += np.bincount(read_class_mask(record.mask).ravel(), minlength=4)
+            here = target["masks"].flatten(1).sum(dim=1, dtype=torch.int64)
+            kept = here > report.min_area
+            report.dropped_instances += int((~kept).sum())
+            report.empty_slices += int(not kept.any())
+            areas += here[kept].tolist()
+            per_slice += [int(kept.sum())] if kept.any() else []
+            classes.update(target["labels"][kept].tolist())
             if image_size is not None:
                 check_sizes(record, image_size, tuple(target["masks"].shape[1:]))
-        except DataError as error:
-            report.problems.append(str(error))
-        here = target["masks"].flatten(1).sum(dim=1, dtype=torch.int64)
-        kept = here > report.min_area
-        report.dropped_instances += int((~kept).sum())
-        report.empty_slices += int(not kept.any())
-        areas += here[kept].tolist()
-        per_slice += [int(kept.sum())] if kept.any() else []
-        classes.update(target["labels"][kept].tolist())
 
     report.image_sizes = dict(sizes.most_common())
     first = 1 if found.task == "segmentation" else 0
@@ -200,14 +196,13 @@ def _read_all(found: Listing, report: DataReport) -> None:
     if any(isinstance(record, LesionRecord) for record in found.records):
         report.mask_values = dict(enumerate(values.tolist()))
     missing = [name for name, count in report.class_counts.items() if count == 0]
-    if not found.records or not missing:
-        return
     reason = f"no sample of class {', '.join(missing)}; add some, or train without it"
     if found.task == "segmentation" and len(missing) == len(report.class_counts):
         reason = (
             f"no slice holds a lesion of more than {report.min_area} px; add slices with lesions, or lower min_area"
         )
-    report.problems.append(f"{', '.join(report.sources)}: {reason}")
+    if found.records and missing:
+        report.problems.append(f"{', '.join(report.sources)}: {reason}")
 
 
 def _compare(found: Listing, other: Listing, report: DataReport) -> None:
@@ -235,15 +230,11 @@ def _digest(path: Path) -> str:
 
 
 def _spread(values: list[int]) -> dict[str, float]:
-    if not values:
-        return {}
-    return {f"p{p}": float(np.percentile(values, p)) for p in PERCENTILES}
+    return {f"p{p}": float(np.percentile(values, p)) for p in PERCENTILES} if values else {}
 
 
 def _percentiles(spread: dict[str, float]) -> str:
-    if not spread:
-        return "none"
-    return f"{spread['p0']:.0f} to {spread['p100']:.0f}, median {spread['p50']:.0f}"
+    return f"{spread['p0']:.0f} to {spread['p100']:.0f}, median {spread['p50']:.0f}" if spread else "none"
 
 
 def _counts(counts: dict[Any, int]) -> str:

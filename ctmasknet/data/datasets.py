@@ -6,24 +6,16 @@ DICOM included, are rounded to 256 levels); the consumer makes three floating-po
 
 from __future__ import annotations
 
-import math
+import copy
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ctmasknet.data.layouts import (
-    ImageRecord,
-    LesionClasses,
-    Listing,
-    Names,
-    check_sizes,
-    list_slices,
-    read_image,
-)
+from ctmasknet.data.layouts import ImageRecord, LesionClasses, Listing, Names, check_sizes, list_slices, read_image
 from ctmasknet.errors import DataError
 from ctmasknet.output import PathLike
 from ctmasknet.registry import Task
@@ -50,11 +42,11 @@ Sample = TypeVar("Sample", SegmentationSample, ClassificationSample)
 
 
 class SliceDataset(Dataset[Sample]):
-    """What the data sets have in common.
+    """What the data sets have in common, and what one of your own for `evaluate` needs.
 
     Attributes:
         task: ``"segmentation"`` or ``"classification"``.
-        class_names: names in the order of the labels; for segmentation the background comes first.
+        class_names: in the order of the labels; for segmentation the background comes first.
         names: one per sample, unique; the file name without its ending, or the whole path where
             several files share that.
         patients: one per sample, None where unknown.
@@ -68,15 +60,13 @@ class SliceDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> Sample:
-        raise NotImplementedError
-
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))
 
     def labels_of(self, index: int) -> list[int]:
-        """Labels that occur in a sample, background excluded for segmentation; does not read the image."""
-        raise NotImplementedError
+        """Labels that occur in a sample, background excluded."""
+        sample = self[index]
+        return [sample.label] if isinstance(sample, ClassificationSample) else sample.target["labels"].unique().tolist()
 
 
 class LabelledSlices(SliceDataset[Any]):
@@ -96,7 +86,7 @@ class LabelledSlices(SliceDataset[Any]):
         check_sizes(record, tuple(image.shape[1:]), tuple(target["masks"].shape[1:]))
         return SegmentationSample(image, target, record.name)
 
-    def labels_of(self, index: int) -> list[int]:
+    def labels_of(self, index: int) -> list[int]:  # without reading the image
         record = self.records[index]
         return [record.label] if isinstance(record, ImageRecord) else record.target()["labels"].unique().tolist()
 
@@ -135,10 +125,7 @@ def open_dataset(
 
 
 def require_trainable(dataset: SliceDataset[Any], *, source: str = "the training data") -> None:
-    """Raise a DataError if a class of `dataset` has no sample, or no slice has a lesion.
-
-    Stops at the first sample of each class, so it is quick on data that are in order. One slice is enough.
-    """
+    """Raise a DataError if a class of `dataset` has no sample; quick where every class has one early."""
     wanted = set(range(1 if dataset.task == "segmentation" else 0, len(dataset.class_names)))
     missing = set(wanted)
     for index in range(len(dataset)):
@@ -158,37 +145,27 @@ def require_trainable(dataset: SliceDataset[Any], *, source: str = "the training
 
 
 class CachedDataset(SliceDataset[Sample]):
-    """Keeps decoded samples in memory; a hit equals the first reading, tensor for tensor.
+    """Keeps decoded samples in memory, their masks at a bit a pixel; a hit equals the first reading, tensor for tensor.
 
-    Masks are kept as the ends of their runs, about 1% of their size. Samples beyond the limit are read anew
-    every time. Fill it before worker processes fork, or each of them fills its own.
-
-    Attributes:
-        source: the data set that it reads.
-        limit: bytes it may hold, None for any number.
-        nbytes: bytes it holds now.
+    Samples beyond the `limit` in bytes (None: any number) are read anew every time. Fill it before worker processes
+    fork, or each of them fills its own.
     """
 
     def __init__(self, source: SliceDataset[Sample], limit: int | None = None) -> None:
-        self.source: SliceDataset[Sample] = source
-        self.task = source.task
-        self.class_names = source.class_names
-        self.names = source.names
-        self.patients = source.patients
-        self.limit = limit
-        self.nbytes = 0
-        self._kept: dict[int, AnySample] = {}
+        self.source, self.limit, self.nbytes = source, limit, 0
+        self.task, self.class_names = source.task, source.class_names
+        self.names, self.patients = source.names, source.patients
+        self._kept: dict[int, Sample] = {}
 
     def __getitem__(self, index: int) -> Sample:
         if index in self._kept:
-            return cast(Sample, _unpacked(self._kept[index]))
+            return _unpacked(self._kept[index])
         sample = self.source[index]
-        packed = _packed(sample)
-        nbytes = packed.image.nbytes
-        if isinstance(packed, SegmentationSample):
-            nbytes += sum(tensor.nbytes for tensor in packed.target.values())
+        kept = _packed(sample)
+        tensors = [kept.image, *(kept.target.values() if isinstance(kept, SegmentationSample) else ())]
+        nbytes = sum(tensor.nbytes for tensor in tensors)
         if self.limit is None or self.nbytes + nbytes <= self.limit:
-            self._kept[index] = packed
+            self._kept[index] = kept
             self.nbytes += nbytes
         return sample
 
@@ -198,35 +175,24 @@ class CachedDataset(SliceDataset[Sample]):
     def fill(self) -> CachedDataset[Sample]:
         """Read all samples that fit, in order, and return itself."""
         for index in range(len(self)):
+            self[index]
             if index not in self._kept:
-                held = self.nbytes
-                self[index]
-                if self.nbytes == held:
-                    break
+                break
         return self
 
 
-def _packed(sample: AnySample) -> AnySample:
-    """A copy that has, in place of its masks, the runs of ones in all their pixels: (R, 2) begins and ends."""
-    image = sample.image.clone()
-    if isinstance(sample, ClassificationSample):
-        return sample._replace(image=image)
-    target = {key: value.clone() for key, value in sample.target.items() if key != "masks"}
-    none = np.zeros(1, np.uint8)
-    turns = np.flatnonzero(np.diff(sample.target["masks"].numpy().ravel(), prepend=none, append=none))
-    target["runs"] = torch.from_numpy(turns.astype(np.int32).reshape(-1, 2))
-    return sample._replace(image=image, target=target)
+def _packed(sample: Sample) -> Sample:
+    """A copy whose masks take a bit a pixel."""
+    packed = copy.deepcopy(sample)
+    if isinstance(packed, SegmentationSample):
+        packed.target["masks"] = torch.from_numpy(np.packbits(packed.target["masks"].numpy(), axis=-1))
+    return packed
 
 
-def _unpacked(sample: AnySample) -> AnySample:
+def _unpacked(packed: Sample) -> Sample:
     """The sample anew: whoever changes what he was given must not change the cache."""
-    image = sample.image.clone()
-    if isinstance(sample, ClassificationSample):
-        return sample._replace(image=image)
-    target = {key: value.clone() for key, value in sample.target.items()}
-    shape = (len(target["labels"]), *image.shape[1:])
-    pixels = np.zeros(math.prod(shape), np.uint8)
-    for begin, end in target.pop("runs").tolist():
-        pixels[begin:end] = 1
-    target["masks"] = torch.from_numpy(pixels.reshape(shape))
-    return sample._replace(image=image, target=target)
+    sample = copy.deepcopy(packed)
+    if isinstance(sample, SegmentationSample):
+        masks = np.unpackbits(sample.target["masks"].numpy(), axis=-1, count=sample.image.shape[-1])
+        sample.target["masks"] = torch.from_numpy(masks)
+    return sample

@@ -1,8 +1,6 @@
-"""What lies in the folders of a data set: layouts recognised, files matched, every problem collected.
+"""What lies in the folders of a data set: layouts recognised, files matched by name, every problem collected.
 
-Listing files and comparing names finds what is missing; contents are read when a record's sample is asked for.
-`list_slices` never raises for a data set's faults: it gathers them, for `Listing.require_complete` to raise or a
-report to list.
+`list_slices` gathers a data set's faults, for `Listing.require_complete` to raise or a report to list.
 
 The instances of a mask of class codes follow the rules of the released code: connected components (8-connected) of
 a class, small ones left to the background. The label is the one of the pixel value, so a slice that holds
@@ -52,11 +50,7 @@ MAX_OUTLINE = 1_000_000  # pixels; length of a polygon, and largest of its coord
 
 
 def instances(
-    class_mask: np.ndarray,
-    *,
-    classes: LesionClasses = "merge",
-    min_area: int = 100,
-    source: str = "class mask",
+    class_mask: np.ndarray, *, classes: LesionClasses = "merge", min_area: int = 100, source: str = "class mask"
 ) -> dict[str, Tensor]:
     """Split a mask of class codes into instances (paper, section 3; released code).
 
@@ -65,20 +59,15 @@ def instances(
         classes: ``"merge"`` joins GGO and consolidation before components are taken and labels them 1;
             ``"both"`` labels GGO 1 and consolidation 2; ``"ggo"`` labels GGO 1 and ignores consolidation.
         min_area: components of this many pixels or fewer join the background; 0 keeps all.
-        source: what the mask was read from, for the error messages.
 
     Returns:
         ``boxes`` (N, 4) float32, xyxy in pixels, half-open (x2 and y2 are one past the last pixel);
         ``labels`` (N,) int64; ``masks`` (N, H, W) uint8 in {0, 1}. Ordered by label, then in raster order.
-        A slice without lesions has N = 0.
 
     Raises:
-        DataError: the mask is not two-dimensional or holds other values than 0 to 3.
-        ConfigError: unknown `classes` or a negative `min_area`.
+        DataError: more lesions than a slice can have.
         MissingExtraError: there are lesions, and scipy (extra ``train``) is not installed.
     """
-    check_target_options(classes, min_area)
-    check_class_mask(class_mask, source)
     masks: list[np.ndarray] = []
     labels: list[int] = []
     for label, values in enumerate(_MASK_VALUES[classes], start=1):
@@ -104,11 +93,7 @@ def _require_few(count: int, size: tuple[int, ...], source: str) -> None:
 def _target(masks: list[np.ndarray], labels: list[int], size: tuple[int, ...]) -> dict[str, Tensor]:
     """The target of a slice of `size` (H, W) from masks (N, H, W), several of them after each other."""
     stacked = torch.from_numpy(np.concatenate([np.zeros((0, *size), np.uint8), *masks]).astype(np.uint8, copy=False))
-    return {
-        "boxes": half_open_boxes(stacked),
-        "labels": torch.tensor(labels, dtype=torch.int64),
-        "masks": stacked,
-    }
+    return {"boxes": half_open_boxes(stacked), "labels": torch.tensor(labels, dtype=torch.int64), "masks": stacked}
 
 
 def half_open_boxes(masks: Tensor) -> Tensor:
@@ -120,9 +105,7 @@ def half_open_boxes(masks: Tensor) -> Tensor:
 
 def lesion_class_names(classes: LesionClasses) -> tuple[str, ...]:
     """Names of the detector's classes, background first, as the registry spells them."""
-    check_target_options(classes, 0)
-    names = {"merge": LESION_CLASSES[2], "both": LESION_CLASSES[3], "ggo": LESION_CLASSES[3][:2]}
-    return names[classes]
+    return LESION_CLASSES[2] if classes == "merge" else LESION_CLASSES[3][: len(_MASK_VALUES[classes]) + 1]
 
 
 def classes_of(class_names: Sequence[str]) -> LesionClasses:
@@ -130,36 +113,13 @@ def classes_of(class_names: Sequence[str]) -> LesionClasses:
 
     Names that are none of ours say nothing of such masks: ``"merge"``, so that data and model are seen to differ.
     """
-    for classes in get_args(LesionClasses):
-        if same_names(class_names, lesion_class_names(classes)):
-            return classes
-    return "merge"
+    fits = (classes for classes in get_args(LesionClasses) if same_names(class_names, lesion_class_names(classes)))
+    return next(fits, "merge")
 
 
 def same_names(one: Sequence[str], other: Sequence[str]) -> bool:
     """Whether class names mean the same classes, in the same order."""
     return [name.casefold() for name in one] == [name.casefold() for name in other]
-
-
-def check_class_mask(class_mask: np.ndarray, source: str) -> None:
-    """Raise a DataError that names `source` unless the mask is (H, W) with values 0 to 3 only."""
-    if class_mask.ndim != 2:
-        raise DataError(f"{source}: a mask needs the shape (H, W), got {class_mask.shape}")
-    unknown = np.setdiff1d(np.unique(class_mask), (BACKGROUND, LUNG, GGO, CONSOLIDATION))
-    if unknown.size:
-        shown = ", ".join(str(value) for value in unknown[:5]) + (", …" if unknown.size > 5 else "")
-        raise DataError(
-            f"{source}: unknown mask values {shown}; recode it to 0 background, 1 lung, "
-            "2 ground glass opacity (or any lesion), 3 consolidation"
-        )
-
-
-def check_target_options(classes: str, min_area: int) -> None:
-    """Raise a ConfigError for an unknown `classes` or a negative `min_area`."""
-    if classes not in get_args(LesionClasses):
-        raise ConfigError(f"unknown classes {classes!r}: use one of {', '.join(get_args(LesionClasses))}")
-    if min_area < 0:
-        raise ConfigError(f"min_area is {min_area}: it is an area in pixels, use 0 to keep every component")
 
 
 Names = PathLike | Sequence[PathLike]
@@ -181,10 +141,9 @@ _SPLIT_FOLDERS = {"train", "val", "valid", "validation", "test"}
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong with the files: the file, and the reason with its fix.
+    """What is wrong with a file, and the fix.
 
-    `name` is the slice it belongs to, if it is about one: a list of names that leaves the slice out leaves
-    the problem out. `flat`: an annotation without extent, which may be left out.
+    A list of names that leaves out the slice `name` leaves the problem out. `flat`: an annotation without extent.
     """
 
     source: str
@@ -231,7 +190,7 @@ class CocoRecord:
         labels: list[int] = []
         for identifier, label, segmentation in self.annotations:
             mask = decode_segmentation(segmentation, self.size, f"{self.source}: annotation {identifier}")
-            if int(mask.sum()) > self.min_area:
+            if mask.sum() > self.min_area:
                 masks.append(mask[None])
                 labels.append(label)
         return _target(masks, labels, self.size)
@@ -266,10 +225,7 @@ class Listing:
         self.problems.append(Problem(os.fspath(source), reason, name, flat))
 
     def require_complete(self) -> None:
-        """Raise a DataError for the first problem and say how many more there are.
-
-        Annotations without extent do not count: a warning says that they are left out.
-        """
+        """Raise a DataError for the first problem; annotations without extent are left out with a warning."""
         flat = [problem for problem in self.problems if problem.flat]
         if flat:
             more = f" (and {len(flat) - 1} more)" if len(flat) > 1 else ""
@@ -287,11 +243,7 @@ def read_image(path: Path) -> Tensor:
 
 
 def read_class_mask(path: Path) -> np.ndarray:
-    """A mask file as (H, W) uint8 class codes 0 to 3, from grey or palette pixels (the stored index).
-
-    Raises:
-        DataError: not readable, coloured, or with other values.
-    """
+    """A mask file as (H, W) uint8 class codes, from grey or palette pixels; a DataError if it holds others."""
     with reading(str(path), "mask", DataError), open_file(str(path)) as stream:
         image = PngImageFile(stream)
         require_size((image.height, image.width), str(path))
@@ -299,11 +251,17 @@ def read_class_mask(path: Path) -> np.ndarray:
     if pixels.dtype == bool:  # its 1 would pass for lung
         raise DataError(f"{path}: a mask of 1 bit has no class codes; save it with 8 bits, lesions as 2")
     if pixels.ndim == 3:
-        colours = pixels[..., : 3 if pixels.shape[-1] >= 3 else 1]
+        colours = pixels[..., : 3 if pixels.shape[-1] >= 3 else 1]  # without alpha
         if (colours != colours[..., :1]).any():
             raise DataError(f"{path}: the mask is coloured; save the class codes 0 to 3 as a grey PNG")
         pixels = colours[..., 0]
-    check_class_mask(pixels, str(path))
+    unknown = np.setdiff1d(pixels, (BACKGROUND, LUNG, GGO, CONSOLIDATION))
+    if unknown.size:
+        shown = ", ".join(map(str, unknown[:5])) + (", …" if unknown.size > 5 else "")
+        raise DataError(
+            f"{path}: unknown mask values {shown}; recode it to 0 background, 1 lung, "
+            "2 ground glass opacity (or any lesion), 3 consolidation"
+        )
     return pixels.astype(np.uint8)
 
 
@@ -345,14 +303,13 @@ def list_slices(
     min_area: int = 100,
     names: Names | None = None,
 ) -> Listing:
-    """As `open_dataset`, but names what is wrong in `problems` instead of raising the first.
-
-    Raises:
-        ConfigError: as `open_dataset`.
-    """
-    if task not in ("segmentation", "classification"):
+    """As `open_dataset`, but names what is wrong in `problems` instead of raising the first."""
+    if task not in get_args(Task):
         raise ConfigError(f"unknown task {task!r}: use 'segmentation' or 'classification'")
-    check_target_options(classes, min_area)
+    if classes not in get_args(LesionClasses):
+        raise ConfigError(f"unknown classes {classes!r}: use one of {', '.join(get_args(LesionClasses))}")
+    if min_area < 0:
+        raise ConfigError(f"min_area is {min_area}: it is an area in pixels, use 0 to keep every component")
     paths = _as_paths(data)
     with reading(", ".join(map(str, paths)), "data set", DataError):
         if task == "segmentation":
@@ -365,8 +322,8 @@ def list_slices(
 def guess_task(data: PathLike | Sequence[PathLike]) -> Task:
     """``"segmentation"`` for a COCO file or a folder with masks, else ``"classification"``."""
     first = _as_paths(data)[0]
-    masks = (first / "masks").is_dir() or (first / "imgs").is_dir()
-    return "segmentation" if masks or _coco_file(first) else "classification"
+    lesions = (first / "masks").is_dir() or (first / "imgs").is_dir() or _coco_file(first)
+    return "segmentation" if lesions else "classification"
 
 
 def _list_lesion_folders(roots: Sequence[Path], classes: LesionClasses, min_area: int) -> Listing:
@@ -378,7 +335,7 @@ def _list_lesion_folders(roots: Sequence[Path], classes: LesionClasses, min_area
     """
     found = Listing("segmentation", "CNCB folders", list(roots), lesion_class_names(classes))
     for root in roots:
-        if not ((root / "imgs").is_dir() and (root / "masks").is_dir()):
+        if not _is_cncb(root):
             found.report(root, _wrong_layout(root, "segmentation"))
             continue
         images = _by_stem(_image_files(root / "imgs"), found)
@@ -386,25 +343,24 @@ def _list_lesion_folders(roots: Sequence[Path], classes: LesionClasses, min_area
         if not images and not masks:
             found.report(root, "no images in imgs/; is it the right folder?")
         patients = _patient_index(root, found)
-        for stem in sorted(images.keys() | masks.keys()):
-            if stem not in masks:
-                reason = f"no mask masks/{stem}.png; add it (all 0 if there is no lesion) or remove the image"
-                found.report(images[stem], reason, stem)
-            elif stem not in images:
-                found.report(masks[stem], f"no image imgs/{stem}.*; add it or remove the mask", stem)
-            else:
-                released = _RELEASED_NAME.fullmatch(stem)
-                patient = patient_of(stem) or patients.get(stem) or (released["patient"] if released else None)
-                found.records.append(LesionRecord(stem, images[stem], patient, masks[stem], classes, min_area))
+        for stem in sorted(images.keys() - masks.keys()):
+            reason = f"no mask masks/{stem}.png; add it (all 0 if there is no lesion) or remove the image"
+            found.report(images[stem], reason, stem)
+        for stem in sorted(masks.keys() - images.keys()):
+            found.report(masks[stem], f"no image imgs/{stem}.*; add it or remove the mask", stem)
+        for stem in sorted(images.keys() & masks.keys()):
+            released = _RELEASED_NAME.fullmatch(stem)
+            patient = patient_of(stem) or patients.get(stem) or (released["patient"] if released else None)
+            found.records.append(LesionRecord(stem, images[stem], patient, masks[stem], classes, min_area))
     return found
 
 
 def _list_coco(json_path: Path, min_area: int) -> Listing:
     """Match the images and annotations of a COCO file: instances as polygons or RLE.
 
-    Categories are numbered from 1 in the order of their ids. Boxes are taken from the masks, half-open, whatever
-    `bbox` says. Crowd regions (`iscrowd`) are left out, and so are annotations whose `bbox` has no width or height.
-    Images lie in the folder of the JSON file, its `images` or `imgs`, or the same one folder up.
+    Categories are numbered from 1 in the order of their ids. Boxes are taken from the masks. Crowd regions (`iscrowd`)
+    are left out, and so are annotations whose `bbox` has no width or height. Images lie in the folder of the JSON file,
+    its `images` or `imgs`, or the same one folder up.
     """
     found = Listing("segmentation", "COCO instances", [json_path], ("background",))
     of_image: dict[Any, list[tuple[Any, int, Any]]] = defaultdict(list)
@@ -420,15 +376,14 @@ def _list_coco(json_path: Path, min_area: int) -> Listing:
                 require_size(size, f"{json_path}: image {entry['file_name']}")
                 images[entry["id"]] = (str(entry["file_name"]), size)
             for annotation in content["annotations"]:
+                identifier = annotation.get("id")
                 if annotation.get("iscrowd"):
                     continue
-                reason = _annotation_problem(annotation, images, labels)
-                if reason:
-                    source = f"{json_path}: annotation {annotation.get('id')}"
-                    found.report(source, reason, flat=reason.endswith(NO_EXTENT))
-                else:
-                    label = labels[annotation["category_id"]]
-                    of_image[annotation["image_id"]].append((annotation.get("id"), label, annotation["segmentation"]))
+                if reason := _annotation_problem(annotation, images, labels):
+                    found.report(f"{json_path}: annotation {identifier}", reason, flat=reason.endswith(NO_EXTENT))
+                    continue
+                label = labels[annotation["category_id"]]
+                of_image[annotation["image_id"]].append((identifier, label, annotation["segmentation"]))
     except CTMaskNetError as error:
         found.report(json_path, str(error).removeprefix(f"{json_path}: "))
         return found
@@ -436,14 +391,13 @@ def _list_coco(json_path: Path, min_area: int) -> Listing:
     homes = (json_path.parent, Path(os.path.realpath(json_path)).parent.parent)
     folders = [folder for home in homes for folder in (home, home / "images", home / "imgs")]
     for identifier, (file_name, size) in images.items():
-        name = slice_name(file_name)
-        places = [folder / file_name for folder in folders if (folder / file_name).is_file()]
-        if not places:
+        name, drawn = slice_name(file_name), tuple(of_image[identifier])
+        image = next((folder / file_name for folder in folders if (folder / file_name).is_file()), None)
+        if image is None:
             reason = f"image {file_name} is not in {folders[0]}; put the images there, or into images/"
             found.report(json_path, reason, name)
-            continue
-        drawn = tuple(of_image[identifier])
-        found.records.append(CocoRecord(name, places[0], patient_of(name), json_path, size, drawn, min_area))
+        else:
+            found.records.append(CocoRecord(name, image, patient_of(name), json_path, size, drawn, min_area))
     return found
 
 
@@ -457,14 +411,14 @@ def _list_file_names(roots: Sequence[Path]) -> Listing:
         for stem, path in files.items():
             match = _CNCB_NAME.fullmatch(stem)
             label = image_class_of(match["image_class"]) if match else None
-            if match is None or label is None:
+            if label is None:
                 reason = (
                     "the name does not tell the class; name it [Class]_[PatientID]_[ScanNum]_[SliceNum] with "
                     "Class 0 control, 1 pneumonia, 2 COVID-19, or sort the images into class folders"
                 )
                 found.report(path, reason, stem)
             else:
-                found.records.append(ImageRecord(stem, path, match["patient"], label))
+                found.records.append(ImageRecord(stem, path, patient_of(stem), label))
     return found
 
 
@@ -519,9 +473,8 @@ def _list_class_folders(roots: Sequence[Path]) -> Listing:
 def class_folder_names(folders: Iterable[str]) -> tuple[dict[str, int], tuple[str, ...]]:
     """Number class folders: their labels, and the class names in order.
 
-    Names that all mean one of control, pneumonia and COVID-19 (`IMAGE_CLASS_WORDS`, or 0, 1, 2) get these
-    numbers, whichever are present. Whole numbers below 1000 are their own labels. Other names are numbered as they
-    sort, with a word for control, if there is one, at 0.
+    Names that all mean control, pneumonia or COVID-19 (`image_class_of`) get these numbers, whichever are present.
+    Whole numbers below 1000 are their own labels. Others are numbered as they sort, with a word for control at 0.
     """
     names = sorted(set(folders))
     known = [image_class_of(name) for name in names]
@@ -535,22 +488,21 @@ def class_folder_names(folders: Iterable[str]) -> tuple[dict[str, int], tuple[st
 
 
 def _list_segmentation(paths: list[Path], classes: LesionClasses, min_area: int) -> Listing:
-    coco = {path: json_path for path in paths if (json_path := _coco_file(path)) is not None}
-    folders = [path for path in paths if path not in coco]
-    parts = [_list_coco(json_path, min_area) for json_path in coco.values()]
-    if folders:
+    files = {path: _coco_file(path) for path in paths}
+    parts = [_list_coco(file, min_area) for file in files.values() if file is not None]
+    if folders := [path for path, file in files.items() if file is None]:
         parts.append(_list_lesion_folders(folders, classes, min_area))
     return _join(parts)
 
 
 def _list_classification(paths: list[Path]) -> Listing:
-    lists = [path for path in paths if path.suffix == ".txt" and path.is_file()]
-    by_folder = [path for path in paths if path not in lists and not _image_files(path) and _class_folders(path)]
-    by_name = [path for path in paths if path not in lists and path not in by_folder]
-    parts = []
-    for path in lists:
-        images = path.parent / "images"
-        parts.append(_list_covidx(path, [images if images.is_dir() else path.parent]))
+    parts, by_name, by_folder = [], [], []
+    for path in paths:
+        if path.suffix == ".txt" and path.is_file():
+            images = path.parent / "images"
+            parts.append(_list_covidx(path, [images if images.is_dir() else path.parent]))
+        else:
+            (by_folder if not _image_files(path) and _class_folders(path) else by_name).append(path)
     if by_name:
         parts.append(_list_file_names(by_name))
     if by_folder:
@@ -688,10 +640,12 @@ def _coco_file(path: Path) -> Path | None:
     """The COCO file that `path` is or, unless it has CNCB folders, the only JSON file in it."""
     if path.suffix.lower() == ".json":
         return path
-    if not path.is_dir() or ((path / "imgs").is_dir() and (path / "masks").is_dir()):
-        return None
-    files = sorted(path.glob("*.json"))
+    files = [] if _is_cncb(path) else list(path.glob("*.json"))
     return files[0] if len(files) == 1 else None
+
+
+def _is_cncb(path: Path) -> bool:
+    return (path / "imgs").is_dir() and (path / "masks").is_dir()
 
 
 def _wrong_layout(root: Path, task: Task) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import itertools
 import math
 import os
 from collections import deque
@@ -93,7 +94,7 @@ class Volume:
     @property
     def axial_axis(self) -> int:
         """The axis of the grid that runs along the body: slices lie across it."""
-        return int(np.flatnonzero(self.orientation[:, 0] == 2)[0])
+        return self.axes[0]
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -109,8 +110,7 @@ class Volume:
     @property
     def pixel_mm2(self) -> float:
         """Area of a pixel of a slice, mm²."""
-        first, second = (self.affine[:3, axis] for axis in range(3) if axis != self.axial_axis)
-        return float(np.linalg.norm(np.cross(first, second)))
+        return float(np.linalg.norm(np.cross(*self.stack_steps.T[1:])))
 
     def height_mm(self, index: int) -> float:
         """How far towards the head the middle of a slice lies, in mm of the scan's coordinates."""
@@ -119,13 +119,7 @@ class Volume:
         return float((self.affine @ [*voxel, 1.0])[2])
 
     def read(self, index: int) -> Slice:
-        """The slice at `index` along `axial_axis`: (H, W) in 0..1, patient's left at the right, back below.
-
-        Safe to call from several threads.
-
-        Raises:
-            InputError: the slice is damaged, or does not hold HU of a chest; the text names the file.
-        """
+        """The slice at `index` along `axial_axis`, patient's left at the right, back below; threads may share this."""
         name = self.names[index]
         (pixels,) = self.stack(np.expand_dims(self.plane(index), self.axial_axis))
         require_size(pixels.shape, name)
@@ -159,7 +153,7 @@ class Volume:
 
     @cached_property
     def axes(self) -> tuple[int, ...]:
-        """The axes of the grid as a stack has them: along the body, from front to back, from side to side."""
+        """The axes of the grid in the order of a stack: along the body, from front to back, from side to side."""
         return tuple(np.argsort(-self.orientation[:, 0]).tolist())
 
     @cached_property
@@ -192,12 +186,11 @@ class Volume:
 
 def _caveats(volume: Volume) -> Iterator[str]:
     """What the models were not trained on, or what was put right."""
-    first, second = (volume.affine[:3, index] for index in range(3) if index != volume.axial_axis)
-    lengths = sorted([float(np.linalg.norm(first)), float(np.linalg.norm(second))])
-    if lengths[1] > NOT_SQUARE * lengths[0]:
-        yield f"{volume.source}: pixels of an axial slice are {lengths[0]:.3g} x {lengths[1]:.3g} mm, not square"
-    normal = np.cross(first, second)
-    tilt = math.degrees(math.acos(min(1.0, abs(float(normal[2])) / float(np.linalg.norm(normal)))))
+    steps = volume.stack_steps[:, 1:]
+    short, long = sorted(np.linalg.norm(steps, axis=0).tolist())
+    if long > NOT_SQUARE * short:
+        yield f"{volume.source}: pixels of an axial slice are {short:.3g} x {long:.3g} mm, not square"
+    tilt = math.degrees(math.acos(min(1.0, abs(np.cross(*steps.T)[2]) / volume.pixel_mm2)))
     if tilt > TILTED:
         yield f"{volume.source}: its slices are tilted by {tilt:.0f} degrees from axial; they are not resampled"
     if volume.units == "hu+1024":
@@ -233,9 +226,7 @@ def open_volume(
     import_extra("nibabel", "io", "reading whole scans")
     if not isinstance(scan, str | os.PathLike):
         volume = _open_nifti(*_in_memory(scan, spacing), units, spacing)
-        return replace(volume, problems=(*volume.problems, *_caveats(volume)))
-    name = os.fsdecode(scan)
-    if Path(name).is_dir():
+    elif Path(name := os.fsdecode(scan)).is_dir():
         volume = _open_dicom(name, units, spacing, series, None)
     else:
         with open_file(name) as stream:
@@ -286,9 +277,6 @@ def _open_dicom(name: str, units: str | None, spacing: Spacing | None, series: s
         plane=lambda index: read(index, offset)[0].T,
         frames={index: (plane.path, plane.frame) for index, plane in planes.items()},
     )
-
-
-_TO_MM = {"meter": 1000.0, "micron": 0.001}
 
 
 def _bounded(shape: tuple[int, int, int], name: str) -> tuple[int, int, int]:
@@ -366,14 +354,17 @@ def _open_nifti(name: str, image: Any, units: str | None, spacing: Spacing | Non
         require_chest_hu(values.ravel(), values, name, False)
         return 0.0
 
-    offset = 0.0 if units == "range" else of_the_middle(grid[axis], offset_of)
     extremes: list[float] = []
-    for index in range(grid[axis]) if units == "range" else ():
-        with contextlib.suppress(InputError):  # reported when its turn comes
-            values = values_of(index)
-            extremes += [float(values.min()), float(values.max())]
-    if units == "range" and not extremes:
-        raise InputError(not_hu(name, "no slice can be read"))
+    offset = 0.0
+    if units == "range":
+        for index in range(grid[axis]):
+            with contextlib.suppress(InputError):  # reported when its turn comes
+                values = values_of(index)
+                extremes += [float(values.min()), float(values.max())]
+        if not extremes:
+            raise InputError(not_hu(name, "no slice can be read"))
+    else:
+        offset = of_the_middle(grid[axis], offset_of)
 
     def plane_of(index: int) -> npt.NDArray[np.float32]:
         values = values_of(index)
@@ -417,7 +408,7 @@ def _nifti_affine(image: Any, spacing: Spacing | None, problems: list[str], name
             f"{name}: voxel spacing is missing or zero in its header, so sizes and orientation are unknown. "
             "Export it again, or, if it has no sform either, pass spacing=(x, y, z) in mm (--spacing)."
         )
-    scale = _TO_MM.get(header.get_xyzt_units()[0], 1.0)
+    scale = {"meter": 1000.0, "micron": 0.001}.get(header.get_xyzt_units()[0], 1.0)
     return np.diag([scale, scale, scale, 1.0]) @ affine
 
 
@@ -452,21 +443,20 @@ Value = TypeVar("Value")
 def read_ahead(
     read: Callable[[Item], Value], items: Iterable[Item], *, threads: int, depth: int
 ) -> Iterator[tuple[Item, Value]]:
-    """(item, read(item)) for every item, in their order, read by `threads` threads.
+    """(item, read(item)) for every item, in their order, read by `threads` threads (decoders release the lock).
 
-    At most `depth` items are being read or wait to be taken, so a fast reader before a slow consumer takes no
-    more memory than that. Threads serve, since decoders release the interpreter's lock. An exception of `read`
-    comes out at its item's turn. Leaving early drops what was not begun.
+    At most `depth` items are being read or wait to be taken. An exception of `read` comes out at its item's turn.
+    Leaving early drops what was not begun.
     """
     pool = ThreadPoolExecutor(threads, thread_name_prefix="ctmasknet-read")
     waiting: deque[tuple[Item, Future[Value]]] = deque()
+    coming = iter(items)
     try:
-        for item in items:
-            waiting.append((item, pool.submit(read, item)))
-            if len(waiting) >= depth:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        while waiting:
+        while True:
+            for item in itertools.islice(coming, depth - len(waiting)):
+                waiting.append((item, pool.submit(read, item)))
+            if not waiting:
+                return
             first, future = waiting.popleft()
             yield first, future.result()
     finally:

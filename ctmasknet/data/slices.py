@@ -118,7 +118,6 @@ def read_slice(source: Source, *, units: str | None = None) -> Slice:
     dropped. Arrays and tensors are (H, W), (H, W, 1|3|4), (1, H, W) or (3, H, W); uint8, or float in 0..1.
 
     Args:
-        source: a path, a PIL image, a numpy array, or a tensor on any device.
         units: what the values mean.
 
             - None: 8-bit pixels and floats in 0..1 are taken as they are. Images of 16 or 32 bits are
@@ -129,9 +128,6 @@ def read_slice(source: Source, *, units: str | None = None) -> Slice:
               where HU have them are an error, and so are 8-bit pictures, which cannot hold HU.
             - ``"range"``: the slice's own minimum..maximum is stretched to 0..1; a constant slice gives
               zeros. DICOM files stored as MONOCHROME1 are inverted, as every viewer shows them.
-
-    Returns:
-        The slice, MIN_SIDE to MAX_SIDE pixels on each side.
 
     Raises:
         ConfigError: unknown `units`.
@@ -159,20 +155,13 @@ def check_units(units: str | None) -> None:
 
 
 def window(hu: np.ndarray) -> np.ndarray:
-    """Put Hounsfield units into the lung window.
-
-    Args:
-        hu: HU, any shape, any real dtype.
-
-    Returns:
-        Same shape, float32: 0 at -1350 HU and below, 1 at 150 HU and above, linear between.
-    """
+    """HU of any shape -> float32: 0 at -1350 HU and below, 1 at 150 HU and above, linear between."""
     low, high = LUNG_WINDOW
     return np.clip((np.asarray(hu, np.float64) - low) / (high - low), 0.0, 1.0).astype(np.float32)
 
 
 def _read_file(name: str, units: str | None) -> Slice:
-    """Find out what the file is by its first bytes and hand it to its reader."""
+    """Hand a file to the reader that its first bytes ask for."""
     with open_file(name) as stream:
         kind = _kind_of(stream.read(140), name)
         stream.seek(0)
@@ -194,13 +183,12 @@ def open_file(name: str) -> BinaryIO:
             f"{name}: a directory, not a slice. Give one image or DICOM file inside it, or predict a folder with a "
             "DICOM series as a scan: Predictor.volume(path)."
         )
-    # Opening a pipe would wait for ever.
-    what = "the file is empty" if stat.S_ISREG(status.st_mode) else "not a regular file"
+    what = "the file is empty" if stat.S_ISREG(status.st_mode) else "not a regular file"  # a pipe would never open
     raise InputError(f"{name}: {what}. Give an image or a DICOM file.")
 
 
 def _kind_of(head: bytes, name: str) -> str:
-    """Name the format by the first bytes; `name` decides only for DICOM files without preamble."""
+    """The format by the first bytes; `name` decides only for DICOM files without preamble."""
     if head.startswith(b"\x89PNG\r\n\x1a\n"):
         return "png"
     if head.startswith(b"\xff\xd8\xff"):
@@ -233,15 +221,13 @@ def _open_image(stream: BinaryIO, kind: str, name: str) -> Image.Image:
         image = IMAGE_PLUGINS[kind](stream)
         require_size((image.height, image.width), name)
         if kind == "png":
-            # Decoding does not look at checksums; verify() does, and uses the image up.
-            image.verify()
+            image.verify()  # checksums, at which decoding does not look; uses the image up
             stream.seek(0)
             image = PngImageFile(stream)
         return image
 
 
 def _read_image(image: Image.Image, source: str, kind: str, units: str | None) -> Slice:
-    """A PIL image, decoded or not -> the slice."""
     require_size((image.height, image.width), source)
     with reading(source, "image"):
         # Pillow walks through all pages of a TIFF to count them, round and round if they are a loop.
@@ -289,7 +275,6 @@ def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _read_array(values: np.ndarray, source: str, units: str | None) -> Slice:
-    """An array of a supported shape and any dtype -> the slice."""
     shape = values.shape
     if values.ndim == 3 and shape[-1] not in (1, 3, 4) and shape[0] in (1, 3):
         values = np.moveaxis(values, 0, -1)
@@ -301,22 +286,20 @@ def _read_array(values: np.ndarray, source: str, units: str | None) -> Slice:
     if values.dtype.kind not in "uif":
         raise InputError(f"{source}: dtype {values.dtype} is not an image. Give uint8, or float in 0..1.")
     require_finite(values, source)
-    if units is not None:
-        return _slice(_grey(values), source, source, units)
-    if values.dtype == np.uint8:
-        return _slice(_grey(values) / 255, source, source, None)
-    if values.dtype.kind != "f":
+    grey, low, high = _grey(values), float(values.min()), float(values.max())
+    if units is None and values.dtype == np.uint8:
+        grey /= 255
+    elif units is None and values.dtype.kind != "f":
         raise InputError(
             f'{source}: dtype {values.dtype} does not tell its units. Pass units="hu" for Hounsfield units, '
             'units="range" to stretch the values to 0..1, or give uint8.'
         )
-    low, high = float(values.min()), float(values.max())
-    if low < -FLOAT_SLACK or high > 1 + FLOAT_SLACK:
+    elif units is None and (low < -FLOAT_SLACK or high > 1 + FLOAT_SLACK):
         raise InputError(
             f"{source}: values from {low:g} to {high:g} are outside 0..1. "
             'Pass units="hu" for Hounsfield units, units="range" to stretch them to 0..1, or scale them.'
         )
-    return _slice(_grey(values), source, source, None)
+    return _slice(grey, source, source, units)
 
 
 def _grey(values: np.ndarray) -> np.ndarray:
@@ -327,7 +310,7 @@ def _grey(values: np.ndarray) -> np.ndarray:
 
 
 def _slice(values: np.ndarray, source: str, kind: str, units: str | None) -> Slice:
-    """(H, W) values -> the slice, by `units`; None clips values that are in 0..1 already."""
+    """(H, W) values -> the slice, by `units`; None: they are in 0..1 already, but for rounding."""
     if units == "hu":
         offset = hu_offset(values, source)
         return Slice(window(values - offset), source, kind, taken_for(units, offset))
@@ -348,7 +331,6 @@ def taken_for(units: str | None, offset: float) -> str | None:
 
 
 def _read_dicom(name: str, units: str | None) -> Slice:
-    """A single-frame DICOM file -> the slice."""
     with reading(name, "DICOM"):
         header = read_dicom(name, stop_before_pixels=True)
         if "Rows" not in header or "Columns" not in header:
@@ -386,10 +368,7 @@ def read_dicom(name: str, **options: Any) -> Any:
 
 
 def is_dicom_head(head: bytes, name: str) -> bool:
-    """Do these 140 bytes begin a DICOM file, with a preamble or, by its name, without?
-
-    pydicom reads on through anything: gigabytes of zeros are hundreds of millions of elements to it.
-    """
+    """Do these 140 bytes begin a DICOM file, with a preamble or, by its name, without? pydicom reads anything."""
     preamble = head[128:132] == b"DICM"
     first = head[132:134] if preamble else head[:2]
     # File meta information, or identification in either byte order.
@@ -423,16 +402,12 @@ def pixels_of_frame(
 ) -> tuple[np.ndarray, float]:
     """One frame of a pydicom dataset -> (H, W) float32 in 0..1, and what was subtracted from its HU.
 
-    Rescale, then padding, then the lung window or the stretch. MONOCHROME1 says how values are to be *shown*,
-    the smallest as white, after rescale and display window (DICOM PS3.3 C.7.6.3.1.2). HU come out of the
-    rescale, before that, so they are never inverted; only units="range", a way of showing, inverts. A
-    MONOCHROME1 CT that is dense all along its edge was stored upside down, against the standard: refused.
+    MONOCHROME1 says how values are to be *shown*, the smallest as white, after rescale and display window (DICOM PS3.3
+    C.7.6.3.1.2). HU come out of the rescale, before that, so they are never inverted; only units="range", a way of
+    showing, inverts. A MONOCHROME1 CT that is dense all along its edge was stored upside down: refused.
 
     Args:
         offset: to subtract with units="hu", where the scan has told it; None looks at this frame alone.
-
-    Raises:
-        InputError: damaged pixels, not finite, all padding, or no HU of a chest.
     """
     inverted = is_monochrome1(dataset, name)
     stored = _decode(dataset, name, frame)
@@ -489,12 +464,7 @@ def numbers_of(header: Any, frame: int, keyword: str, count: int) -> np.ndarray 
 
 
 def require_chest_hu(image: np.ndarray, values: np.ndarray, name: str, monochrome1: bool) -> None:
-    """Refuse values that cannot be HU of a chest.
-
-    Args:
-        image: (N,) values that are not padding.
-        values: (H, W) all of them.
-    """
+    """Refuse `values` (H, W) that cannot be HU of a chest; `image` (N,) are those that are not padding."""
     matter = image[image >= PADDING_BELOW]
     if matter.size == 0 or matter.min() > AIR_BELOW:
         low = matter.min() if matter.size else image.min()
@@ -508,11 +478,7 @@ def require_chest_hu(image: np.ndarray, values: np.ndarray, name: str, monochrom
 
 
 def hu_offset(values: np.ndarray, name: str) -> float:
-    """What to subtract from values that somebody declared to be HU: 0, or 1024 where they are HU + 1024.
-
-    Raises:
-        InputError: air and soft tissue are in neither place, as in 8-bit, scaled or clipped values.
-    """
+    """What to subtract from values that somebody declared to be HU: 0, or 1024 where they are HU + 1024."""
     for offset in (0.0, STORED_OFFSET):
         if _is_chest(values - offset):
             return offset
@@ -576,10 +542,7 @@ def _decode(dataset: Any, name: str, index: int) -> np.ndarray:
 
 
 def _is_sound(frame: bytes, rows: int, columns: int, syntax: str) -> bool:
-    """Does a compressed frame say itself that it is one grey component of this size?
-
-    Decoders allocate what it says. GDCM ends the whole process on unsound Huffman tables.
-    """
+    """Is a compressed frame one grey component of this size, by its own words? Decoders allocate what it says."""
     plugin, _, starts = DECODERS[syntax]
     if plugin == "pydicom":  # RLE holds no size, and expands at most 64 times
         return len(frame) <= min(5 * rows * columns + 64, MAX_RLE)
@@ -596,7 +559,10 @@ def _is_sound(frame: bytes, rows: int, columns: int, syntax: str) -> bool:
 
 
 def _is_sound_jpeg(frame: bytes, rows: int, columns: int, starts: tuple[int, ...]) -> bool:
-    """As `_is_sound`, of the segments before the pixels (ITU-T T.81, B.2; T.87, C.2)."""
+    """As `_is_sound`, of the segments before the pixels (ITU-T T.81, B.2; T.87, C.2).
+
+    GDCM ends the whole process on unsound Huffman tables.
+    """
     place, tables, component, lossless = 2, set(), None, 0xFFC3 in starts
     while True:
         marker, length = struct.unpack_from(">HH", frame, place)

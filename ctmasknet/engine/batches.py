@@ -117,9 +117,8 @@ class TrainingSlices(Dataset[tuple[Tensor, dict[str, Any], str]]):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, dict[str, Any], str]:
         epoch, index = key
         image, target, name = as_target(self.source[index])
-        generator = sample_generator(self.seed, epoch, index)
-        image, changed = augment(image, target, generator, self.settings)
-        return image, target if changed is None else changed, name
+        image, target = augment(image, target, sample_generator(self.seed, epoch, index), self.settings)
+        return image, target, name
 
 
 def as_target(sample: AnySample) -> tuple[Tensor, dict[str, Any], str]:
