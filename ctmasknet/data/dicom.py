@@ -109,13 +109,14 @@ def _sort_in(groups: list[Group], header: Any, file: str, units: str | None) -> 
             refusal = str(error)
         position = numbers_of(header, frame, "ImagePositionPatient", 3)
         directions = numbers_of(header, frame, "ImageOrientationPatient", 6)
-        if position is None or directions is None or not _is_frame_of_reference(directions):
+        directions = None if directions is None else directions.reshape(2, 3)
+        if position is None or directions is None or not np.allclose(directions @ directions.T, np.eye(2), atol=0.01):
             raise InputError(
                 refusal  # the more telling of two reasons
                 or f"{name}: no ImagePositionPatient and ImageOrientationPatient, so its place in a scan is unknown. "
                 "Predict it as a single slice, or export the series again."
             )
-        plane = Plane(file, frame, name, position, directions.reshape(2, 3), int(header.get("InstanceNumber") or 0))
+        plane = Plane(file, frame, name, position, directions, int(header.get("InstanceNumber") or 0))
         _group_of(groups, header, plane, refusal, units).planes.append(plane)
 
 
@@ -137,15 +138,9 @@ def _group_of(groups: list[Group], header: Any, plane: Plane, refusal: str | Non
     return groups[-1]
 
 
-def _is_frame_of_reference(directions: Floats) -> bool:
-    """Are these two orthogonal unit vectors?"""
-    first, second = directions[:3], directions[3:]
-    return bool(np.allclose([first @ first, second @ second, first @ second], [1, 1, 0], atol=0.01))
-
-
 def _choose(groups: list[Group], problems: list[str], name: str, series: str | None) -> Group:
     """The axial group to take: the wanted one, or the one of most slices."""
-    wanted = [group for group in groups if series is None or group.series == series]
+    wanted = [group for group in groups if series in (None, group.series)]
     if series is not None and not wanted:
         known = ", ".join(sorted({group.series for group in groups})) or "none"
         raise InputError(f"{name}: no series {series} in it. There are: {known}.")
@@ -159,17 +154,15 @@ def _choose(groups: list[Group], problems: list[str], name: str, series: str | N
     if chosen.refusal is not None:
         raise InputError(chosen.refusal)
     for group in groups:
-        if group is chosen:
-            continue
+        why = f"{group}: another series, which series=UID takes"
         if group.refusal is not None:
             why = group.refusal
         elif not group.is_axial:
             why = f"{group}: not axial"
         elif group.series == chosen.series:
             why = f"{group}: another orientation, size or pixel spacing within the series"
-        else:
-            why = f"{group}: another series, which series=UID takes"
-        problems.append(f"{name}: left out, {why}")
+        if group is not chosen:
+            problems.append(f"{name}: left out, {why}")
     if chosen.caveat is not None:
         problems.append(f"{name}: {chosen.caveat}")
     return chosen
@@ -179,14 +172,13 @@ def place(
     group: Group, problems: list[str], name: str, spacing: tuple[float, float, float] | None
 ) -> tuple[dict[int, Plane], Floats]:
     """The frames of a group by their places on an even grid, and its affine (indices -> mm, RAS+)."""
-    between_rows_columns = group.pixel_spacing
+    between_rows_columns = group.pixel_spacing or (spacing and (spacing[1], spacing[0]))
     if between_rows_columns is None:
-        if spacing is None:
-            raise InputError(
-                f"{name}: pixel spacing is missing or zero, so sizes are unknown. Pass spacing=(x, y, z) in mm "
-                "(--spacing), or export the series again."
-            )
-        between_rows_columns = (spacing[1], spacing[0])
+        raise InputError(
+            f"{name}: pixel spacing is missing or zero, so sizes are unknown. Pass spacing=(x, y, z) in mm "
+            "(--spacing), or export the series again."
+        )
+    if group.pixel_spacing is None:
         problems.append(f"{name}: pixel spacing is missing or zero, taken as given")
     normal = group.normal
     by_height = sorted(group.planes, key=lambda plane: (float(plane.position @ normal), plane.number, plane.name))

@@ -60,18 +60,17 @@ class LesionMask(NamedTuple):
     involvement: Mapping[str, float | None] | None = None
 
     @property
+    def algorithm(self) -> dict[str, str]:
+        return {"name": f"{MAKER} {self.variant}", "version": f"{__version__}, weights {self.digest[:16]}"}
+
+    @property
     def distance(self) -> float:
         """Between the planes of neighbouring slices, mm; along their normal, whatever the tilt of the gantry."""
         return 1000 * self.volume.voxel_ml / self.volume.pixel_mm2
 
 
 def require_frames(volume: Volume) -> None:
-    """Refuse, before long work, a scan that DICOM results could not refer to.
-
-    Raises:
-        InputError: it was not read from DICOM.
-        MissingExtraError: highdicom is not installed.
-    """
+    """Refuse, before long work, a scan that was not read from DICOM, and work without highdicom."""
     import_extra("highdicom", "dicom", "writing DICOM")
     if not volume.frames:
         raise InputError(
@@ -85,9 +84,6 @@ def dicom_files(lesions: LesionMask) -> tuple[bytes, bytes]:
 
     The SEG has a segment per class; frames without lesions are left out, unless there is no lesion at all. The SR
     states the volume of every class, and of each lung with what lesions take up of it.
-
-    Raises:
-        InputError, MissingExtraError: as `require_frames`; or the headers lack what a SEG must have.
     """
     require_frames(lesions.volume)
     hd = import_extra("highdicom", "dicom", "writing DICOM")
@@ -149,11 +145,10 @@ def _segmentation(hd: Any, lesions: LesionMask, headers: Mapping[str, Any]) -> A
             segmented_property_type=hd.sr.CodedConcept(*FINDINGS.get(name, LESION)),
             algorithm_type="AUTOMATIC",
             algorithm_identification=hd.AlgorithmIdentificationSequence(
-                name=f"{MAKER} {lesions.variant}",
                 family=hd.sr.CodedConcept("123110", "DCM", "Artificial Intelligence"),
-                version=f"{__version__}, weights {lesions.digest[:16]}",
                 source=MAKER,
                 parameters=dict(lesions.parameters),
+                **lesions.algorithm,
             ),
             tracking_uid=hd.UID(),
             tracking_id=name,
@@ -178,11 +173,8 @@ def _segmentation(hd: Any, lesions: LesionMask, headers: Mapping[str, Any]) -> A
 
 def _report(hd: Any, lesions: LesionMask, headers: Mapping[str, Any], seg: Any) -> Any:
     sr = hd.sr
-    algorithm = sr.AlgorithmIdentification(
-        name=f"{MAKER} {lesions.variant}",
-        version=f"{__version__}, weights {lesions.digest[:16]}",
-        parameters=[f"{name}={value}" for name, value in lesions.parameters.items()],
-    )
+    parameters = [f"{name}={value}" for name, value in lesions.parameters.items()]
+    algorithm = sr.AlgorithmIdentification(parameters=parameters, **lesions.algorithm)
 
     def measured(name: Code, unit: Code, value: Any) -> Any:
         return sr.Measurement(sr.CodedConcept(*name), value, sr.CodedConcept(*unit), algorithm_id=algorithm)
