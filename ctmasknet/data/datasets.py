@@ -144,23 +144,23 @@ def require_trainable(dataset: SliceDataset[Any], *, source: str = "the training
     raise DataError(f"{source}: no sample of class {names}; add some, or {fix}")
 
 
-class CachedDataset(SliceDataset[Sample]):
+class CachedDataset(SliceDataset[Any]):
     """Keeps decoded samples in memory, their masks at a bit a pixel; a hit equals the first reading, tensor for tensor.
 
     Samples beyond the `limit` in bytes (None: any number) are read anew every time. Fill it before worker processes
     fork, or each of them fills its own.
     """
 
-    def __init__(self, source: SliceDataset[Sample], limit: int | None = None) -> None:
+    def __init__(self, source: SliceDataset[Any], limit: int | None = None) -> None:
         self.source, self.limit, self.nbytes = source, limit, 0
         self.task, self.class_names = source.task, source.class_names
         self.names, self.patients = source.names, source.patients
-        self._kept: dict[int, Sample] = {}
+        self._kept: dict[int, AnySample] = {}
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> AnySample:
         if index in self._kept:
             return _unpacked(self._kept[index])
-        sample = self.source[index]
+        sample: AnySample = self.source[index]
         kept = _packed(sample)
         tensors = [kept.image, *(kept.target.values() if isinstance(kept, SegmentationSample) else ())]
         nbytes = sum(tensor.nbytes for tensor in tensors)
@@ -172,7 +172,7 @@ class CachedDataset(SliceDataset[Sample]):
     def labels_of(self, index: int) -> list[int]:
         return self.source.labels_of(index)
 
-    def fill(self) -> CachedDataset[Sample]:
+    def fill(self) -> CachedDataset:
         """Read all samples that fit, in order, and return itself."""
         for index in range(len(self)):
             self[index]
@@ -181,7 +181,7 @@ class CachedDataset(SliceDataset[Sample]):
         return self
 
 
-def _packed(sample: Sample) -> Sample:
+def _packed(sample: AnySample) -> AnySample:
     """A copy whose masks take a bit a pixel."""
     packed = copy.deepcopy(sample)
     if isinstance(packed, SegmentationSample):
@@ -189,7 +189,7 @@ def _packed(sample: Sample) -> Sample:
     return packed
 
 
-def _unpacked(packed: Sample) -> Sample:
+def _unpacked(packed: AnySample) -> AnySample:
     """The sample anew: whoever changes what he was given must not change the cache."""
     sample = copy.deepcopy(packed)
     if isinstance(sample, SegmentationSample):

@@ -194,11 +194,9 @@ def place(
             f"first {Path(duplicates[0].name).name}"
         )
     places, step = _even_grid(planes, normal, group, spacing, problems, name)
+    (across, down), (between_rows, between_columns) = planes[0].directions, between_rows_columns
     affine = np.eye(4)
-    affine[:3, 0] = planes[0].directions[0] * between_rows_columns[1]
-    affine[:3, 1] = planes[0].directions[1] * between_rows_columns[0]
-    affine[:3, 2] = step
-    affine[:3, 3] = planes[0].position
+    affine[:3] = np.stack([across * between_columns, down * between_rows, step, planes[0].position], axis=1)
     # DICOM's x and y point the other way; 0 minus, because it leaves no negative zeros.
     affine[:2] = 0 - affine[:2]
     return dict(zip(places, planes, strict=True)), affine

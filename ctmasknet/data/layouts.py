@@ -156,12 +156,18 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class LesionRecord:
-    """A slice of a CNCB folder: an image and a mask of class codes."""
+class _Record:
+    """A slice: its name, its image and, if known, its patient."""
 
     name: str
     image: Path
     patient: str | None
+
+
+@dataclass(frozen=True)
+class LesionRecord(_Record):
+    """A slice of a CNCB folder, with a mask of class codes."""
+
     mask: Path
     classes: LesionClasses
     min_area: int
@@ -173,12 +179,9 @@ class LesionRecord:
 
 
 @dataclass(frozen=True)
-class CocoRecord:
-    """A slice of a COCO file: an image and its annotations as (annotation id, label, segmentation)."""
+class CocoRecord(_Record):
+    """A slice of a COCO file, with its annotations as (annotation id, label, segmentation)."""
 
-    name: str
-    image: Path
-    patient: str | None
     source: Path
     size: tuple[int, int]
     annotations: tuple[tuple[Any, int, Any], ...]
@@ -197,12 +200,9 @@ class CocoRecord:
 
 
 @dataclass(frozen=True)
-class ImageRecord:
+class ImageRecord(_Record):
     """A slice with a class of its own."""
 
-    name: str
-    image: Path
-    patient: str | None
     label: int
 
 
@@ -313,7 +313,8 @@ def list_slices(
     paths = _as_paths(data)
     with reading(", ".join(map(str, paths)), "data set", DataError):
         if task == "segmentation":
-            return _finish(_list_segmentation(paths, classes, min_area), names)
+            parts = [_list_coco_or_folder(path, classes, min_area) for path in paths]
+            return _finish(_join(parts), names)
         if isinstance(names, str | os.PathLike) and _tells_classes(Path(names)):
             return _finish(_list_covidx(Path(names), paths))
         return _finish(_list_classification(paths), names)
@@ -326,29 +327,34 @@ def guess_task(data: PathLike | Sequence[PathLike]) -> Task:
     return "segmentation" if lesions else "classification"
 
 
-def _list_lesion_folders(roots: Sequence[Path], classes: LesionClasses, min_area: int) -> Listing:
+def _list_coco_or_folder(path: Path, classes: LesionClasses, min_area: int) -> Listing:
+    json_path = _coco_file(path)
+    return _list_lesion_folder(path, classes, min_area) if json_path is None else _list_coco(json_path, min_area)
+
+
+def _list_lesion_folder(root: Path, classes: LesionClasses, min_area: int) -> Listing:
     """Pair images `root/imgs/NAME.*` with masks of class codes `root/masks/NAME.png` (CNCB folders).
 
     Patients come from CNCB file names, else from an `index.csv` in the root or next to it (columns `name`, `patient`,
     optionally `split`, equal to the name of the root), else from names `PATIENT_SLICE` of two numbers, as the
     released lists have them.
     """
-    found = Listing("segmentation", "CNCB folders", list(roots), lesion_class_names(classes))
-    for root in roots:
-        if not _is_cncb(root):
-            found.report(root, _wrong_layout(root, "segmentation"))
-            continue
-        images = _by_stem(_image_files(root / "imgs"), found)
-        masks = _by_stem(sorted((root / "masks").glob("*.png")), found)
-        if not images and not masks:
-            found.report(root, "no images in imgs/; is it the right folder?")
-        patients = _patient_index(root, found)
-        for stem in sorted(images.keys() - masks.keys()):
+    found = Listing("segmentation", "CNCB folders", [root], lesion_class_names(classes))
+    if not _is_cncb(root):
+        found.report(root, _wrong_layout(root, "segmentation"))
+        return found
+    images = _by_stem(_image_files(root / "imgs"), found)
+    masks = _by_stem(sorted((root / "masks").glob("*.png")), found)
+    if not images and not masks:
+        found.report(root, "no images in imgs/; is it the right folder?")
+    patients = _patient_index(root, found)
+    for stem in sorted(images.keys() | masks.keys()):
+        if stem not in masks:
             reason = f"no mask masks/{stem}.png; add it (all 0 if there is no lesion) or remove the image"
             found.report(images[stem], reason, stem)
-        for stem in sorted(masks.keys() - images.keys()):
+        elif stem not in images:
             found.report(masks[stem], f"no image imgs/{stem}.*; add it or remove the mask", stem)
-        for stem in sorted(images.keys() & masks.keys()):
+        else:
             released = _RELEASED_NAME.fullmatch(stem)
             patient = patient_of(stem) or patients.get(stem) or (released["patient"] if released else None)
             found.records.append(LesionRecord(stem, images[stem], patient, masks[stem], classes, min_area))
@@ -401,24 +407,23 @@ def _list_coco(json_path: Path, min_area: int) -> Listing:
     return found
 
 
-def _list_file_names(roots: Sequence[Path]) -> Listing:
+def _list_file_names(root: Path) -> Listing:
     """Take classes from CNCB names `[Class]_[PatientID]_[ScanNum]_[SliceNum]`, Class a number or a word."""
-    found = Listing("classification", "CNCB file names", list(roots), IMAGE_CLASSES)
-    for root in roots:
-        files = _by_stem(_image_files(root), found)
-        if not files:
-            found.report(root, _wrong_layout(root, "classification"))
-        for stem, path in files.items():
-            match = _CNCB_NAME.fullmatch(stem)
-            label = image_class_of(match["image_class"]) if match else None
-            if label is None:
-                reason = (
-                    "the name does not tell the class; name it [Class]_[PatientID]_[ScanNum]_[SliceNum] with "
-                    "Class 0 control, 1 pneumonia, 2 COVID-19, or sort the images into class folders"
-                )
-                found.report(path, reason, stem)
-            else:
-                found.records.append(ImageRecord(stem, path, patient_of(stem), label))
+    found = Listing("classification", "CNCB file names", [root], IMAGE_CLASSES)
+    files = _by_stem(_image_files(root), found)
+    if not files:
+        found.report(root, _wrong_layout(root, "classification"))
+    for stem, path in files.items():
+        match = _CNCB_NAME.fullmatch(stem)
+        label = image_class_of(match["image_class"]) if match else None
+        if label is None:
+            reason = (
+                "the name does not tell the class; name it [Class]_[PatientID]_[ScanNum]_[SliceNum] with "
+                "Class 0 control, 1 pneumonia, 2 COVID-19, or sort the images into class folders"
+            )
+            found.report(path, reason, stem)
+        else:
+            found.records.append(ImageRecord(stem, path, patient_of(stem), label))
     return found
 
 
@@ -454,19 +459,15 @@ def _list_covidx(list_file: Path, roots: Sequence[Path]) -> Listing:
 
 def _list_class_folders(roots: Sequence[Path]) -> Listing:
     """Take classes from folder names (`class_folder_names` numbers them); images lie at any depth below."""
-    folders = {root: _class_folders(root) for root in roots}
-    names = {folder.name for found_here in folders.values() for folder in found_here}
-    numbering, class_names = class_folder_names(names)
+    folders = [folder for root in roots for folder in _class_folders(root)]
+    numbering, class_names = class_folder_names(folder.name for folder in folders)
     found = Listing("classification", "class folders", list(roots), class_names)
-    for root in roots:
-        if not folders[root]:
-            found.report(root, _wrong_layout(root, "classification"))
-        for folder in folders[root]:
-            for path in _image_files(folder, deep=True):
-                # A folder between class and image is a patient's; p1 of one class is not p1 of another.
-                below = path.relative_to(folder).parts[:-1]
-                patient = patient_of(path.stem) or (f"{folder.name}/{below[0]}" if below else None)
-                found.records.append(ImageRecord(path.stem, path, patient, numbering[folder.name]))
+    for folder in folders:
+        for path in _image_files(folder, deep=True):
+            # A folder between class and image is a patient's; p1 of one class is not p1 of another.
+            below = path.relative_to(folder).parts[:-1]
+            patient = patient_of(path.stem) or (f"{folder.name}/{below[0]}" if below else None)
+            found.records.append(ImageRecord(path.stem, path, patient, numbering[folder.name]))
     return found
 
 
@@ -487,26 +488,19 @@ def class_folder_names(folders: Iterable[str]) -> tuple[dict[str, int], tuple[st
     return {name: label for label, name in enumerate(names)}, tuple(names)
 
 
-def _list_segmentation(paths: list[Path], classes: LesionClasses, min_area: int) -> Listing:
-    files = {path: _coco_file(path) for path in paths}
-    parts = [_list_coco(file, min_area) for file in files.values() if file is not None]
-    if folders := [path for path, file in files.items() if file is None]:
-        parts.append(_list_lesion_folders(folders, classes, min_area))
-    return _join(parts)
-
-
 def _list_classification(paths: list[Path]) -> Listing:
-    parts, by_name, by_folder = [], [], []
+    parts: list[Listing] = []
+    with_class_folders: list[Path] = []  # whose classes are numbered together
     for path in paths:
         if path.suffix == ".txt" and path.is_file():
             images = path.parent / "images"
             parts.append(_list_covidx(path, [images if images.is_dir() else path.parent]))
+        elif not _image_files(path) and _class_folders(path):
+            with_class_folders.append(path)
         else:
-            (by_folder if not _image_files(path) and _class_folders(path) else by_name).append(path)
-    if by_name:
-        parts.append(_list_file_names(by_name))
-    if by_folder:
-        parts.append(_list_class_folders(by_folder))
+            parts.append(_list_file_names(path))
+    if with_class_folders:
+        parts.append(_list_class_folders(with_class_folders))
     return _join(parts)
 
 

@@ -69,13 +69,6 @@ def find_lungs(
         return lungs
     places = np.flatnonzero(pieces.any((1, 2)))
     middle = _middle(hu[places])
-    rows, columns = np.flatnonzero(pieces.any((0, 2))), np.flatnonzero(pieces.any((0, 1)))
-    reach = int(np.ceil(max(middle - columns[0], columns[-1] - middle))) + 2  # on both sides, for a lung without air
-    top, start = max(int(rows[0]) - 2, 0), max(round(middle) - reach, 0)
-    pieces = pieces[:, top : rows[-1] + 3, start : round(middle) + reach + 1]
-    middle -= start
-    shown = image[:, top * factors[0] :, start * factors[1] :]
-    drawn = lungs[:, top * factors[0] :, start * factors[1] :]
     sides = _sides(pieces, middle, pixel, ndimage)
     limit = (AIR_BELOW - LUNG_WINDOW[0]) * 255 / (LUNG_WINDOW[1] - LUNG_WINDOW[0])
     for place in places:
@@ -86,10 +79,10 @@ def find_lungs(
         dense = edge & ~ndimage.binary_dilation(pieces[place])
         sure = _enlarged((mask & ~edge) | dense, factors)
         widened = _enlarged(ndimage.maximum_filter(sides[place], 3), factors)
-        inside = sure | (shown[place, : sure.shape[0], : sure.shape[1]] < limit)
-        drawn[place, : sure.shape[0], : sure.shape[1]] = widened * inside
+        whole = tuple(map(slice, sure.shape))  # but for what fills no pixel of the working grid
+        lungs[place][whole] = widened * (sure | (image[place][whole] < limit))
     if lesions is not None and lesions.any():
-        _add_lesions(lungs, lesions, (top, start), sides, middle, pixel, factors, ndimage)
+        _add_lesions(lungs, lesions, sides, middle, pixel, factors, ndimage)
     return lungs
 
 
@@ -218,18 +211,13 @@ def _sides(lungs: Bools, middle: float, pixel: Pixel, ndimage: Any) -> npt.NDArr
 def _add_lesions(
     lungs: npt.NDArray[np.uint8],
     lesions: npt.NDArray[np.unsignedinteger],
-    corner: tuple[int, int],
     sides: npt.NDArray[np.uint8],
     middle: float,
     pixel: Pixel,
     factors: list[int],
     ndimage: Any,
 ) -> None:
-    """Give lesions that lie where a lung should be to that lung, cut the others out of it.
-
-    Args:
-        sides: the lungs on the working grid, of which they cover a part that begins at `corner`.
-    """
+    """Give lesions that lie where a lung should be to that lung, cut the others out; `sides` is on the working grid."""
     inside = np.zeros((3, int(lesions.max()) + 1))  # pixels of each lesion outside, and where each lung should be
     _, height, width = sides.shape
     columns = np.arange(width)
@@ -245,10 +233,8 @@ def _add_lesions(
                 reach |= mirrored & ((columns > middle) == (side == LEFT))
             home[reach & (home == 0)] = side
         y, x = np.argwhere(lesions[place]).T
-        row, column = y // factors[0] - corner[0], x // factors[1] - corner[1]
-        covered = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-        numbers, side_there = lesions[place, y, x], np.zeros(len(row), np.uint8)
-        side_there[covered] = home[row[covered], column[covered]]
+        numbers = lesions[place, y, x]
+        side_there = home[np.minimum(y // factors[0], height - 1), np.minimum(x // factors[1], width - 1)]
         np.add.at(inside, (side_there, numbers), 1)
         marked.append((lungs[place], (y, x), numbers, side_there))
     belongs = inside[1:].sum(0) > inside[0]

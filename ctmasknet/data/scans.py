@@ -422,12 +422,9 @@ def _stored(image: Any, grid: tuple[int, int, int], name: str) -> npt.NDArray[An
     if file.lower().endswith(".gz"):
         if end > MAX_UNPACKED:
             raise InputError(f"{name}: {end:,} bytes once unpacked are too many. Unpack it: a .nii is read from disk.")
-        data = np.empty(end + 1, np.uint8)  # takes memory as it is filled
-        filled = 0
         with gzip.open(file) as stream:
-            while count := stream.readinto(data.data[filled : filled + (1 << 20)]):
-                filled += count
-        if filled < end:
+            data = np.frombuffer(stream.read(end + 1), np.uint8)  # one byte more, for it to look at the checksum
+        if len(data) < end:
             raise InputError(f"{name}: the file is cut off. Copy or export it again.")
     else:
         data = np.memmap(file, np.uint8, "r")

@@ -138,9 +138,9 @@ def read_slice(source: Source, *, units: str | None = None) -> Slice:
     if isinstance(source, Image.Image):
         return _read_image(source, "PIL image", "pil", units)
     if isinstance(source, torch.Tensor):
-        return _read_array(_to_numpy(source), "tensor", units)
+        return _read_array(_to_numpy(source), "tensor", "tensor", units)
     if isinstance(source, np.ndarray):
-        return _read_array(source, "array", units)
+        return _read_array(source, "array", "array", units)
     if isinstance(source, str | os.PathLike):
         return _read_file(os.fsdecode(source), units)
     raise InputError(
@@ -242,26 +242,24 @@ def _read_image(image: Image.Image, source: str, kind: str, units: str | None) -
             )
         # Going to RGBA looks palette colours up and leaves them alone, so alpha is never blended in.
         values = np.asarray(image.convert("RGBA") if image.mode in ("P", "PA") else image)
-        if image.mode == "LA":
-            values = values[..., 0]
-        return _slice(_grey(values) / 255, source, kind, units)
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        if isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC_TAG) == 0:
-            raise InputError(f"{source}: white-is-zero TIFF of more than 8 bits. Save it as black-is-zero.")
-        values = np.asarray(image).astype(np.float64)
+        return _read_array(values[..., 0] if image.mode == "LA" else values, source, kind, units)
+    if not (image.mode in ("I", "F") or image.mode.startswith("I;16")):
+        raise InputError(
+            f"{source}: colour mode {image.mode} is not supported. Save it as 8-bit grey or RGB, or 16-bit grey."
+        )
+    if isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC_TAG) == 0:
+        raise InputError(f"{source}: white-is-zero TIFF of more than 8 bits. Save it as black-is-zero.")
+    values = np.asarray(image)
+    if units is None:
         require_finite(values, source)
-        if units is None:
-            warnings.warn(
-                f"{source}: not an 8-bit image, stretched from its own range "
-                f"{values.min():g}..{values.max():g} to 0..1. "
-                'Pass units="hu" for Hounsfield units, or units="range" if this is what you want.',
-                UserWarning,
-                stacklevel=3,
-            )
-        return _slice(values, source, kind, units or "range")
-    raise InputError(
-        f"{source}: colour mode {image.mode} is not supported. Save it as 8-bit grey or RGB, or 16-bit grey."
-    )
+        warnings.warn(
+            f"{source}: not an 8-bit image, stretched from its own range "
+            f"{values.min():g}..{values.max():g} to 0..1. "
+            'Pass units="hu" for Hounsfield units, or units="range" if this is what you want.',
+            UserWarning,
+            stacklevel=3,
+        )
+    return _read_array(values, source, kind, units or "range")
 
 
 def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
@@ -274,7 +272,7 @@ def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
         ) from error
 
 
-def _read_array(values: np.ndarray, source: str, units: str | None) -> Slice:
+def _read_array(values: np.ndarray, source: str, kind: str, units: str | None) -> Slice:
     shape = values.shape
     if values.ndim == 3 and shape[-1] not in (1, 3, 4) and shape[0] in (1, 3):
         values = np.moveaxis(values, 0, -1)
@@ -299,7 +297,10 @@ def _read_array(values: np.ndarray, source: str, units: str | None) -> Slice:
             f"{source}: values from {low:g} to {high:g} are outside 0..1. "
             'Pass units="hu" for Hounsfield units, units="range" to stretch them to 0..1, or scale them.'
         )
-    return _slice(grey, source, source, units)
+    if units == "hu":
+        offset = hu_offset(grey, source)
+        return Slice(window(grey - offset), source, kind, taken_for(units, offset))
+    return Slice(_stretch(grey) if units else np.clip(grey, 0, 1).astype(np.float32), source, kind, units)
 
 
 def _grey(values: np.ndarray) -> np.ndarray:
@@ -307,14 +308,6 @@ def _grey(values: np.ndarray) -> np.ndarray:
     if values.ndim == 3:
         values = values[..., 0] if values.shape[-1] == 1 else values[..., :3] @ LUMINANCE
     return values.astype(np.float64)
-
-
-def _slice(values: np.ndarray, source: str, kind: str, units: str | None) -> Slice:
-    """(H, W) values -> the slice, by `units`; None: they are in 0..1 already, but for rounding."""
-    if units == "hu":
-        offset = hu_offset(values, source)
-        return Slice(window(values - offset), source, kind, taken_for(units, offset))
-    return Slice(_stretch(values) if units else np.clip(values, 0, 1).astype(np.float32), source, kind, units)
 
 
 def _stretch(values: np.ndarray) -> np.ndarray:
