@@ -22,8 +22,8 @@ def pyramid() -> dict[str, Tensor]:
     return {str(i): torch.rand(2, 5, 128 >> i, 96 >> i, generator=generator) for i in range(4)}
 
 
-def pooled(features: list[Tensor], made: list[Tensor], *settings) -> Tensor:
-    found = list(pool(features, made, *settings))
+def pooled(features: list[Tensor], made: list[Tensor], scales: list[float], side: int) -> Tensor:
+    found = list(pool(features, made, scales, MultiScaleRoIAlign(["0"], side, 2)))
     rows = list(range(sum(len(b) for b in made)))
     assert [row for part, _ in found for row in rows[part]] == rows
     return torch.cat([rows for _, rows in found])
@@ -37,14 +37,14 @@ def test_one_level_is_torchvisions_roi_align(side, at_once, monkeypatch):
     made = [awkward_boxes(40, 300.0), awkward_boxes(25, 300.0)]
     rois = torch.cat([torch.cat([torch.full((len(b), 1), float(i)), b], 1) for i, b in enumerate(made)])
     expected = roi_align(feature, rois, side, 1 / 16, 2)
-    found = pooled([feature], made, [1 / 16], side, 2)
+    found = pooled([feature], made, [1 / 16], side)
     assert_close(found, expected.flatten(2).transpose(1, 2), atol=1e-5, rtol=1e-5)
 
 
 def test_several_levels_are_torchvisions_multi_scale_roi_align():
     features, made = pyramid(), [awkward_boxes(60, 500.0).clamp(min=0), awkward_boxes(30, 500.0).clamp(min=0)]
     expected = MultiScaleRoIAlign(list(features), 7, 2)(features, made, [(512, 384), (500, 380)])
-    found = pooled(list(features.values()), made, SCALES, 7, 2)
+    found = pooled(list(features.values()), made, SCALES, 7)
     assert_close(found, expected.flatten(2).transpose(1, 2), atol=1e-5, rtol=1e-5)
 
 

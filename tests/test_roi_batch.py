@@ -50,12 +50,6 @@ def test_every_rank_stands_at_least_once_and_all_slots_are_full(valid, slots, ra
         assert counts.tolist() == expected
 
 
-@pytest.mark.parametrize(("valid", "slots"), [(0, 5), (6, 5)])
-def test_impossible_counts_are_refused(valid, slots):
-    with pytest.raises(ValueError, match="do not fit"):
-        replication_counts(valid, slots)
-
-
 def test_the_matrix_is_score_and_deltas_in_rank_order():
     matrix, batch = fill_batch(regions([0.9, 0.5, 0.1]), 5, replicate=True, random=False)
     expected = [[0.9, 0, 0, 0, 0], [0.9, 0, 0, 0, 0], [0.5, 1, 1, 1, 1], [0.5, 1, 1, 1, 1], [0.1, 2, 2, 2, 2]]

@@ -2,7 +2,7 @@
 
 Nothing in here knows of weights or files. Uses of torchvision names that are not documented API
 (`RegionProposalNetwork`, `RoIHeads`, `GeneralizedRCNN`, `TwoMLPHead`, `FastRCNNPredictor`, `MaskRCNNPredictor`,
-`GeneralizedRCNNTransform`) were read in torchvision 0.21 and 0.29.
+`GeneralizedRCNNTransform`, `LevelMapper`) were read in torchvision 0.21 and 0.29.
 """
 
 from ctmasknet.models.classifier import COVIDCTMaskNet

@@ -56,11 +56,6 @@ class COVIDCTMaskNet(Shareable, nn.Module):
     Only module S and the scale and shift of every BatchNorm named ``bn*`` are trainable; all else, and every
     BatchNorm statistic, stays as in the segmenter it came from.
 
-    Attributes:
-        variant: the registry's entry.
-        config: the settings it was built with.
-        metadata: what is known of its weights (metrics, ...); plain values.
-
     Raises:
         InputError: images or targets of another kind; says which and what to do.
         ConfigError: the model is not in float32.
@@ -163,8 +158,6 @@ def replication_counts(valid: int, slots: int, *, random: bool = False) -> Tenso
     Returns:
         (valid,) int64, at least 1 each, summing to `slots`.
     """
-    if not 1 <= valid <= slots:
-        raise ValueError(f"{valid} predictions do not fit {slots} slots")
     if random:
         drawn = torch.randint(valid, (slots - valid,))
         return 1 + torch.bincount(drawn, minlength=valid)

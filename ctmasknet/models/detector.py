@@ -143,12 +143,18 @@ class LesionRoIHeads(RoIHeads):
     ) -> list[Regions]:
         """The ranked regions of each image, at the thresholds set here: not empty, after NMS per class."""
         logits, deltas = self.box_predictor(self.box_head(self.box_roi_pool(features, proposals, image_shapes)))
+        ranked = self.ranked(logits, deltas, proposals, image_shapes)
+        above = [int((r.scores > self.score_thresh).sum()) for r in ranked]
+        return [r[r.kept(n, self.nms_thresh, self.detections_per_img)] for r, n in zip(ranked, above, strict=True)]
+
+    def ranked(
+        self, logits: Tensor, deltas: Tensor, proposals: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> list[Regions]:
+        """Every region of each image, see `rank`, from what the box predictor says of all proposals in a row."""
         counts = [len(p) for p in proposals]
         boxes = self.box_coder.decode(deltas, proposals)
         per_image = zip(logits.split(counts), deltas.split(counts), boxes.split(counts), image_shapes, strict=True)
-        ranked = [self.rank(*image) for image in per_image]
-        above = [int((r.scores > self.score_thresh).sum()) for r in ranked]
-        return [r[r.kept(n, self.nms_thresh, self.detections_per_img)] for r, n in zip(ranked, above, strict=True)]
+        return [self.rank(*image) for image in per_image]
 
     def rank(self, logits: Tensor, deltas: Tensor, boxes: Tensor, shape: tuple[int, int]) -> Regions:
         """Every region of one image, best first, before NMS; empty ones that are to be dropped stand last, scored -1.
@@ -177,7 +183,9 @@ class Shareable:
     `pytorch_model.bin`, rejects ``owner/name@revision`` and cannot put metrics on the card it pushes.
 
     Attributes:
-        variant, config, metadata: set by the models.
+        variant: the registry's entry.
+        config: the settings it was built with.
+        metadata: what is known of its weights (operating point, metrics, ...); plain values.
         loaded: digest and metadata of the weights it was loaded with, None if random: tells whether what was said of
             them still holds.
     """
@@ -214,25 +222,16 @@ class Shareable:
             OutputError: the folder cannot be written.
             ConfigError: metrics that are not numbers, unknown dtype.
         """
-        options: dict[str, Any] = {"metrics": metrics, "dataset": dataset, "license": license, "dtype": dtype}
+        options = {"metrics": metrics, "dataset": dataset, "license": license, "dtype": dtype}
         return cast("Path", self.publisher.save_pretrained(self, folder, **options))
 
-    def push_to_hub(
-        self,
-        repository: str,
-        *,
-        metrics: Mapping[str, Any] | None = None,
-        dataset: str | None = None,
-        license: str | None = None,
-        dtype: Literal["float32", "float16"] = "float32",
-        private: bool = False,
-    ) -> Any:
+    def push_to_hub(self, repository: str, *, private: bool = False, **options: Any) -> Any:
         """Write the model to a Hub repository, made if missing, in one commit.
 
         Args:
             repository: ``"owner/name"``.
-            metrics, dataset, license, dtype: as in `save_pretrained`.
             private: make a new repository private.
+            options: metrics, dataset, license, dtype, as in `save_pretrained`.
 
         Returns:
             A `Published`: what a manifest entry or a pinned ``"owner/name@commit"`` needs.
@@ -240,7 +239,6 @@ class Shareable:
         Raises:
             WeightsError: not a repository id, no permission (HF_TOKEN), no network.
         """
-        options: dict[str, Any] = {"metrics": metrics, "dataset": dataset, "license": license, "dtype": dtype}
         return self.publisher.push_to_hub(self, repository, private=private, **options)
 
 
@@ -256,11 +254,6 @@ class LesionMaskRCNN(Shareable, GeneralizedRCNN):
 
     Images of different sizes in one call are padded to the largest, as in torchvision, which changes results a little;
     `Predictor` and `ctmasknet.models.inference` keep each slice's result its own.
-
-    Attributes:
-        variant: the registry's entry.
-        config: the settings it was built with.
-        metadata: what is known of its weights (operating point, metrics, ...); plain values.
 
     Raises:
         InputError: images of another kind; says which and what to do.
@@ -313,7 +306,7 @@ def build_rpn(config: ModelConfig, variant: Variant) -> RegionProposalNetwork:
     return rpn
 
 
-def rescale(boxes: Tensor, size: tuple[int, int], target: tuple[int, int]) -> Tensor:
+def rescale(boxes: Tensor, size: tuple[int, int] | Tensor, target: tuple[int, int] | Tensor) -> Tensor:
     """(N, 4) boxes in an image of size (h, w) -> the same in one of size (H, W)."""
     height, width = target[0] / size[0], target[1] / size[1]
     return torch.stack([side * factor for side, factor in zip(boxes.unbind(1), (width, height) * 2, strict=True)], 1)

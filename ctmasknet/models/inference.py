@@ -38,10 +38,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.ops import MultiScaleRoIAlign, batched_nms, clip_boxes_to_image, remove_small_boxes
+from torchvision.ops.poolers import LevelMapper
 
 from ctmasknet.errors import ConfigError
-from ctmasknet.models.classifier import COVIDCTMaskNet
-from ctmasknet.models.detector import LesionMaskRCNN, Regions, checked_images, require_float32, rescale
+from ctmasknet.models import COVIDCTMaskNet, Model
+from ctmasknet.models.detector import Regions, checked_images, require_float32, rescale
 from ctmasknet.registry import Variant
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -50,10 +51,10 @@ EVERY_SCORE = -0.01
 """Score threshold that lets every RoI through (paper section 3)."""
 
 _READING_SETTINGS = (
-    *("num_classes", "roi_score", "drop_empty", "bbox_reg_weights", "anchor_sizes", "anchor_ratios"),
-    *("min_size", "max_size", "image_mean", "image_std"),
-    *("rpn_pre_nms_top_n_test", "rpn_post_nms_top_n_test", "rpn_nms_thresh", "rpn_score_thresh"),
-)
+    "num_classes", "roi_score", "drop_empty", "bbox_reg_weights", "anchor_sizes", "anchor_ratios", "min_size",
+    "max_size", "image_mean", "image_std", "rpn_pre_nms_top_n_test", "rpn_post_nms_top_n_test", "rpn_nms_thresh",
+    "rpn_score_thresh",
+)  # fmt: skip
 _READING_WEIGHTS = ("backbone.", "rpn.", "roi_heads.box_")
 
 
@@ -75,7 +76,7 @@ class Protocol:
     detections: int = 128
 
     @classmethod
-    def of(cls, model: LesionMaskRCNN | COVIDCTMaskNet) -> Protocol:
+    def of(cls, model: Model) -> Protocol:
         """As the model is set: its weights' operating point, unless it was built with other thresholds."""
         heads = model.roi_heads
         return cls(heads.score_thresh, heads.nms_thresh, heads.mask_score, heads.detections_per_img)
@@ -136,14 +137,13 @@ class Inference:
         ConfigError: unknown precision, or one that the device cannot compute; a model that is not in float32.
     """
 
-    def __init__(self, model: LesionMaskRCNN | COVIDCTMaskNet, precision: Precision = "float32") -> None:
+    def __init__(self, model: Model, precision: Precision = "float32") -> None:
         require_float32(model)
-        dtype = dtype_of(precision, next(model.parameters()).device)
+        device = next(model.parameters()).device
         self.model = model
         self._stamp = _stamp(model)
-        self._network = _Network(model, dtype)
+        self._network = _Network(model, dtype_of(precision, device))
         self._transform = copy.deepcopy(model.transform).eval()
-        device = next(model.parameters()).device
         self._mean, self._std = (
             torch.tensor(values, device=device)[:, None, None]
             for values in (model.config.image_mean, model.config.image_std)
@@ -223,19 +223,12 @@ class Inference:
         return reading.regions[reading.kept(heads.score_thresh, heads.nms_thresh, heads.detections_per_img)]
 
     @torch.inference_mode()
-    def score_map(self, reading: Reading, *, nms_threshold: float = PAPER.nms_threshold, rois: int = 128) -> Tensor:
-        """Raw mask logits of a segmenter's RoIs, pasted and combined by their maximum (Figure 2, column 2).
+    def score_map(self, reading: Reading) -> Tensor:
+        """(H, W) float32: a segmenter's raw mask logits, pasted and combined by their maximum (Figure 2, column 2).
 
-        RoIs count whatever their score; each is 0 outside its box, so a pixel that no RoI speaks for is 0.
-
-        Args:
-            nms_threshold: of the RoI NMS, per class.
-            rois: the best so many RoIs only.
-
-        Returns:
-            (H, W) float32.
+        The best RoIs count, whatever their score; each is 0 outside its box, so a pixel that none speaks for is 0.
         """
-        best = reading.regions[reading.kept(EVERY_SCORE, nms_threshold, rois)]
+        best = reading.regions[reading.kept(EVERY_SCORE, PAPER.nms_threshold, PAPER.detections)]
         logits = self._mask_logits(reading, best)
         combined = logits.new_full(reading.size, -torch.inf)
         speaking = torch.zeros_like(combined)
@@ -244,7 +237,7 @@ class Inference:
             where = tuple(place)
             combined[where] = torch.maximum(combined[where], values.amax(0))
             speaking[where] += len(logits[part])
-        return torch.where(speaking < len(logits), combined.clamp(min=0), combined) if len(logits) else speaking
+        return torch.where(speaking < max(len(logits), 1), combined.clamp(min=0), combined)
 
     def _resized(self, image: Tensor) -> Tensor:
         config, (shorter, longer) = self.model.config, sorted(image.shape[-2:])
@@ -259,11 +252,7 @@ class Inference:
         features, objectness, rpn_deltas = self._network(tensors)
         proposals = choose_proposals(self.model, self._cells, objectness, rpn_deltas, tensors.shape[-2], shape)
         logits, deltas = self._box_branch(features, proposals)
-        counts = [len(p) for p in proposals]
-        heads = self.model.roi_heads
-        boxes = heads.box_coder.decode(deltas, proposals)
-        rows = zip(logits.split(counts), deltas.split(counts), boxes.split(counts), strict=True)
-        ranked = [heads.rank(*row, shape) for row in rows]
+        ranked = self.model.roi_heads.ranked(logits, deltas, proposals, [shape] * len(images))
         scores = torch.cat([regions.scores for regions in ranked]).cpu().split([len(r.scores) for r in ranked])
         return [
             Reading([level[index : index + 1] for level in features], ranked[index], scores[index], shape, size)
@@ -272,9 +261,8 @@ class Inference:
 
     def _box_branch(self, features: list[Tensor], proposals: list[Tensor]) -> tuple[Tensor, Tensor]:
         heads = self.model.roi_heads
-        aligned = heads.box_roi_pool
         hidden = features[0].new_empty(sum(len(p) for p in proposals), len(self._fc6))
-        for part, rows in pool(features, proposals, self._scales, aligned.output_size[0], aligned.sampling_ratio):
+        for part, rows in pool(features, proposals, self._scales, heads.box_roi_pool):
             hidden[part] = F.linear(rows.flatten(1), self._fc6, heads.box_head.fc6.bias)
         return heads.box_predictor(F.relu(heads.box_head.fc7(F.relu(hidden))))
 
@@ -285,9 +273,7 @@ class Inference:
         heads, labels = self.model.roi_heads, regions.labels
         side = heads.mask_roi_pool.output_size[0]
         chosen = reading.features[0].new_empty(len(labels), 2 * side, 2 * side)
-        for part, rows in pool(
-            reading.features, [regions.boxes], self._scales, side, heads.mask_roi_pool.sampling_ratio
-        ):
+        for part, rows in pool(reading.features, [regions.boxes], self._scales, heads.mask_roi_pool):
             logits = heads.mask_predictor(self._mask_head(rows.view(len(rows), side, side, -1).permute(0, 3, 1, 2)))
             chosen[part] = logits[torch.arange(len(rows), device=logits.device), labels[part]]
         return chosen
@@ -307,7 +293,7 @@ def dtype_of(precision: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def same_detector(one: LesionMaskRCNN | COVIDCTMaskNet, other: LesionMaskRCNN | COVIDCTMaskNet) -> bool:
+def same_detector(one: Model, other: Model) -> bool:
     """Whether a `Reading` of one model serves the other: the same network, weights and proposals.
 
     So it is with a classifier whose training left its segmenter's weights as they were (`cache_rois`).
@@ -332,7 +318,7 @@ def _stamp(model: nn.Module) -> list[tuple[int, int]]:
 class _Network(nn.Module):
     """Body, FPN and RPN head with BatchNorm folded, channels-last, in `dtype`; results in float32."""
 
-    def __init__(self, model: LesionMaskRCNN | COVIDCTMaskNet, dtype: torch.dtype) -> None:
+    def __init__(self, model: Model, dtype: torch.dtype) -> None:
         super().__init__()
         self.body = copy.deepcopy(model.backbone.body).eval()
         self.fpn = copy.deepcopy(model.backbone.fpn)
@@ -393,7 +379,7 @@ def fold_batch_norm(body: nn.Module) -> None:
 
 
 def choose_proposals(
-    model: LesionMaskRCNN | COVIDCTMaskNet,
+    model: Model,
     cells: list[Tensor],
     objectness: list[Tensor],
     deltas: list[Tensor],
@@ -450,19 +436,13 @@ def _pasted(
 ) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
     """Which masks, rows and columns of the image, and the masks' values there, 0 outside their boxes.
 
-    torchvision stretches a mask with a border of zeros over its box, widened by as much and cut to whole pixels.
-    Bilinear stretching is separable, so here it is a product of matrices.
-
     Args:
         whole: all masks over the whole image, which asks the device nothing, or one at a time inside its box; None
             takes this on a CPU and that elsewhere.
     """
     height, width = size
     padded = F.pad(masks, (1, 1, 1, 1))
-    side = padded.shape[-1]
-    half = (boxes[:, 2:] - boxes[:, :2]) * 0.5 * (side / (side - 2))
-    centre = (boxes[:, 2:] + boxes[:, :2]) * 0.5
-    first, last = (centre - half).to(torch.int64), (centre + half).to(torch.int64)
+    first, last = covered(boxes, padded.shape[-1])
     windows = [(slice(0, len(masks)), slice(0, height), slice(0, width))] if len(masks) else []
     if not (masks.device.type != "cpu" if whole is None else whole):
         windows = [
@@ -471,18 +451,36 @@ def _pasted(
         ]
     for window in windows:
         part, *sides = window
-        y, x = (
-            stretch(first[part, axis], last[part, axis], torch.arange(s.start, s.stop, device=masks.device), side)
-            for axis, s in zip((1, 0), sides, strict=True)
-        )
-        yield window, y @ (padded[part] @ x.transpose(1, 2))
+        rows, columns = (torch.arange(s.start, s.stop, device=masks.device) for s in sides)
+        yield window, stretched(padded[part], first[part], last[part], rows, columns)
 
 
-def stretch(first: Tensor, last: Tensor, pixels: Tensor, side: int) -> Tensor:
-    """(N, P, side): the weight of each of `side` mask cells at each of (P,) pixels, 0 outside (N,) first..last."""
+# torchvision stretches a mask with a border of zeros over its box, widened by as much and cut to whole pixels.
+# Bilinear stretching is separable, so here it is a product of matrices.
+
+
+def covered(boxes: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """(N, 2) int64 each: first and last column and row over which a mask of `side` cells, border included, is put."""
+    half = (boxes[:, 2:] - boxes[:, :2]) * 0.5 * (side / (side - 2))
+    centre = (boxes[:, 2:] + boxes[:, :2]) * 0.5
+    return (centre - half).to(torch.int64), (centre + half).to(torch.int64)
+
+
+def stretched(masks: Tensor, first: Tensor, last: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """(N, R, C): the values of masks (N, M, M), stretched over what is `covered`, at these rows and columns."""
+    side = masks.shape[-1]
+    y, x = (stretch(first[:, axis], last[:, axis], pixels, side) for axis, pixels in ((1, rows), (0, columns)))
+    return y @ (masks @ x.transpose(1, 2))
+
+
+def stretch(first: Tensor, last: Tensor, pixels: Tensor, side: Any) -> Tensor:
+    """(N, P, side): the weight of each of `side` cells at each of (P,) pixels, 0 outside (N,) first..last.
+
+    Everything may be a tensor, `side` too, so that a trace (`ctmasknet.exporting`) freezes no size.
+    """
     extent = (last - first + 1)[:, None]
     place = pixels - first[:, None]
-    at = ((place + 0.5) * (side / extent.float()) - 0.5).clamp(0, side - 1)[:, :, None]
+    at = ((place + 0.5) * (side / extent.float()) - 0.5).clamp(min=0).clamp(max=side - 1)[:, :, None]
     low, cell = at.floor(), torch.arange(side, device=at.device)
     weights = (cell == low) * (1 - (at - low)) + (cell == low + 1) * (at - low)
     return weights * ((place >= 0) & (place < extent))[:, :, None]
@@ -492,12 +490,11 @@ def stretch(first: Tensor, last: Tensor, pixels: Tensor, side: int) -> Tensor:
 # weighted sum of feature rows, the four cells around each of its samples, and `embedding_bag` computes such sums; the
 # transpose, a weighted sum of bins for every cell, is the gradient. Values and gradients are torchvision's up to
 # rounding.
-_CANONICAL_SIZE, _CANONICAL_LEVEL = 224.0, 4  # of the FPN paper, as in torchvision's MultiScaleRoIAlign
 _AT_ONCE = {"cpu": 512, "cuda": 8192}  # boxes, to bound the memory
 
 
 def pool(
-    features: list[Tensor], boxes: list[Tensor], scales: list[float], side: int, samples: int
+    features: list[Tensor], boxes: list[Tensor], scales: list[float], pooler: MultiScaleRoIAlign
 ) -> Iterator[tuple[slice, Tensor]]:
     """RoIAlign (not aligned, as torchvision's Mask R-CNN has it) of every box, a part of the boxes at a time.
 
@@ -505,8 +502,7 @@ def pool(
         features: (B, C, H, W) per level, finest first.
         boxes: (N, 4) per image, in pixels of the resized image.
         scales: see `feature_scales`.
-        side: bins per axis.
-        samples: sampling points per bin and axis.
+        pooler: has the numbers of bins and samples.
 
     Yields:
         Which of all images' boxes in a row, and what is pooled in them: (R, side * side, C).
@@ -516,9 +512,9 @@ def pool(
     step = _AT_ONCE.get(every.device.type, 512)
     for start in range(0, len(every), step):
         part = slice(start, min(start + step, len(every)))
-        cells, weights = _samples(features, every[part], image[part], scales, side, samples)
+        cells, weights = _samples(features, every[part], image[part], scales, pooler)
         bins = F.embedding_bag(cells, table, per_sample_weights=weights, mode="sum")
-        yield part, bins.view(-1, side * side, bins.shape[1])
+        yield part, bins.view(-1, pooler.output_size[0] ** 2, bins.shape[1])
 
 
 def feature_scales(variant: Variant) -> list[float]:
@@ -527,30 +523,20 @@ def feature_scales(variant: Variant) -> list[float]:
     return [2 ** (variant.levels - 1 - level) / variant.stride for level in range(variant.levels)]
 
 
-class CPURoIAlign(nn.Module):
-    """Stands in for a `MultiScaleRoIAlign` on a CPU, in training.
-
-    Args:
-        replaced: what it stands in for; levels, bins and samples are taken from it.
-        scales: see `feature_scales`.
-    """
+class CPURoIAlign(MultiScaleRoIAlign):
+    """Stands in for another on a CPU, in training, with its levels, bins and samples; `scales`: `feature_scales`."""
 
     def __init__(self, replaced: MultiScaleRoIAlign, scales: list[float]) -> None:
-        super().__init__()
-        self.featmap_names = replaced.featmap_names
-        self.output_size = replaced.output_size
-        self.sampling_ratio = replaced.sampling_ratio
+        super().__init__(replaced.featmap_names, replaced.output_size, replaced.sampling_ratio)
         self.scales = scales
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
-        """As `MultiScaleRoIAlign`: (R, C, side, side), channels-last in memory."""
+        """(R, C, side, side), channels-last in memory."""
         features = [x[name] for name in self.featmap_names]
         image = torch.cat([torch.full((len(b),), i) for i, b in enumerate(boxes)])
-        side = self.output_size[0]
-        every = torch.cat(boxes).detach()
-        cells, weights = _samples(features, every, image, self.scales, side, self.sampling_ratio)
+        cells, weights = _samples(features, torch.cat(boxes).detach(), image, self.scales, self)
         bins = _WeightedRows.apply(_table(features), cells, weights)
-        return bins.view(len(every), side, side, bins.shape[1]).permute(0, 3, 1, 2)
+        return bins.view(len(image), *self.output_size, bins.shape[1]).permute(0, 3, 1, 2)
 
 
 class _WeightedRows(torch.autograd.Function):
@@ -577,10 +563,10 @@ class _WeightedRows(torch.autograd.Function):
 
 
 def _samples(
-    features: list[Tensor], boxes: Tensor, image: Tensor, scales: list[float], side: int, samples: int
+    features: list[Tensor], boxes: Tensor, image: Tensor, scales: list[float], pooler: MultiScaleRoIAlign
 ) -> tuple[Tensor, Tensor]:
     """(R * side * side, 4 * samples ** 2) cells of the `_table` that the bins of R boxes read, and their weights."""
-    level = fpn_levels(boxes, scales)
+    level, side, samples = fpn_levels(boxes, scales), pooler.output_size[0], pooler.sampling_ratio
     sizes = [f.shape[0] * f.shape[2] * f.shape[3] for f in features]
     heights, widths = (_of_level([f.shape[axis] for f in features], level) for axis in (2, 3))
     scale = _of_level(scales, level)
@@ -608,12 +594,8 @@ def _table(features: list[Tensor]) -> Tensor:
 
 def fpn_levels(boxes: Tensor, scales: list[float]) -> Tensor:
     """(N,) int64: the FPN level of each (N, 4) box by its size, 0 the finest (FPN paper, equation 1)."""
-    if len(scales) == 1:
-        return torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
-    finest = -math.log2(scales[0])
-    sides = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
-    level = torch.floor(_CANONICAL_LEVEL + torch.log2(sides / _CANONICAL_SIZE) + 1e-6)
-    return level.clamp(finest, finest + len(scales) - 1).to(torch.int64) - int(finest)
+    finest = -int(math.log2(scales[0]))
+    return cast("Tensor", LevelMapper(finest, finest + len(scales) - 1)([boxes]))
 
 
 def _axis(start: Tensor, end: Tensor, cells: Tensor, side: int, samples: int) -> tuple[Tensor, Tensor]:
