@@ -31,10 +31,9 @@ from torchvision.ops import MultiScaleRoIAlign, nms, roi_align
 from ctmasknet.data.slices import LUNG_WINDOW
 from ctmasknet.errors import ConfigError, CTMaskNetError, import_extra
 from ctmasknet.example import example_slice
-from ctmasknet.models import Model
-from ctmasknet.models.classifier import COVIDCTMaskNet
-from ctmasknet.models.detector import LesionMaskRCNN, Regions
-from ctmasknet.models.inference import Inference, Protocol, feature_scales, fpn_levels
+from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN, Model
+from ctmasknet.models.detector import Regions, rescale
+from ctmasknet.models.inference import Inference, Protocol, covered, feature_scales, fpn_levels, stretch, stretched
 from ctmasknet.output import require_writable, write_files
 from ctmasknet.registry import DISCLAIMER, LESION_CLASSES, __version__
 from ctmasknet.weights.files import state_digest
@@ -115,13 +114,13 @@ def export(model: Model, path: str | os.PathLike[str]) -> Exported:
     path = Path(path)
     if not isinstance(model, LesionMaskRCNN | COVIDCTMaskNet):
         raise ConfigError(f"{type(model).__name__} cannot be exported: give a model made by ctmasknet.create_model")
-    import_onnx()
+    onnx, onnxruntime = (import_extra(name, "export", "ONNX export") for name in ("onnx", "onnxruntime"))
     require_writable(path)
     model = deepcopy(model).cpu().float().eval().requires_grad_(False)
     model.backbone.autocast_dtype = None
     metadata = describe(model)
-    content = to_onnx(model, metadata)
-    differences = check_onnx(content, model)
+    content = to_onnx(onnx, model, metadata)
+    differences = check_onnx(onnxruntime, content, model)
     write_files({path: content})
     return Exported(path, len(content), differences, metadata)
 
@@ -134,14 +133,14 @@ def describe(model: Model) -> dict[str, str]:
         "opset": OPSET,
         "variant": model.variant.name,
         "task": model.variant.task,
-        "classes": list(class_names(model)),
+        "classes": class_names(model),
         "preprocessing": {
             "channels": "grey, three times",
             "range": [0, 1],
-            "window_hu": list(LUNG_WINDOW),
+            "window_hu": LUNG_WINDOW,
             "in_the_file": {
-                "mean": list(config.image_mean),
-                "std": list(config.image_std),
+                "mean": config.image_mean,
+                "std": config.image_std,
                 "min_size": config.min_size,
                 "max_size": config.max_size,
                 "pad_to_multiple_of": _PAD,
@@ -159,28 +158,19 @@ def describe(model: Model) -> dict[str, str]:
         "notice": DISCLAIMER,
     }
     if model.variant.task == "segmentation":
-        facts["mask_score"] = heads.mask_score
-        facts["mask_threshold"] = 0.5
+        facts |= {"mask_score": heads.mask_score, "mask_threshold": 0.5}
     else:
-        facts["lesion_classes"] = list(LESION_CLASSES.get(config.num_classes, ()))
+        facts["lesion_classes"] = LESION_CLASSES.get(config.num_classes, ())
     known = still_true(model)
     facts |= {key: known[key] for key in ("license", "caveat", "dataset", "derived_from") if key in known}
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
 
 
-def import_onnx() -> list[ModuleType]:
-    """onnx and onnxruntime."""
-    return [import_extra(name, "export", "ONNX export") for name in ("onnx", "onnxruntime")]
-
-
-def to_onnx(model: Model, metadata: dict[str, str]) -> bytes:
+def to_onnx(onnx: ModuleType, model: Model, metadata: dict[str, str]) -> bytes:
     """The bytes of an ONNX file with `metadata` in its ``metadata_props``."""
-    onnx, _ = import_onnx()
     outputs = OUTPUTS[model.variant.task]
     sides = {"image": {1: "height", 2: "width"}, "masks": {0: "regions", 2: "height", 3: "width"}}
-    axes = {name: {0: "regions"} for name in outputs if name not in OF_THE_IMAGE} | sides
-    if "masks" not in outputs:
-        del axes["masks"]
+    axes = {name: sides.get(name, {0: "regions"}) for name in ("image", *outputs) if name not in OF_THE_IMAGE}
     with torch.no_grad(), warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         # What tracing cannot follow, it warns of; whether it matters here, the check on other sizes tells.
@@ -189,7 +179,7 @@ def to_onnx(model: Model, metadata: dict[str, str]) -> bytes:
         # The newer exporter, which torch recommends, cannot trace NMS (docs/export.md).
         warnings.simplefilter("ignore", DeprecationWarning)
         torch.onnx.export(
-            traceable(model),
+            Traceable(model),
             (check_images()[0],),
             file,
             dynamo=False,
@@ -201,29 +191,25 @@ def to_onnx(model: Model, metadata: dict[str, str]) -> bytes:
         graph = onnx.load_model(file)
     onnx.helper.set_model_props(graph, metadata)
     onnx.checker.check_model(graph)
-    content: bytes = graph.SerializeToString()
-    return content
+    return cast("bytes", graph.SerializeToString())
 
 
-def check_onnx(content: bytes, model: Model) -> dict[str, float]:
+def check_onnx(onnxruntime: ModuleType, content: bytes, model: Model) -> dict[str, float]:
     """Run the file in onnxruntime on the example slice; how far each output is off at most, within `TOLERANCES`."""
-    _, onnxruntime = import_onnx()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     inference, worst = Inference(model), dict.fromkeys(OUTPUTS[model.variant.task], 0.0)
     for image in check_images():
+        (reading,) = inference.read([image])
+        if isinstance(model, COVIDCTMaskNet):
+            expected = inference.classify(reading)
+        else:
+            (lesions,) = inference.detect(reading, Protocol.of(model))
+            expected = vars(lesions) | {"masks": lesions.masks[:, None]}
         values = (torch.from_numpy(value) for value in session.run(None, {"image": image.numpy()}))
-        found = compare(_expected(inference, image), dict(zip(worst, values, strict=True)))
+        found = compare(expected, dict(zip(worst, values, strict=True)))
         worst = {name: max(worst[name], found[name]) for name in worst}
     require_close(worst, TOLERANCES, f"{model.variant.name} in onnxruntime {onnxruntime.__version__}")
     return worst
-
-
-def _expected(inference: Inference, image: Tensor) -> dict[str, Tensor]:
-    (reading,) = inference.read([image])
-    if isinstance(inference.model, COVIDCTMaskNet):
-        return inference.classify(reading)
-    (found,) = inference.detect(reading, Protocol.of(inference.model))
-    return {"boxes": found.boxes, "labels": found.labels, "scores": found.scores, "masks": found.masks[:, None]}
 
 
 def check_images() -> list[Tensor]:
@@ -267,13 +253,33 @@ def _difference(name: str, expected: Tensor, given: Tensor) -> float:
     return float((different.clamp(min=0) / either.clamp(min=1)).max())
 
 
-class Detector(nn.Module):
-    """What segmenters and classifiers share: from an image to its ranked regions, with the settings of the model."""
+class Traceable(nn.Module):
+    """A model on one image, (3, H, W) in 0..1, ready to be traced; it gives its `OUTPUTS`, as the model does."""
 
-    def __init__(self, model: LesionMaskRCNN | COVIDCTMaskNet) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
-        self.model = model
-        self.strides = [model.variant.stride >> level for level in reversed(range(model.variant.levels))]
+        self.model = model.eval()
+        self.scales = feature_scales(model.variant)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        features, size = self.features(image)
+        regions = self.regions(features, size)
+        boxes = rescale(regions.boxes, size, _size(image))
+        if isinstance(self.model, COVIDCTMaskNet):
+            return self.classify(self.model, Regions(boxes, regions.scores, regions.labels, regions.deltas))
+        heads = self.model.roi_heads
+        logits = heads.mask_predictor(heads.mask_head(self.pool(heads.mask_roi_pool, features, regions.boxes)))
+        chosen = logits.gather(1, regions.labels[:, None, None, None].expand(-1, -1, *logits.shape[-2:]))
+        masks = chosen[:, 0].sigmoid() if heads.mask_score == "sigmoid" else chosen[:, 0]
+        return boxes, regions.labels, regions.scores, paste(masks, boxes, _size(image))[:, None]
+
+    def classify(self, model: COVIDCTMaskNet, regions: Regions) -> tuple[Tensor, ...]:
+        slots = model.module_s.slots
+        batch = regions[batch_rows(shape_as_tensor(regions.scores)[0], slots, replicate=model.config.replicate)]
+        matrix = torch.cat([batch.scores[:, None], batch.deltas], dim=1)
+        logits = model.module_s(torch.cat([matrix, matrix.new_zeros(slots, 5)])[None, :slots])[0]
+        probabilities = (logits / model.temperature).softmax(-1)
+        return logits, probabilities, batch.boxes, batch.scores, batch.labels, batch.deltas
 
     def features(self, image: Tensor) -> tuple[list[Tensor], Tensor]:
         """(3, H, W) in 0..1 -> feature maps of the resized image, finest first, and its size (h, w) before padding."""
@@ -289,17 +295,17 @@ class Detector(nn.Module):
         rpn = self.model.rpn
         objectness, deltas = rpn.head(list(features))
         boxes, scores, levels = [], [], []
-        for level, stride in enumerate(self.strides):
+        for level, scale in enumerate(self.scales):
             logits = objectness[level][0].permute(1, 2, 0).reshape(-1)
             best = _best(logits, rpn.pre_nms_top_n())
-            anchors = grid_anchors(_size(features[level]), stride, rpn.anchor_generator.cell_anchors[level])
+            anchors = grid_anchors(_size(features[level]), round(1 / scale), rpn.anchor_generator.cell_anchors[level])
             chosen = deltas[level][0].permute(1, 2, 0).reshape(-1, 4)[best]
             boxes.append(rpn.box_coder.decode_single(chosen, anchors[best]))
             scores.append(logits[best].sigmoid())
             levels.append(torch.full_like(best, level))
         box, score, level_of = clip(torch.cat(boxes), size), torch.cat(scores), torch.cat(levels)
         valid = (score >= rpn.score_thresh).nonzero().squeeze(1)
-        kept = nms_per_class(box[valid], score[valid], level_of[valid], rpn.nms_thresh, range(len(self.strides)))
+        kept = nms_per_class(box[valid], score[valid], level_of[valid], rpn.nms_thresh, range(len(self.scales)))
         return box[valid][kept[: rpn.post_nms_top_n()]]
 
     def regions(self, features: Sequence[Tensor], size: Tensor) -> Regions:
@@ -321,58 +327,22 @@ class Detector(nn.Module):
         rows = valid.nonzero().squeeze(1)
         kept = nms_per_class(boxes[rows], scores[rows], labels[rows], heads.nms_thresh, range(1, classes))
         rows = rows[kept[: heads.detections_per_img]]
-        return Regions(boxes[rows], scores[rows], labels[rows], deltas[rows])
+        return Regions(boxes, scores, labels, deltas)[rows]
 
     def pool(self, pooler: MultiScaleRoIAlign, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
         """(R, C, side, side): RoIAlign, each box on the FPN level of its size."""
         rois = torch.cat([torch.zeros_like(boxes[:, :1]), boxes], dim=1)
         if len(features) == 1:
-            return roi_align(features[0], rois, pooler.output_size, 1 / self.strides[0], pooler.sampling_ratio)
-        levels = fpn_levels(boxes, feature_scales(self.model.variant))
+            return roi_align(features[0], rois, pooler.output_size, self.scales[0], pooler.sampling_ratio)
+        levels = fpn_levels(boxes, self.scales)
         rows = [(levels == level).nonzero().squeeze(1) for level in range(len(features))]
         pooled = [
-            roi_align(feature, rois[chosen], pooler.output_size, 1 / stride, pooler.sampling_ratio)
-            for feature, chosen, stride in zip(features, rows, self.strides, strict=True)
+            roi_align(feature, rois[chosen], pooler.output_size, scale, pooler.sampling_ratio)
+            for feature, chosen, scale in zip(features, rows, self.scales, strict=True)
         ]
         # The inverse of the permutation that grouped the boxes by level.
         back = torch.cat(rows).argsort()
         return torch.cat(pooled)[back]
-
-
-class TraceableSegmenter(Detector):
-    """``(3, H, W) -> boxes (N, 4), labels (N,), scores (N,), masks (N, 1, H, W)``, as `LesionMaskRCNN` gives them."""
-
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        features, size = self.features(image)
-        regions = self.regions(features, size)
-        heads = self.model.roi_heads
-        logits = heads.mask_predictor(heads.mask_head(self.pool(heads.mask_roi_pool, features, regions.boxes)))
-        chosen = logits.gather(1, regions.labels[:, None, None, None].expand(-1, -1, *logits.shape[-2:]))
-        masks = chosen[:, 0].sigmoid() if heads.mask_score == "sigmoid" else chosen[:, 0]
-        boxes = rescale(regions.boxes, size, _size(image))
-        return boxes, regions.labels, regions.scores, paste(masks, boxes, _size(image))[:, None]
-
-
-class TraceableClassifier(Detector):
-    """``(3, H, W) -> logits, probabilities, boxes, scores, labels, deltas``, as `COVIDCTMaskNet` gives them."""
-
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        features, size = self.features(image)
-        regions = self.regions(features, size)
-        slots = cast("int", self.model.variant.roi_batch)
-        rows = batch_rows(shape_as_tensor(regions.scores)[0], slots, replicate=self.model.config.replicate)
-        batch = Regions(regions.boxes[rows], regions.scores[rows], regions.labels[rows], regions.deltas[rows])
-        matrix = torch.cat([batch.scores[:, None], batch.deltas], dim=1)
-        matrix = torch.cat([matrix, matrix.new_zeros(slots, 5)])[:slots]
-        logits = self.model.module_s(matrix[None])[0]
-        boxes = rescale(batch.boxes, size, _size(image))
-        probabilities = (logits / cast("COVIDCTMaskNet", self.model).temperature).softmax(-1)
-        return logits, probabilities, boxes, batch.scores, batch.labels, batch.deltas
-
-
-def traceable(model: LesionMaskRCNN | COVIDCTMaskNet) -> TraceableSegmenter | TraceableClassifier:
-    """The model on one image, ready to be traced."""
-    return (TraceableSegmenter if isinstance(model, LesionMaskRCNN) else TraceableClassifier)(model).eval()
 
 
 def resized_size(size: Tensor, min_size: int, max_size: int) -> Tensor:
@@ -389,9 +359,8 @@ def resize(image: Tensor, size: Tensor) -> Tensor:
 
     ONNX has an operator for it, whose runtimes round the position of a sample otherwise than torch.
     """
-    start, sides = torch.zeros(1, dtype=torch.int64), _size(image)
-    rows = _stretch(start, size[:1] - 1, size[0], sides[0])
-    columns = _stretch(start, size[1:] - 1, size[1], sides[1])
+    first, last = torch.zeros(2, 1, dtype=torch.int64), size[:, None] - 1
+    rows, columns = (stretch(first[a], last[a], _range(size[a]), _size(image)[a]) for a in (0, 1))
     return rows @ image @ columns.transpose(1, 2)
 
 
@@ -406,12 +375,6 @@ def clip(boxes: Tensor, size: Tensor) -> Tensor:
     """(N, 4) boxes cut at the borders of an image of size (h, w)."""
     height, width = size.to(boxes).unbind()
     return torch.minimum(boxes.clamp(min=0), torch.stack([width, height, width, height]))
-
-
-def rescale(boxes: Tensor, size: Tensor, target: Tensor) -> Tensor:
-    """(N, 4) boxes in an image of size (h, w) -> the same in one of size (H, W)."""
-    height, width = (target.to(boxes) / size.to(boxes)).unbind()
-    return boxes * torch.stack([width, height, width, height])
 
 
 def nms_per_class(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: float, known: Sequence[int]) -> Tensor:
@@ -434,10 +397,9 @@ def nms_per_class(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: flo
 
 
 def batch_rows(valid: Tensor, slots: int, *, replicate: bool) -> Tensor:
-    """Which of `valid` ranked regions stands in which slot of the RoI batch: `roi_batch.fill_batch`, not random.
+    """(slots,) int64: which of `valid` ranked regions stands in which slot of the RoI batch, as in `fill_batch`.
 
-    Returns:
-        (slots,) int64; fewer where slots stay free: (valid,) without replication, (0,) without a region.
+    Fewer where slots stay free: (valid,) without replication, (0,) without a region.
     """
     rows = torch.arange(slots)
     if not replicate:
@@ -451,28 +413,9 @@ def batch_rows(valid: Tensor, slots: int, *, replicate: bool) -> Tensor:
 
 
 def paste(masks: Tensor, boxes: Tensor, size: Tensor) -> Tensor:
-    """(N, M, M) masks -> (N, H, W) in the image, 0 outside their boxes: torchvision's `paste_masks_in_image`.
-
-    A mask with a border of zeros is stretched over its box, widened by as much and cut to whole pixels.
-    """
-    side = masks.shape[-1] + 2
-    cells = torch.as_tensor(side)
-    widened = (side / (side - 2)) * 0.5 * (boxes[:, 2:] - boxes[:, :2])
-    centre = (boxes[:, 2:] + boxes[:, :2]) * 0.5
-    first, last = (centre - widened).long(), (centre + widened).long()
-    rows = _stretch(first[:, 1], last[:, 1], size[0], cells)
-    columns = _stretch(first[:, 0], last[:, 0], size[1], cells)
-    return rows @ F.pad(masks, (1, 1, 1, 1)) @ columns.transpose(1, 2)
-
-
-def _stretch(first: Tensor, last: Tensor, length: Tensor, side: Tensor) -> Tensor:
-    """(N, length, side): the weight at each pixel of each of `side` cells stretched over first..last; 0 outside."""
-    extent = (last - first + 1)[:, None]
-    place = _range(length) - first[:, None]
-    at = ((place + 0.5) * (side.float() / extent.float()) - 0.5).clamp(min=0)
-    at = torch.minimum(at, side - 1.0)
-    weights = (1 - (at[:, :, None] - _range(side)).abs()).clamp(min=0)
-    return weights * ((place >= 0) & (place < extent))[:, :, None]
+    """(N, M, M) masks -> (N, H, W) in the image, 0 outside their boxes: torchvision's `paste_masks_in_image`."""
+    masks = F.pad(masks, (1, 1, 1, 1))
+    return stretched(masks, *covered(boxes, masks.shape[-1]), _range(size[0]), _range(size[1]))
 
 
 def _best(scores: Tensor, count: int) -> Tensor:

@@ -187,20 +187,18 @@ def test_slots_of_the_batch_are_filled_as_by_the_model(slots):
 def test_a_file_that_gives_something_else_is_refused_and_not_written(tmp_path, monkeypatch):
     model = spread_model("maskrcnn_resnet18_t2", box_score_thresh=0.1)
     monkeypatch.setattr(exporting, "check_images", lambda: [slices()[1]])
-    honest = exporting.traceable
+    honest, check = exporting.Traceable, exporting.check_onnx
 
     def dishonest(model):
         graph = honest(model)
         graph.model.transform.image_mean = [0.0, 0.0, 0.0]
         return graph
 
-    check = exporting.check_onnx
-
-    def restored(content, model):
+    def restored(onnxruntime, content, model):
         model.transform.image_mean = list(model.config.image_mean)
-        return check(content, model)
+        return check(onnxruntime, content, model)
 
-    monkeypatch.setattr(exporting, "traceable", dishonest)
+    monkeypatch.setattr(exporting, "Traceable", dishonest)
     monkeypatch.setattr(exporting, "check_onnx", restored)
     (tmp_path / "model.onnx").write_bytes(b"before")
     with pytest.raises(ExportError, match=r"maskrcnn_resnet18_t2 in onnxruntime .* differ .* nothing was written"):
