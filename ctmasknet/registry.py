@@ -16,17 +16,11 @@ from ctmasknet.errors import ConfigError
 
 Task = Literal["segmentation", "classification"]
 
-HUB_OWNER = "OWNER"
-"""Placeholder for the GitHub account that hosts the repository, in every documented torch.hub line."""
-
 LESION_CLASSES = {2: ("background", "lesion"), 3: ("background", "GGO", "consolidation")}
 """Names of the detector's classes by `num_classes`; class 0 is background everywhere."""
 
 IMAGE_CLASSES = ("control", "pneumonia", "covid")
 """Names of the classifier's three classes in the order of its logits (COVIDx-CT and CNCB coding)."""
-
-CLASS_TITLES = {"covid": "COVID-19", "pneumonia": "common pneumonia"}
-"""How class names read in a sentence or a picture, where that differs from the name in the code."""
 
 try:
     __version__ = version("ctmasknet")
@@ -200,4 +194,4 @@ def get_variant(name: str) -> Variant:
 
 def class_title(name: str) -> str:
     """`name` as a sentence or a picture shows it: "covid" reads "COVID-19"."""
-    return CLASS_TITLES.get(name, name)
+    return {"covid": "COVID-19", "pneumonia": "common pneumonia"}.get(name, name)
