@@ -69,24 +69,18 @@ def _devices() -> Check:
 def _bundled_weights() -> list[Check]:
     from ctmasknet.weights.manifest import default_entry, variants_with_weights
 
-    try:
-        return [_weights(default_entry(get_variant(name))) for name in variants_with_weights()]
-    except CTMaskNetError as error:  # the manifest itself
-        return [Check("weights", False, str(error))]
+    return [_weights(default_entry(get_variant(name))) for name in variants_with_weights()]
 
 
 def _weights(entry: ManifestEntry) -> Check:
-    from ctmasknet.weights.assemble import assemble
-    from ctmasknet.weights.files import GOLDEN_NAME
     from ctmasknet.weights.hub import load_stored
-    from ctmasknet.weights.publish import check_golden
+    from ctmasknet.weights.publish import verified
 
     name, facts = f"weights of {entry.variant}", f"{entry.tag}, {entry.bytes / 1e6:.1f} MB"
     if entry.path is None:  # nothing is downloaded to find out whether an installation is sound
         return Check(name, True, f"{facts}, on the Hub: {entry.place}")
     try:
-        stored = load_stored("default", get_variant(entry.variant))
-        check_golden(assemble(stored, {}), stored.path.with_name(GOLDEN_NAME))
+        verified(load_stored("default", get_variant(entry.variant)))
     except CTMaskNetError as error:
         return Check(name, False, str(error))
     return Check(name, True, f"{facts}, hash and golden outputs match")

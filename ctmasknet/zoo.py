@@ -22,9 +22,8 @@ from ctmasknet.registry import (
     get_variant,
 )
 from ctmasknet.weights.assemble import assemble, build, load_backbone
-from ctmasknet.weights.files import GOLDEN_NAME
 from ctmasknet.weights.hub import hub_source, load_stored
-from ctmasknet.weights.publish import check_golden
+from ctmasknet.weights.publish import verified
 from ctmasknet.weights.released import read_released
 
 WeightsLike = str | os.PathLike[str] | None
@@ -187,7 +186,7 @@ def from_pretrained(
     """
     stored = load_stored(path_or_repo, None, revision=revision, golden=verify)
     if verify:  # as saved: options given here may change the outputs
-        check_golden(assemble(stored, {}), stored.path.with_name(GOLDEN_NAME))
+        verified(stored)
     return assemble(stored, config).to(device or "cpu")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,7 +19,7 @@ from safetensors.torch import load, save
 from ctmasknet import ConfigError, WeightsError, create_model, from_pretrained
 from ctmasknet.cli import main
 from ctmasknet.weights.files import state_digest
-from ctmasknet.weights.manifest import ManifestEntry, backbone_entry
+from ctmasknet.weights.manifest import MANIFEST, ManifestEntry, backbone_entry
 
 NAME = "maskrcnn_resnet18_t2"
 REPOSITORY = f"{OWNER}/seg"
@@ -62,7 +63,7 @@ def body_of(weights_backbone: bool | str, sha256: str | None = None) -> dict[str
 
     known = assemble.backbone_entry
     if sha256 is not None:
-        assemble.backbone_entry = lambda name: replace(known(name), sha256=sha256)
+        assemble.backbone_entry = lambda name: (*known(name)[:2], sha256)
     try:
         body = create_model(NAME, weights_backbone=weights_backbone).backbone.body.state_dict()
         return {key: body[key].clone() for key in ("conv1.weight", "bn1.running_mean", "layer2.1.conv2.weight")}
@@ -433,10 +434,10 @@ def imagenet(hub: HubServer) -> tuple[dict[str, torch.Tensor], str]:
     torch.manual_seed(2)
     tensors = timm.create_model("resnet18").state_dict()
     content = save(tensors)
-    entry = backbone_entry("resnet18")
-    hub.add(entry.repository, {"model.safetensors": content})
-    repository = hub.repositories[entry.repository]
-    repository.commits[entry.revision] = repository.commits[repository.head]
+    name, revision, _ = backbone_entry("resnet18")
+    hub.add(name, {"model.safetensors": content})
+    repository = hub.repositories[name]
+    repository.commits[revision] = repository.commits[repository.head]
     return tensors, sha256(content)
 
 
@@ -445,7 +446,7 @@ def test_weights_backbone_starts_the_body_from_the_pinned_file(online, hub, imag
     body = online(body_of, True, digest)
     assert all(torch.equal(value, tensors[key]) for key, value in body.items())
     asked = [path for _, path in hub.requests if "resnet18.a1_in1k" in path]
-    assert all(backbone_entry("resnet18").revision in path for path in asked)
+    assert all(backbone_entry("resnet18")[1] in path for path in asked)
     before = hub.count()
     online(body_of, True, digest)
     assert hub.count() == before
@@ -468,10 +469,10 @@ def test_weights_backbone_and_weights_exclude_each_other():
 
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet34", "resnet50"])
 def test_the_manifest_knows_every_body(backbone):
-    entry = backbone_entry(backbone)
-    assert entry.repository == f"timm/{backbone}.a1_in1k"
+    assert backbone_entry(backbone)[0] == f"timm/{backbone}.a1_in1k"
+    size = json.loads(MANIFEST.read_text())["backbones"][backbone]["bytes"]
     payload = sum(t.numel() * t.element_size() for t in timm.create_model(backbone).state_dict().values())
-    assert 0 < entry.bytes - payload < 40_000  # the rest is the safetensors header
+    assert 0 < size - payload < 40_000  # the rest is the safetensors header
 
 
 # --- the command

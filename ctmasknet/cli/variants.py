@@ -127,14 +127,13 @@ def verify_command(options: argparse.Namespace) -> None:
 
     Example: ctmasknet verify runs/one/best
     """
-    from ctmasknet.weights.assemble import assemble
-    from ctmasknet.weights.files import GOLDEN_NAME, WEIGHTS_NAME, read_weights, sha256_of
+    from ctmasknet.weights.files import read_weights, sha256_of
     from ctmasknet.weights.manifest import known_as
-    from ctmasknet.weights.publish import check_golden
+    from ctmasknet.weights.publish import verified
 
-    model = assemble(read_weights(options.folder), {})
-    digest = check_golden(model, options.folder / GOLDEN_NAME)
-    sha256 = sha256_of(options.folder / WEIGHTS_NAME)
+    stored = read_weights(options.folder)
+    model, digest = verified(stored)
+    sha256 = sha256_of(stored.path)
     known = known_as(sha256)
     facts = {"variant": model.variant.name, "digest": digest, "sha256": sha256, "manifest": known}
     compared = "golden outputs and digest match" if digest else "golden outputs match, no digest is recorded"

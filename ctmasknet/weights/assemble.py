@@ -171,8 +171,11 @@ def _deepened(resnet18: Mapping[str, Tensor], resnet34: Mapping[str, Tensor]) ->
 
 def _timms_body(backbone: str, revision: str | None) -> tuple[str, dict[str, Tensor]]:
     """Repository and commit, and the weights there."""
-    entry = backbone_entry(backbone)
-    source = HubSource(entry.repository, revision or entry.revision)
-    sha256 = entry.sha256 if revision is None else None
-    folder, tensors = from_hub(source, (WEIGHTS_NAME,), lambda at: (at, read_tensors(at / WEIGHTS_NAME)), sha256=sha256)
-    return f"{source.repository}@{folder.name}", tensors
+    repository, pinned, sha256 = backbone_entry(backbone)
+    folder, tensors = from_hub(
+        HubSource(repository, revision or pinned),
+        (WEIGHTS_NAME,),
+        lambda at: (at, read_tensors(at / WEIGHTS_NAME)),
+        sha256=sha256 if revision is None else None,
+    )
+    return f"{repository}@{folder.name}", tensors

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
@@ -98,51 +98,50 @@ def hub_source(text: str, revision: str | None = None) -> HubSource | None:
     return HubSource(repository) if chosen is None else HubSource(repository, chosen)
 
 
-def fetch(source: HubSource, names: Sequence[str], known: Mapping[str, str], optional: Sequence[str] = ()) -> Path:
-    """The folder of the local cache that holds the files `names` of a repository, downloading what is missing.
+def from_hub(
+    source: HubSource,
+    names: Sequence[str],
+    read: Callable[[Path], Result],
+    *,
+    sha256: str | None = None,
+    keep: Sequence[str] = (),
+) -> Result:
+    """Fetch what the local cache lacks of a repository's files, and `read` their folder there.
 
-    A file is checked against its SHA-256 whenever there is one: in `known`, by name, or from the Hub, which states it
-    for every large file. One that fails is removed from the cache, and fetched again if it had come from there.
+    A file is checked against its SHA-256 whenever there is one: `sha256` for the weights, or what the Hub states for
+    every large file. One that fails is removed from the cache, and fetched again if it had come from there; what cannot
+    be read is not kept either.
 
     Args:
         names: the first one finds the commit of a branch or tag.
-        optional: names that the repository may lack; without a network, the cache.
+        keep: names that the repository may lack; without a network, the cache.
 
     Raises:
         WeightsError: no such repository, revision or file; access refused; no network; a file that fails its check.
     """
+    known = {WEIGHTS_NAME: sha256}
     pinned = source
     if _COMMIT.fullmatch(source.revision) is None:
-        pinned = HubSource(source.repository, _commit_of(source, names[0], known))
+        pinned = HubSource(source.repository, _commit_of(source, names[0], known.get(names[0])))
     folder = Path()
-    for name in (*names, *optional):
-        path = _cached(pinned, name)
-        if path is not None and not _intact(path, known.get(name)):
-            log.warning("%s: the cached %s is damaged and is fetched again", pinned, name)
-            _discard(path)
-            path = None
-        if path is None:
-            try:
-                path = _download(pinned, name)
-            except (NoSuchFileError, HubUnreachableError):
-                if name in optional:
-                    continue
+    for name in (*names, *keep):
+        try:
+            folder = _fetched(pinned, name, known.get(name)).parent
+        except (NoSuchFileError, HubUnreachableError):
+            if name in names:
                 raise
-            if not _intact(path, known.get(name)):
-                found = sha256_of(path)
-                _discard(path)
-                raise WeightsError(
-                    f"{pinned}: {name} has SHA-256 {found[:12]}..., not the one it should have: damaged on the way or "
-                    "replaced. It was not kept. Try again, or without a mirror (HF_ENDPOINT)."
-                )
-        folder = path.parent
-    return folder
+    try:
+        return read(folder)
+    except WeightsError as error:
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            _discard(folder / name)
+        raise WeightsError(f"{pinned}: {error} It was not kept in the cache.") from None
 
 
-def _commit_of(source: HubSource, name: str, sha256: Mapping[str, str]) -> str:
+def _commit_of(source: HubSource, name: str, sha256: str | None) -> str:
     """The commit that a branch or tag stands for now; without a network, when it was last seen."""
     cached = _cached(source, name)
-    if cached is not None and name in sha256 and _intact(cached, sha256[name]):
+    if cached is not None and sha256 is not None and _intact(cached, sha256):
         return cached.parent.name  # whatever the branch says now, this is the file
     try:
         return _download(source, name).parent.name
@@ -152,6 +151,25 @@ def _commit_of(source: HubSource, name: str, sha256: Mapping[str, str]) -> str:
         if not constants.HF_HUB_OFFLINE:
             log.warning("%s; using the copy of %s in the cache", error, source)
         return cached.parent.name
+
+
+def _fetched(source: HubSource, name: str, sha256: str | None) -> Path:
+    """A file in the cache, whole."""
+    path = _cached(source, name)
+    if path is not None:
+        if _intact(path, sha256):
+            return path
+        log.warning("%s: the cached %s is damaged and is fetched again", source, name)
+        _discard(path)
+    path = _download(source, name)
+    if not _intact(path, sha256):
+        found = sha256_of(path)
+        _discard(path)
+        raise WeightsError(
+            f"{source}: {name} has SHA-256 {found[:12]}..., not the one it should have: damaged on the way or "
+            "replaced. It was not kept. Try again, or without a mirror (HF_ENDPOINT)."
+        )
+    return path
 
 
 def _cached(source: HubSource, name: str) -> Path | None:
@@ -204,10 +222,7 @@ def _see_data_flow(source: HubSource, name: str) -> None:
     try:
         response = answer.result(deadline)
     except FutureTimeoutError:
-        raise HubUnreachableError(
-            f"{source}: {constants.ENDPOINT} cannot be reached (no data in {deadline:g} s): check the network or "
-            "HF_ENDPOINT, or give the path of a copy"
-        ) from None
+        raise TimeoutError(f"no data in {deadline:g} s") from None
     hf_raise_for_status(response)
     if not any(constants.HUGGINGFACE_HEADER_X_REPO_COMMIT in r.headers for r in (*response.history, response)):
         raise WeightsError(f"{constants.ENDPOINT}: does not answer like the Hugging Face Hub: check HF_ENDPOINT")
@@ -227,14 +242,14 @@ def explained(source: HubSource, request: Callable[[], Result], name: str | None
         ) from None
     except RevisionNotFoundError:
         raise WeightsError(f"{source.repository}: has no revision {source.revision!r}") from None
-    except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
-        raise HubUnreachableError(f"{source}: {constants.ENDPOINT} cannot be reached ({_reason(error)})") from None
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError, TimeoutError) as error:
+        raise _unreachable(source, error) from None
     except EntryNotFoundError:
         raise NoSuchFileError(f"{source}: the repository holds no {name}: not weights of this library?") from None
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
-        if status is not None and (status == 429 or status >= 500):
-            state = "out of order" if status >= 500 else "busy"
+        if status == 429 or (status or 0) >= 500:
+            state = "busy" if status == 429 else "out of order"
             raise HubUnreachableError(f"{source}: {constants.ENDPOINT} is {state} (HTTP {status})") from None
         raise WeightsError(
             f"{source}: {constants.ENDPOINT} refused (HTTP {status}: {_reason(error)}). Does HF_TOKEN allow this?"
@@ -242,13 +257,17 @@ def explained(source: HubSource, request: Callable[[], Result], name: str | None
     except Exception as error:
         # The transport underneath (requests, httpx, ...) differs between versions of the client.
         if type(error).__module__.split(".")[0] in _TRANSPORTS:
-            raise HubUnreachableError(
-                f"{source}: {constants.ENDPOINT} cannot be reached ({_reason(error)}): check the network or "
-                "HF_ENDPOINT, or give the path of a copy"
-            ) from None
+            raise _unreachable(source, error) from None
         if isinstance(error, OSError):
             raise WeightsError(f"{source}: {name or 'request'} failed ({_reason(error)})") from None
         raise
+
+
+def _unreachable(source: HubSource, error: BaseException) -> HubUnreachableError:
+    return HubUnreachableError(
+        f"{source}: {constants.ENDPOINT} cannot be reached ({_reason(error)}): check the network or HF_ENDPOINT, or "
+        "give the path of a copy"
+    )
 
 
 def _reason(error: BaseException) -> str:
@@ -280,7 +299,7 @@ def load_stored(
             raise WeightsError(f"{weights} is a variant, not a path: create_model('{weights}', weights='default')")
         source = hub_source(weights, revision)
     if source is not None:
-        stored = _weights_from(source, golden=golden)
+        stored = _from_repository(source, golden=golden)
     elif revision is not None:
         raise WeightsError(f"{weights}: revision={revision!r} is for Hub repositories ('owner/name'), not for paths")
     else:
@@ -307,18 +326,18 @@ def download(name: str) -> tuple[str, Path]:
         WeightsError: see `load_stored`.
     """
     source, keep = hub_source(name), (GOLDEN_NAME, CARD_NAME)
-    if source is None:
+    if source is not None:
+        file = _from_repository(source, keep=keep).path
+    else:
         entry = default_entry(get_variant(name))
-        file = _load_entry(entry, golden=False, keep=keep).path
+        file = _load_entry(entry, keep=keep).path
         if file == entry.path:
             return "bundled", file
         source = HubSource(entry.repository or "")
-    else:
-        file = _weights_from(source, golden=False, keep=keep).path
     return f"{source.repository}@{file.parent.name}", file
 
 
-def _load_entry(entry: ManifestEntry, *, golden: bool, keep: tuple[str, ...] = ()) -> StoredWeights:
+def _load_entry(entry: ManifestEntry, *, golden: bool = False, keep: Sequence[str] = ()) -> StoredWeights:
     if entry.path is not None and (entry.path.exists() or entry.repository is None):
         if not entry.path.is_file() or entry.path.stat().st_size != entry.bytes:
             raise WeightsError(f"{entry.path}: bundled weights are missing or damaged: reinstall ctmasknet")
@@ -326,36 +345,14 @@ def _load_entry(entry: ManifestEntry, *, golden: bool, keep: tuple[str, ...] = (
             raise WeightsError(f"{entry.path}: bundled weights do not match their hash: reinstall ctmasknet")
         return read_weights(entry.path)
     source = HubSource(entry.repository or "", entry.revision or "")
-    stored = _weights_from(source, golden=golden, sha256=entry.sha256, keep=keep)
+    stored = _from_repository(source, golden=golden, sha256=entry.sha256, keep=keep)
     if stored.variant != entry.variant:
         raise WeightsError(f"{source}: holds {stored.variant}, not {entry.variant}, as the manifest says")
     return stored
 
 
-def _weights_from(
-    source: HubSource, *, golden: bool, sha256: str | None = None, keep: tuple[str, ...] = ()
+def _from_repository(
+    source: HubSource, *, golden: bool = False, sha256: str | None = None, keep: Sequence[str] = ()
 ) -> StoredWeights:
     names = (CONFIG_NAME, WEIGHTS_NAME, *((GOLDEN_NAME,) if golden else ()))
     return from_hub(source, names, read_weights, sha256=sha256, keep=keep)
-
-
-def from_hub(
-    source: HubSource,
-    names: Sequence[str],
-    read: Callable[[Path], Result],
-    *,
-    sha256: str | None = None,
-    keep: tuple[str, ...] = (),
-) -> Result:
-    """Fetch files of a repository and `read` their folder; what cannot be read is not kept in the cache.
-
-    Args:
-        sha256: of the weights file, where it is known.
-    """
-    folder = fetch(source, names, {WEIGHTS_NAME: sha256} if sha256 else {}, keep)
-    try:
-        return read(folder)
-    except WeightsError as error:
-        for name in (CONFIG_NAME, WEIGHTS_NAME):
-            _discard(folder / name)
-        raise WeightsError(f"{source}: {error} It was not kept in the cache.") from None

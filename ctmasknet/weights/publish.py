@@ -3,9 +3,9 @@
 A card is the README.md that travels with a set of weights. A golden file holds an input and the outputs that weights
 gave when they were saved, to check them after a journey: `golden.safetensors` has `digest` (32,) uint8, the
 `state_digest` of the weights; `image` (H, W) uint8, a synthetic slice (no patient's); and what the model made of it on
-the CPU in float32. A segmenter: the best `RECORDED` detections
-without a score threshold, NMS at 0.5, as boxes (N, 4), scores (N,), labels (N,) and mask areas (N,) in pixels. A
-classifier: logits and probabilities (K,), and boxes, scores and labels of the best `RECORDED` RoIs of its batch.
+the CPU in float32. A segmenter: the best `RECORDED` detections without a score threshold, NMS at 0.5, as boxes (N, 4),
+scores (N,), labels (N,) and mask areas (N,) in pixels. A classifier: logits and probabilities (K,), and boxes, scores
+and labels of the best `RECORDED` RoIs of its batch.
 
 Rounding differs between processors and versions of torch, and may exchange detections of nearly the same score, so a
 recorded detection is compared with the nearest that is found, to the tolerances below. Wrong weights miss by more.
@@ -40,6 +40,7 @@ from ctmasknet.weights.files import (
     CONFIG_NAME,
     GOLDEN_NAME,
     WEIGHTS_NAME,
+    StoredWeights,
     as_stored,
     inherited,
     read_weights,
@@ -83,14 +84,11 @@ def save_pretrained(
     """Write a model with its config, card and golden file; see `Shareable.save_pretrained`."""
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype={dtype!r}: use {' or '.join(map(repr, _DTYPES))}")
-    metadata = still_true(model)
     if metrics is not None:
         plain = {str(name): value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
-        metadata["metrics"] = typed("metrics", plain, dict[str, int | float])
-    if dataset is not None:
-        metadata["dataset"] = dataset
-    if license is not None:
-        metadata["license"] = license
+        metrics = typed("metrics", plain, dict[str, int | float])
+    said = {"metrics": metrics, "dataset": dataset, "license": license}
+    metadata = still_true(model) | {key: value for key, value in said.items() if value is not None}
     tensors, options = model.state_dict(), model.config.to_dict()
     return write_pretrained(folder, tensors, variant=model.variant, config=options, metadata=metadata, dtype=dtype)
 
@@ -110,16 +108,9 @@ def write_pretrained(
         model = build(variant, config).eval()
     model.load_state_dict(stored)  # the golden outputs belong to the values as stored
     model.metadata = dict(metadata)
-    return write_weights(
-        folder,
-        stored,
-        variant=variant.name,
-        config=config,
-        metadata=metadata,
-        card=model_card(variant, metadata),
-        golden=golden_outputs(model),
-        dtype=_DTYPES[dtype],
-    )
+    extras: dict[str, Any] = {"card": model_card(variant, metadata), "golden": golden_outputs(model)}
+    facts: dict[str, Any] = {"variant": variant.name, "config": config, "metadata": metadata}
+    return write_weights(folder, stored, dtype=_DTYPES[dtype], **facts, **extras)
 
 
 def push_to_hub(model: Model, repository: str, *, private: bool = False, **options: Any) -> Published:
@@ -181,11 +172,8 @@ def check_folder(folder: str | os.PathLike[str]) -> Model:
     Raises:
         WeightsError: not a folder of weights, no config.json, damaged, or outputs other than recorded.
     """
-    model = assemble(read_weights(folder), {})
-    golden = Path(folder) / GOLDEN_NAME
-    if golden.is_file():
-        check_golden(model, golden)
-    return model
+    stored = read_weights(folder)
+    return verified(stored)[0] if stored.path.with_name(GOLDEN_NAME).is_file() else assemble(stored, {})
 
 
 def _target(repository: str) -> HubSource:
@@ -200,10 +188,8 @@ def still_true(model: Model) -> dict[str, Any]:
 
     What was set in `model.metadata` after the weights were loaded stays in any case, and so do the classes.
     """
-    if model.loaded is None:
-        return dict(model.metadata)
-    digest, said = model.loaded
-    if state_digest(model.state_dict()) == digest:
+    digest, said = model.loaded or (None, {})
+    if digest in (None, state_digest(model.state_dict())):
         return dict(model.metadata)
     since = {key: value for key, value in model.metadata.items() if key == "classes" or value != said.get(key)}
     return inherited(said, model.variant.name) | since
@@ -238,14 +224,14 @@ def model_card(variant: Variant, metadata: Mapping[str, Any]) -> str:
         "Input: a list of (3, H, W) float tensors in 0..1, the lung window [-1350, 150] HU mapped to 0..1 and repeated "
         "over three channels.",
     ]
-    if metadata.get("classes"):
-        parts.append("Classes: " + ", ".join(f"{i} {name}" for i, name in enumerate(metadata["classes"])) + ".")
-    if metadata.get("operating_point"):
+    if classes := metadata.get("classes"):
+        parts.append("Classes: " + ", ".join(f"{i} {name}" for i, name in enumerate(classes)) + ".")
+    if point := metadata.get("operating_point"):
         words = {"score_threshold": "score above", "nms_threshold": "NMS at"}
-        point = ", ".join(f"{words[key]} {value}" for key, value in metadata["operating_point"].items())
-        parts.append(f"Operating point, to which a model with these weights is set: {point}.")
-    if metadata.get("temperature"):
-        parts.append(f"Probabilities: softmax of logits / {metadata['temperature']:.4g}, fitted on validation data.")
+        thresholds = ", ".join(f"{words[key]} {value}" for key, value in point.items())
+        parts.append(f"Operating point, to which a model with these weights is set: {thresholds}.")
+    if temperature := metadata.get("temperature"):
+        parts.append(f"Probabilities: softmax of logits / {temperature:.4g}, fitted on validation data.")
     origins = metadata.get("derived_from", ())
     if metadata.get("dataset") or origins:
         parts += ["## Data", str(metadata.get("dataset") or "Not stated."), *map(_said_of, origins)]
@@ -312,36 +298,36 @@ OF_THE_IMAGE = ("logits", "probabilities")
 def golden_outputs(model: Model) -> dict[str, Tensor]:
     """The content of a golden file for a model on the CPU in float32."""
     image = torch.from_numpy(example_slice().image[::2, ::2].copy())
-    found = {key: t[:RECORDED].contiguous() for key, t in _outputs(model, image, RECORDED).items()}
-    return {"digest": _digest(model), "image": image, **found}
+    return {"digest": _digest(model), "image": image} | _outputs(model, image, RECORDED)
 
 
-def check_golden(model: Model, path: Path) -> bool:
-    """Compare what the model, as configured when it was saved, makes of a golden file's input with what is recorded.
+def verified(stored: StoredWeights) -> tuple[Model, bool]:
+    """The model of stored weights, once what it makes of the input in their golden file is what is recorded there.
 
     Returns:
-        Whether the file also holds the digest of the weights, which then is right; older files do not.
+        The model as it was saved; and whether the golden file also holds the digest of the weights, which then is
+        right; older files do not.
 
     Raises:
         WeightsError: no such file, unreadable, or outputs that differ by more than the tolerances.
     """
+    model, path = assemble(stored, {}), stored.path.with_name(GOLDEN_NAME)
     if not path.is_file():
         raise WeightsError(f"{path}: no such file, so the weights cannot be verified: load them without verify=True")
     try:
         recorded = load_file(path)
-        with_digest = "digest" in recorded
-        problem = _problem(model, recorded)
+        if problem := _problem(model, recorded):
+            raise WeightsError(f"{path}: {problem}")
     except CTMaskNetError:
         raise
     except Exception as error:  # what a damaged file may hold cannot be foreseen
         raise WeightsError(f"{path}: not a readable golden file ({error}). Download or copy it again.") from None
-    if problem is not None:
-        raise WeightsError(f"{path}: {problem}")
-    return with_digest
+    return model, "digest" in recorded
 
 
-def _problem(model: Model, recorded: dict[str, Tensor]) -> str | None:
-    image, digest = recorded.pop("image", None), recorded.pop("digest", None)
+def _problem(model: Model, golden: Mapping[str, Tensor]) -> str | None:
+    recorded = {key: value for key, value in golden.items() if key not in ("image", "digest")}
+    image, digest = golden.get("image"), golden.get("digest")
     if image is None or image.dim() != 2 or image.dtype != torch.uint8 or image.numel() > _MOST_PIXELS:
         return "holds no (H, W) uint8 image: not a golden file of this library"
     found = _outputs(model, image, 2 * RECORDED)
@@ -351,8 +337,7 @@ def _problem(model: Model, recorded: dict[str, Tensor]) -> str | None:
         count = len(found[key]) if key in OF_THE_IMAGE else len(recorded["scores"])
         if value.dtype != found[key].dtype or value.shape != (count, *found[key].shape[1:]):
             return "the shapes in it contradict each other: not a golden file of this library"
-    difference = _difference(recorded, found)
-    if difference is not None:
+    if difference := _difference(recorded, found):
         return (
             f"the model does not reproduce its recorded outputs: {difference}. The weights or this installation are "
             "damaged: ctmasknet doctor, then download them again"
@@ -370,12 +355,13 @@ def _outputs(model: Model, image: Tensor, count: int) -> dict[str, Tensor]:
     inference = Inference(model)
     (reading,) = inference.read([(image.float() / 255).expand(3, -1, -1)])
     if isinstance(model, LesionMaskRCNN):
-        protocol = Protocol(0.0, _NMS_THRESHOLD, model.roi_heads.mask_score, count)
-        (found,) = inference.detect(reading, protocol)
-        areas = found.masks.flatten(1).sum(1).float()
-        return {key: getattr(found, key).clone() for key in ("boxes", "scores", "labels")} | {"areas": areas.clone()}
-    result = inference.classify(reading)
-    return {key: result[key][:count].clone() for key in ("logits", "probabilities", "boxes", "scores", "labels")}
+        (found,) = inference.detect(reading, Protocol(0.0, _NMS_THRESHOLD, model.roi_heads.mask_score, count))
+        result = vars(found) | {"areas": found.masks.flatten(1).sum(1).float()}
+        del result["masks"]
+    else:
+        result = inference.classify(reading)
+        del result["deltas"]
+    return {key: (value if key in OF_THE_IMAGE else value[:count]).clone() for key, value in result.items()}
 
 
 def _difference(recorded: dict[str, Tensor], found: dict[str, Tensor]) -> str | None:
