@@ -29,7 +29,7 @@ from ctmasknet.weights import hub as hub_module
 from ctmasknet.weights import manifest as manifest_module
 from ctmasknet.weights.files import read_weights, sha256_of
 from ctmasknet.weights.manifest import ManifestEntry, manifest
-from ctmasknet.weights.publish import Published, push_folder
+from ctmasknet.weights.publish import Published, packed, push_folder
 
 ROOT = Path(__file__).parents[1]
 SEGMENTER, CLASSIFIER = "maskrcnn_resnet18_t2", "ctmasknet_resnet18_t2"
@@ -284,6 +284,20 @@ def test_push_publishes_a_folder_and_nothing_else_in_it(author, hub, folder):
     assert "A line by hand." in files["README.md"].decode()
     assert (folder / "README.md").read_text() == card
     assert not (folder / "golden.safetensors").exists()
+
+
+def test_the_card_shows_the_picture_of_failures_that_travels_along(folder, tmp_path):
+    assert "failures.png`" in (folder / "README.md").read_text()
+    ready = tmp_path / "ready"
+    ready.mkdir()
+    for name, content in packed(folder, f"{OWNER}/x", b"png")[1].items():
+        (ready / name).write_bytes(content)
+    assert "](failures.png)" in (ready / "README.md").read_text()
+    assert packed(ready, f"{OWNER}/y")[1]["failures.png"] == b"png"
+    tool = runpy.run_path(str(ROOT / "tools" / "publish_hub.py"))
+    shown = next(entry.path.parent for entry in manifest() if entry.variant == DEFAULT_SEGMENTER)
+    pictures = [tool["failures_of"](at, read_weights(at).variant) for at in (shown, folder)]
+    assert pictures == [(ROOT / "docs" / "failures.png").read_bytes(), None]
 
 
 def test_what_cannot_be_published_is_refused_before_anything_is_sent(author, hub, folder):

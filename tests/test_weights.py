@@ -372,6 +372,8 @@ def test_a_card_claims_only_what_is_stated():
     assert "license: mit" in stated
     point = model_card(model.variant, {"operating_point": {"nms_threshold": 0.3}})  # either threshold may be missing
     assert "is set: NMS at 0.3." in point
+    assert "## Known failures" in model_card(get_variant("maskrcnn_resnet50"), {})
+    assert "## Known failures" not in bare  # they are of what segmenters mark
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint16, torch.bool])

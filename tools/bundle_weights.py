@@ -1,30 +1,37 @@
 """Put folders of weights into the package and list them in its manifest; the last named of a variant is its default.
 
 python tools/bundle_weights.py --tag provisional FOLDER [FOLDER ...]
+python tools/bundle_weights.py      write the cards of the weights in the package anew
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 from ctmasknet import CTMaskNetError
 from ctmasknet.errors import WeightsError
-from ctmasknet.weights.files import CARD_NAME, CONFIG_NAME, GOLDEN_NAME, WEIGHTS_NAME, sha256_of
-from ctmasknet.weights.publish import check_folder
+from ctmasknet.output import write_files
+from ctmasknet.registry import get_variant
+from ctmasknet.weights.files import CARD_NAME, CONFIG_NAME, GOLDEN_NAME, WEIGHTS_NAME, read_weights, sha256_of
+from ctmasknet.weights.publish import check_folder, model_card
 
 PACKAGE = Path(__file__).parents[1] / "ctmasknet" / "weights"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path, help="folders as save_pretrained and training write them")
-    parser.add_argument("--tag", required=True, help="which training the weights come from")
+    parser.add_argument("folders", nargs="*", type=Path, help="folders as save_pretrained and training write them")
+    parser.add_argument("--tag", help="which training the weights come from")
     options = parser.parse_args(arguments)
+    if options.folders and not options.tag:
+        parser.error("--tag says which training the weights come from")
+    for card in () if options.folders else PACKAGE.glob(f"bundled/*/{CARD_NAME}"):
+        stored = read_weights(card.parent)
+        card.write_text(model_card(get_variant(stored.variant or ""), stored.metadata))
     manifest = PACKAGE / "manifest.json"
     known: dict[str, Any] = json.loads(manifest.read_text()) if manifest.exists() else {}
     entries: list[dict[str, Any]] = known.get("weights", [])
@@ -40,15 +47,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def bundle(folder: Path, tag: str) -> dict[str, Any]:
-    """Copy a folder into the package; its manifest entry."""
+    """Copy a folder into the package, its card as `model_card` writes it now; its manifest entry."""
     model = check_folder(folder)
     missing = [key for key in ("classes", "metrics", "license") if not model.metadata.get(key)]
     if missing:
         raise WeightsError(f"{folder}: config.json must state {', '.join(missing)}")
     target = PACKAGE / "bundled" / model.variant.name
-    target.mkdir(parents=True, exist_ok=True)
-    for name in (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, GOLDEN_NAME):
-        shutil.copyfile(folder / name, target / name)
+    contents = {target / name: (folder / name).read_bytes() for name in (WEIGHTS_NAME, CONFIG_NAME, GOLDEN_NAME)}
+    write_files(contents | {target / CARD_NAME: model_card(model.variant, model.metadata).encode()})
     file = target / WEIGHTS_NAME
     return {
         "variant": model.variant.name,

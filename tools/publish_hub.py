@@ -10,8 +10,9 @@ of what is prepared, which no user is offered; publishing them later takes them 
 
 A repository is called OWNER/VARIANT-TAG. Folders below those named count if they hold model.safetensors and
 config.json; of a run's best/ and last/, best/ counts. Every folder is checked before the first is pushed. The published
-weights become the default of their variant, unless the same file is bundled: then its entry gains the repository. Needs
-HF_TOKEN or `hf auth login`, and metrics, classes and a licence in each config.json.
+weights become the default of their variant, unless the same file is bundled: then its entry gains the repository. The
+weights that docs/failures.png shows take it along, and their card shows it. Needs HF_TOKEN or `hf auth login`, and
+metrics, classes and a licence in each config.json.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from ctmasknet import CTMaskNetError
 from ctmasknet.errors import WeightsError
 from ctmasknet.models import Model
@@ -30,9 +33,10 @@ from ctmasknet.output import write_files
 from ctmasknet.weights.files import CONFIG_NAME, WEIGHTS_NAME, sha256_of
 from ctmasknet.weights.hub import hub_source
 from ctmasknet.weights.manifest import MANIFEST
-from ctmasknet.weights.publish import check_folder, packed, push_folder
+from ctmasknet.weights.publish import FAILURES_NAME, check_folder, packed, push_folder
 
 BUNDLED = MANIFEST.parent / "bundled"
+FAILURES = Path(__file__).parents[1] / "docs" / FAILURES_NAME
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -59,12 +63,14 @@ def main(arguments: list[str] | None = None) -> int:
             facts |= {key: model.metadata[key] for key in ("classes", "metrics", "license")}
             if options.out is not None:
                 target = options.out / repository.split("/")[1]
-                write_files({target / name: content for name, content in packed(folder, repository)[1].items()})
+                files = packed(folder, repository, failures_of(folder, model.variant.name))[1]
+                write_files({target / name: content for name, content in files.items()})
                 sha256, size = sha256_of(target / WEIGHTS_NAME), (target / WEIGHTS_NAME).stat().st_size
                 record(options.manifest, facts | {"sha256": sha256, "bytes": size}, "prepared")
                 print(f"ready to push: {target}")
                 continue
-            published = push_folder(folder, repository, private=options.private)
+            failures = failures_of(folder, model.variant.name)
+            published = push_folder(folder, repository, private=options.private, failures=failures)
             facts |= {"sha256": published.sha256, "bytes": published.bytes}
             place = {"repository": published.repository, "revision": published.revision}
             record(options.manifest, facts | place, "weights")
@@ -99,6 +105,13 @@ def collect(folders: list[Path], namespace: str, tag: str) -> dict[str, tuple[Pa
     if not found:
         raise WeightsError(f"{', '.join(map(str, folders))}: no folder with {WEIGHTS_NAME} and {CONFIG_NAME}")
     return found
+
+
+def failures_of(folder: Path, variant: str) -> bytes | None:
+    """The picture of failures, if it was made with a folder's weights: it names their SHA-256."""
+    with Image.open(FAILURES) as picture:
+        shown = picture.info.get(variant)
+    return FAILURES.read_bytes() if shown == sha256_of(folder / WEIGHTS_NAME) else None
 
 
 def record(manifest: Path, entry: dict[str, Any], where: str) -> None:

@@ -50,7 +50,8 @@ from ctmasknet.weights.files import (
 )
 from ctmasknet.weights.hub import HubSource, explained, hub_source
 
-_TRAVEL = (CARD_NAME, CONFIG_NAME, GOLDEN_NAME, WEIGHTS_NAME)
+FAILURES_NAME = "failures.png"
+_TRAVEL = (CARD_NAME, CONFIG_NAME, GOLDEN_NAME, WEIGHTS_NAME, FAILURES_NAME)
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
@@ -120,7 +121,9 @@ def push_to_hub(model: Model, repository: str, *, private: bool = False, **optio
         return push_folder(save_pretrained(model, folder, **options), repository, private=private)
 
 
-def push_folder(folder: str | os.PathLike[str], repository: str, *, private: bool = False) -> Published:
+def push_folder(
+    folder: str | os.PathLike[str], repository: str, *, private: bool = False, failures: bytes | None = None
+) -> Published:
     """Publish a folder of weights: model, config, card and golden file, in one commit; nothing else in it travels.
 
     The folder is checked first, as by `check_folder`. A missing card or golden file is made on the way.
@@ -128,13 +131,14 @@ def push_folder(folder: str | os.PathLike[str], repository: str, *, private: boo
     Args:
         repository: ``"owner/name"``, made if missing.
         private: make a new repository private.
+        failures: see `packed`.
 
     Raises:
         WeightsError: not weights of this library, damaged, no permission (HF_TOKEN), no network; the Hub holds other
             bytes than were sent.
     """
     target = _target(repository)
-    model, files = packed(folder, repository)
+    model, files = packed(folder, repository, failures)
     operations = [CommitOperationAdd(name, content) for name, content in files.items()]
     if constants.HF_HUB_OFFLINE:
         raise WeightsError(f"{repository}: HF_HUB_OFFLINE forbids publishing")
@@ -155,15 +159,24 @@ def push_folder(folder: str | os.PathLike[str], repository: str, *, private: boo
     return Published(model.variant.name, repository, commit.oid, sha256, lfs.size)
 
 
-def packed(folder: str | os.PathLike[str], repository: str) -> tuple[Model, dict[str, bytes]]:
-    """The model of a folder, checked as by `check_folder`, and by name the content of the four files that travel."""
+def packed(
+    folder: str | os.PathLike[str], repository: str, failures: bytes | None = None
+) -> tuple[Model, dict[str, bytes]]:
+    """The model of a folder, checked as by `check_folder`, and by name the content of the files that travel.
+
+    Args:
+        failures: a picture for the card's known failures, as PNG; None takes the folder's ``failures.png``, if any.
+    """
     model, folder = check_folder(folder), Path(folder)
     files = {file.name: file.read_bytes() for file in folder.iterdir() if file.name in _TRAVEL}
+    files |= {} if failures is None else {FAILURES_NAME: failures}
     card = files.get(CARD_NAME) or model_card(model.variant, model.metadata).encode()
-    made = {CARD_NAME: card.replace(FOLDER.encode(), repository.encode())}
+    for said, instead in ((FOLDER, repository), (_NO_PICTURES, _PICTURES if FAILURES_NAME in files else _NO_PICTURES)):
+        card = card.replace(said.encode(), instead.encode())
+    files[CARD_NAME] = card
     if GOLDEN_NAME not in files:
-        made[GOLDEN_NAME] = save(golden_outputs(model))
-    return model, files | made
+        files[GOLDEN_NAME] = save(golden_outputs(model))
+    return model, files
 
 
 def check_folder(folder: str | os.PathLike[str]) -> Model:
@@ -205,6 +218,19 @@ _USE = {
     "classification": "result = model([image])[0]  # logits, probabilities, RoI batch",
 }
 
+_FAILURES = """## Known failures
+
+Seen on phantoms and on the validation slices of the default weights; expect them of other segmenters, too.
+
+- Small lesions, a few millimetres wide, are missed.
+- Neighbours that nearly touch are often united in one box, and a large lesion split into several.
+- Motion: breathing or a heartbeat during the scan doubles vessels, which are marked although the slice is healthy.
+- Another window than the lung's: in a picture stored in the mediastinal window bone is marked, and lesions are not.
+- Exchanged grey levels, air white and bone black, give nonsense, and no error says so.
+
+Pictures: `docs/failures.png` in the repository of ctmasknet."""
+_NO_PICTURES, _PICTURES = _FAILURES.splitlines()[-1], f"![Slices on which these weights fail]({FAILURES_NAME})"
+
 
 def model_card(variant: Variant, metadata: Mapping[str, Any]) -> str:
     """Markdown with the YAML header the Hugging Face Hub reads; only what `metadata` states is claimed.
@@ -232,6 +258,8 @@ def model_card(variant: Variant, metadata: Mapping[str, Any]) -> str:
         parts.append(f"Operating point, to which a model with these weights is set: {thresholds}.")
     if temperature := metadata.get("temperature"):
         parts.append(f"Probabilities: softmax of logits / {temperature:.4g}, fitted on validation data.")
+    if variant.task == "segmentation":
+        parts.append(_FAILURES)
     origins = metadata.get("derived_from", ())
     if metadata.get("dataset") or origins:
         parts += ["## Data", str(metadata.get("dataset") or "Not stated."), *map(_said_of, origins)]
