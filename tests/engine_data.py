@@ -45,6 +45,7 @@ def segmenter_config(data: Path | list[Path], out: Path, **changes: Any) -> Trai
     """A short run of the smallest segmenter."""
     settings: dict[str, Any] = {"epochs": 2, "batch_size": 2, "validation_loss": False, "operating_point": False}
     settings |= {"min_area": 5, "tensorboard": False, "progress": False, "device": "cpu", "model_options": SMALL}
+    settings["weights_backbone"] = False
     return TrainConfig("maskrcnn_resnet18_t2", data, out, **(settings | changes))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from engine_data import SMALL, class_folder, classifier_config, lesion_folder, segmenter_config
 from phantom import write_lesions
 from safetensors import safe_open
@@ -327,13 +328,39 @@ def test_other_classes_keep_all_but_their_heads(segmented: TrainResult, lesions:
     assert all(torch.equal(donor[key], mine[key]) for key in mine if key not in new)
 
 
-def test_the_body_can_start_from_imagenet(monkeypatch: pytest.MonkeyPatch, lesions: Path, tmp_path: Path) -> None:
-    from ctmasknet import zoo
+def test_the_body_starts_from_a_file_and_the_card_says_so(lesions: Path, tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    body = torchvision.models.resnet18().state_dict()
+    torch.save(body, tmp_path / "resnet18.pth")
+    config = segmenter_config(lesions, tmp_path / "run", weights_backbone=tmp_path / "resnet18.pth", epochs=1, lr=0.0)
+    result = train(config)
+    stored = read_weights(str(result.best))
+    torch.testing.assert_close(stored.tensors["backbone.body.layer2.1.conv2.weight"], body["layer2.1.conv2.weight"])
+    assert stored.metadata["training"]["weights_backbone"] == "resnet18.pth"
 
-    loaded = []
-    monkeypatch.setattr(zoo, "load_backbone", lambda model, revision=None: loaded.append(model.variant.name))
-    initial_model(segmenter_config(lesions, tmp_path, weights_backbone=True), ("background", "lesion"))
-    assert loaded == [SEGMENTER]
+
+def test_the_recipes_start_from_imagenet_goes_on_without_a_network_and_says_how_it_is_left_out(
+    lesions: Path, tmp_path: Path, started: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise WeightsError("the Hub cannot be reached")
+
+    def initial(**changes: Any) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        config = segmenter_config(lesions, tmp_path, **changes)
+        return initial_model(config, ("background", "lesion")).state_dict()
+
+    monkeypatch.setattr("ctmasknet.weights.assemble.from_hub", unreachable)
+    assert TrainConfig(SEGMENTER, "data", "out").weights_backbone == "auto"
+    random = initial(weights_backbone=False)
+    initial(weights_backbone="auto", weights=started)
+    assert not caplog.text, "who starts from weights is not concerned"
+    tried = initial(weights_backbone="auto")
+    assert all(torch.equal(tried[key], random[key]) for key in random)
+    assert "could not be had (the Hub cannot be reached)" in caplog.text
+    assert "weights_backbone=False" in caplog.text
+    with pytest.raises(WeightsError, match="cannot be reached"):
+        initial(weights_backbone=True)
     with pytest.raises(ConfigError, match="not both"):
         segmenter_config(lesions, tmp_path, weights_backbone=True, weights="default")
 

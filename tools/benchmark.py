@@ -577,6 +577,7 @@ def engine(name: str, data: Path, out: Path, options: argparse.Namespace) -> flo
             data=str(data),
             out=str(out),
             epochs=1 + max(1, options.images // len(list((data / "imgs").iterdir()))),
+            weights_backbone=False,
             device=options.device,
             operating_point=False,
             tensorboard=False,

@@ -43,6 +43,7 @@ _PAPER: dict[str, Any] = {
     "clip_norm": 0.0,
     "ema": 0.0,
     "augment": False,
+    "weights_backbone": False,
 }
 _FAST: dict[str, Any] = {
     "optimizer": "adamw",
@@ -63,6 +64,7 @@ RECIPES: dict[Task, dict[str, dict[str, Any]]] = {
             "ema": 0.998,
             "batch_size": 4,
             "epochs": 24,
+            "weights_backbone": "auto",
             "model_options": PAPER_SAMPLING
             | {
                 "rpn_pre_nms_top_n_train": 1000,
@@ -75,7 +77,15 @@ RECIPES: dict[Task, dict[str, dict[str, Any]]] = {
     },
     "classification": {
         "paper": {**_PAPER, "batch_size": 8, "epochs": 50, "model_options": {}},
-        "fast": {**_FAST, "lr": 3e-4, "ema": 0.99, "batch_size": 8, "epochs": 20, "model_options": {}},
+        "fast": {
+            **_FAST,
+            "lr": 3e-4,
+            "ema": 0.99,
+            "batch_size": 8,
+            "epochs": 20,
+            "weights_backbone": False,  # without a trained detector there is nothing to classify by
+            "model_options": {},
+        },
     },
 }
 """Per task, the fields of `TrainConfig` that a recipe sets; `fast` is the default, `paper` the paper's."""
@@ -101,8 +111,9 @@ class TrainConfig:
             variant, folder, safetensors file, Hub repository or author's `.pth`. A classifier also takes its
             segmenter's: module S then starts anew.
         partial_weights: copy whatever has the same name and shape, from any variant, and log what starts anew.
-        weights_backbone: start the body from ImageNet weights: True for timm's (downloaded), or a file of them; not
-            together with `weights`.
+        weights_backbone: (recipe) where the body starts if there are no `weights`: True: from timm's ImageNet weights,
+            downloaded once; a file: from those in it; ``"auto"``: from timm's if they can be had, else from random
+            values, and the log says so; False: from random values.
         model_options: options of `ModelConfig`, added to those of the recipe.
         recipe: ``"fast"`` or ``"paper"``.
         optimizer: (recipe) ``"adamw"`` (no decay on biases and normalisation) or ``"adam"`` (decay on all, coupled).
@@ -157,7 +168,7 @@ class TrainConfig:
     min_area: int = 100
     weights: PathLike | None = None
     partial_weights: bool = False
-    weights_backbone: PathLike | bool = False
+    weights_backbone: PathLike | bool = _FROM_RECIPE
     model_options: dict[str, Any] = field(default_factory=dict)
     recipe: str = "fast"
     optimizer: Literal["adamw", "adam"] = _FROM_RECIPE
@@ -299,7 +310,7 @@ def _check_ranges(config: TrainConfig) -> None:
         raise ConfigError("data is empty: give a folder")
     if config.cache_rois and config.task != "classification":
         raise ConfigError(f"cache_rois is for classifiers; {config.model} is a segmenter")
-    if config.weights_backbone and config.weights is not None:
+    if config.weights_backbone not in (False, "auto") and config.weights is not None:
         raise ConfigError("give weights or weights_backbone, not both: weights include a body")
     if config.cache == "device" and config.workers:
         raise ConfigError('cache="device" needs workers=0: worker processes cannot share what is on a GPU')

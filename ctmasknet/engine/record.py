@@ -102,7 +102,8 @@ class Record:
                 for key, value in metrics.items()
                 if key not in ("score", "images") and not key.startswith("val_loss")
             },
-            "training": {key: getattr(config, key) for key in _ON_THE_CARD}
+            "training": model.metadata.get("training", {})
+            | {key: getattr(config, key) for key in _ON_THE_CARD}
             | self._facts
             | {
                 "epochs_done": state.history[-1]["epoch"],

@@ -35,6 +35,7 @@ from ctmasknet.errors import ConfigError, WeightsError, import_extra
 from ctmasknet.models import Model
 from ctmasknet.models.inference import CPURoIAlign, feature_scales
 from ctmasknet.registry import get_variant
+from ctmasknet.weights.assemble import load_backbone
 from ctmasknet.weights.files import CONFIG_NAME, inherited
 from ctmasknet.zoo import choose_device, create_model, open_model
 
@@ -204,7 +205,7 @@ def initial_model(config: TrainConfig, class_names: tuple[str, ...]) -> Model:
     classes = "num_classes" if config.task == "segmentation" else "image_classes"
     options = {**config.model_options, classes: len(class_names)}
     if config.weights is None:
-        return create_model(config.model, weights_backbone=config.weights_backbone, **options)
+        return _start_body(create_model(config.model, **options), config.weights_backbone)
     weights = str(config.model if config.weights == "default" else config.weights)
     if weights.endswith(".safetensors") and not Path(weights).with_name(CONFIG_NAME).exists():
         donor = create_model(config.model, weights=weights, **options)
@@ -241,6 +242,27 @@ def initial_model(config: TrainConfig, class_names: tuple[str, ...]) -> Model:
             config.weights,
             ", ".join(f"{name} ({count})" for name, count in sorted(groups.items())),
         )
+    return model
+
+
+def _start_body(model: Model, source: str | bool) -> Model:
+    """The model with its body from ImageNet, as the config's `weights_backbone` has it."""
+    if source is False:
+        return model
+    try:
+        place = load_backbone(model, None if source in (True, "auto") else source)
+    except WeightsError as error:
+        if source != "auto":
+            raise
+        log.warning(
+            "%s: the body starts from random values: ImageNet weights could not be had (%s). Give a file of them as "
+            "weights_backbone, or weights_backbone=False (--set weights_backbone=false) to start so on purpose",
+            model.variant.name,
+            error,
+        )
+    else:
+        # For the card. Folders of this machine are nobody's business.
+        model.metadata["training"] = {"weights_backbone": Path(place).name if Path(place).exists() else place}
     return model
 
 
