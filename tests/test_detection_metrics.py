@@ -179,13 +179,11 @@ def test_released_ap_breaks_ties_as_the_released_code() -> None:
 @pytest.mark.parametrize(
     ("part", "change", "message"),
     [
-        ("found", {"masks": np.zeros((2, 1, 32, 32), bool)}, "shape"),
-        ("found", {"masks": np.zeros((2, 32, 32), np.float32)}, "found: expected bool masks"),
-        ("found", {"masks": np.zeros((2, 16, 32), bool)}, "different image sizes"),
-        ("found", {"labels": np.array([1])}, "found: expected 2 integer labels"),
-        ("target", {"labels": np.array([0.5])}, "target: expected 1 integer labels"),
-        ("found", {"scores": np.array([0.1])}, "scores"),
-        ("found", {"scores": np.array([0.1, np.nan])}, "scores"),
+        ("found", {"masks": np.zeros((2, 1, 32, 32), bool)}, r"shape \(1, 32, 32\) and \(2, 1, 32, 32\)"),
+        ("found", {"masks": np.zeros((2, 16, 32), bool)}, "masks .* of one size"),
+        ("found", {"labels": np.array([1])}, "1 and 1 labels"),
+        ("target", {"labels": np.array([1, 1])}, "2 and 2 labels"),
+        ("found", {"scores": np.array([0.1])}, "1 scores"),
     ],
 )
 def test_ill_fitting_input_is_named(part: str, change: dict[str, np.ndarray], message: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -158,7 +159,7 @@ def test_segmenter_figures_are_those_of_the_collectors(lesions: Path) -> None:
     assert set(result.metrics["coco"]) >= {"box_ap", "mask_ap50"}
     assert result.images == 6
     assert json.dumps(result.to_dict(), allow_nan=False)
-    assert "lesion_sensitivity" in result.table().markdown()
+    assert "lesion_sensitivity" in str(result.table())
 
 
 def test_what_is_measured_is_what_predict_gives_whatever_the_batch(lesions: Path, tmp_path: Path) -> None:
@@ -215,7 +216,7 @@ def test_a_finished_evaluation_is_saved_beside_its_rows(slices: Path, lesions: P
     table = (tmp_path / "classes" / "evaluation.md").read_text()
     for group in ("slice", "patient"):
         for figure in ("auc covid", "brier", "ece"):
-            assert f"| {group} | {figure} |" in table
+            assert re.search(rf"\| {group} +\| {figure} +\|", table)
     written = evaluate(segmenter(), lesions, limit=2, samples=0).save(tmp_path / "lesions")
     assert sorted(written) == sorted((tmp_path / "lesions").iterdir())
     text = (tmp_path / "lesions" / "evaluation.md").read_text()
@@ -241,12 +242,6 @@ def test_limit_draws_the_same_slices_for_the_same_seed(lesions: Path) -> None:
     names = [[r["image_id"] for r in evaluate(segmenter(), lesions, limit=3, seed=s).rows] for s in (1, 1, 2)]
     assert names[0] == names[1] != names[2]
     assert len(names[0]) == 3
-
-
-def test_per_class_draws_equally_many(slices: Path) -> None:
-    with pytest.warns(UserWarning, match="9 slices per class asked for, 2 taken"):
-        result = evaluate(classifier(), slices, per_class=9, samples=0)
-    assert sorted(row["label"] for row in result.rows) == [0, 0, 1, 1, 2, 2]
 
 
 # --- resuming -------------------------------------------------------------------------------------------------
@@ -661,8 +656,8 @@ def test_a_class_without_slices_is_none_not_nan(slices: Path) -> None:
     for group in ("slice", "patient"):
         assert result.metrics[group]["sensitivity"]["pneumonia"] is None
         assert result.intervals[group]["sensitivity"]["pneumonia"] is None
-    assert "nan" not in result.table().markdown().lower()
-    assert "N/A" in result.table().markdown()
+    assert "nan" not in str(result.table()).lower()
+    assert "N/A" in str(result.table())
     json.dumps(result.to_dict(), allow_nan=False)
 
 
@@ -683,8 +678,6 @@ def test_asking_for_more_slices_than_there_are_warns_and_takes_all(lesions: Path
     ("options", "message"),
     [
         ({"limit": 0}, "limit=0"),
-        ({"per_class": 2}, "per_class is for classification"),
-        ({"limit": 2, "per_class": 2}, "not both"),
         ({"precision": "half"}, "precision='half'"),
         ({"device": "nowhere"}, "nowhere"),
         ({"score_threshold": 1.5}, "score_threshold=1.5"),

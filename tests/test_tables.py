@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ import pytest
 import torch
 from engine_data import class_folder, lesion_folder
 from paper.__main__ import ITEMS, main, make
+from paper.drawing import save_table
 from paper.request import Request
-from paper.roi_counts import RoICounts
+from paper.roi_counts import RoICounts, roi_counts
 from paper.table1 import table1
 from paper.table2 import table2
 from paper.table3 import table3
@@ -51,21 +51,23 @@ def counts(seed: int = 0, patients: int = 0) -> RoICounts:
 # --- the table itself ------------------------------------------------------------------------------------------
 
 
-def test_a_table_as_text_markdown_and_csv(tmp_path: Path) -> None:
+def test_a_table_as_markdown_with_aligned_columns_and_as_csv(tmp_path: Path) -> None:
     table = Table("T", (("name", "s"), ("value", ".2f")), (("a|b", 1.23456), ("c", None), ("d", "few")), ("Note.",))
-    assert table.markdown().splitlines()[2:7] == [
+    assert str(table).splitlines() == [
+        "**T**",
+        "",
         "| name | value |",
-        "| --- | ---: |",
-        "| a\\|b | 1.23 |",
-        "| c | N/A |",
-        "| d | few |",
+        "| ---  |  ---: |",
+        "| a\\|b |  1.23 |",
+        "| c    |   N/A |",
+        "| d    |   few |",
+        "",
+        "Note.",
     ]
-    assert list(csv.reader(StringIO(table.csv()))) == [["name", "value"], ["a|b", "1.23456"], ["c", ""], ["d", "few"]]
-    assert "a|b    1.23\nc       N/A" in str(table)
-    assert str(table).endswith("Note.")
-    markdown, values = table.save(tmp_path / "new", "t")
-    assert markdown.read_text() == table.markdown()
-    assert values.read_text() == table.csv()
+    text, values = save_table(table, tmp_path / "new", "t")
+    assert text.read_text() == f"{table}\n"
+    with values.open() as file:
+        assert list(csv.reader(file)) == [["name", "value"], ["a|b", "1.23456"], ["c", ""], ["d", "few"]]
 
 
 # --- Table 1 ---------------------------------------------------------------------------------------------------
@@ -113,7 +115,7 @@ def test_table1_quotes_the_paper_and_its_rivals() -> None:
     assert column(table, "values, M")[0] == pytest.approx(6.287730)
     assert column(table, "trainable, M")[0] == pytest.approx(0.596099)  # as the released code trains
     assert column(table, "model")[1:] == ["COVIDNet-CT (best) [GWW20]", "COVNet [LQX+20]", "ResNet18 [BGCB20]"]
-    assert "N/A" in table.markdown()
+    assert "N/A" in str(table)
 
 
 @pytest.mark.slow
@@ -238,7 +240,7 @@ def test_a_class_without_slices_is_na_in_tables_4_and_5() -> None:
     for table in (table4(without, model="m"), table5(without, model="m")):
         measured = [row for row in table.rows if row[1] == "measured" and "pneumonia" in row[2]]
         assert all(value is None for row in measured for value in row[5:])
-        assert "nan" not in table.markdown()
+        assert "nan" not in str(table)
 
 
 def test_counts_come_from_the_models_roi_batch(tmp_path: Path) -> None:
@@ -249,6 +251,22 @@ def test_counts_come_from_the_models_roi_batch(tmp_path: Path) -> None:
         with torch.inference_mode():
             scores = model([(sample.image.float() / 255).expand(3, -1, -1)])[0]["scores"]
         assert found.counts[index].tolist() == [int((scores > t).sum()) for t in (0.2, 0.5, 0.9)]
+
+
+def test_equally_many_slices_of_each_class_are_drawn_by_the_seed(tmp_path: Path) -> None:
+    data = class_folder(tmp_path / "data", patient=1, per_class=3)
+    (data / "0_p1_1_2.png").unlink()
+    model = create_model("ctmasknet_resnet18_t2", **QUICK)
+    model.save_pretrained(tmp_path / "weights")
+    drawn = []
+    for seed, limit in ((0, 1), (0, 1), (1, 1), (0, None)):
+        request = Request((str(tmp_path / "weights"),), (str(data),), seed, limit, rows=tmp_path / f"rows{len(drawn)}")
+        counts, _ = roi_counts(request, "Table 4")
+        rows = (tmp_path / f"rows{len(drawn)}").rglob("rows-0.jsonl")
+        names = sorted(json.loads(line)["image_id"] for path in rows for line in path.read_text().splitlines())
+        assert [int((counts.labels == label).sum()) for label in range(3)] == [limit or 2] * 3
+        drawn.append(names)
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_rows_without_roi_batches_are_refused() -> None:

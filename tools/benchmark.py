@@ -36,6 +36,7 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision
+from paper.drawing import save_table
 from phantom import phantom, write_lesions
 from PIL import Image
 from plain_torchvision import plain_model
@@ -423,7 +424,7 @@ def write_predict(report: dict[str, Any], where: dict[str, Any], options: argpar
         "import.",
     )
     table = Table("Prediction speed of the variants", columns, tuple(rows), notes)
-    paths = list(table.save(options.out / "tables", "benchmark-predict"))
+    paths = save_table(table, options.out / "tables", "benchmark-predict")
     return [*paths, _plot_predict(report, options.out / "figures" / "benchmark-predict.png")]
 
 
@@ -517,7 +518,7 @@ def write_scaling(name: str, rows: list[dict[str, Any]], where: dict[str, Any], 
         f"{where['torch']}. Not varied: batch 1, side 512, 1000 proposals. Peak memory above the import, each "
         "setting in a process of its own."
     )
-    paths = list(Table("How cost grows", columns, cells, (note,)).save(out / "tables", "benchmark-scaling"))
+    paths = save_table(Table("How cost grows", columns, cells, (note,)), out / "tables", "benchmark-scaling")
     for kind, label in LABELS.items():
         chosen = [row for row in rows if row["kind"] == kind]
         values = [row["value"] for row in chosen]

@@ -157,7 +157,6 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--data", nargs="+", required=True, metavar="DIR", help="labelled slices")
     flag("--names", metavar="LIST", help=_NAMES_HELP)
     flag("--min-area", type=int, default=100, metavar="PX", help=_AREA_HELP)
-    flag("--per-class", type=int, metavar="N", help="for classifiers, take N slices of each class")
     flag("--samples", type=int, default=1000, metavar="N", help="bootstrap resamples (default: 1000)")
     flag("--batch-size", type=int, metavar="N", help="slices per batch")
     flag("--workers", type=int, default=0, metavar="N", help="processes that read slices")

@@ -48,12 +48,7 @@ class RoIContributions:
 
 
 def roi_contributions(model: COVIDCTMaskNet, batch: RoIBatch) -> RoIContributions:
-    """Contribution of every RoI to the class logits.
-
-    Args:
-        model: the classifier, in either mode.
-        batch: what it looked at (`Prediction.roi_batch`).
-    """
+    """Contribution of every RoI of a `Prediction.roi_batch` to the class logits of the classifier, in either mode."""
     weight = next(model.parameters())
     entries = weight.new_zeros(model.variant.roi_batch or 0, 5)
     count = len(batch.scores)
@@ -78,19 +73,10 @@ def roi_contributions(model: COVIDCTMaskNet, batch: RoIBatch) -> RoIContribution
 def contribution_figure(
     image: npt.NDArray[np.float32], contributions: RoIContributions, class_names: Sequence[str], *, shown: int = 12
 ) -> Any:
-    """What each RoI of a slice contributes to each class logit (gradient x input of module S), drawn on the slice.
+    """The `shown` largest contributions to each class logit, drawn on the slice, (H, W) in 0..1 (matplotlib).
 
     One panel per class: solid orange boxes speak for it, dashed blue ones against it, thicker ones more; the bars
     below list the strongest.
-
-    Args:
-        image: (H, W) float32 in 0..1.
-        contributions: of the same slice.
-        class_names: of the K logits.
-        shown: the so many RoIs of largest contribution are drawn.
-
-    Returns:
-        A matplotlib figure.
 
     Raises:
         ConfigError: `class_names` does not fit.

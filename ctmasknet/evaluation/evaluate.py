@@ -38,15 +38,8 @@ from ctmasknet.evaluation.metrics import (
     nested,
     patient_intervals,
 )
-from ctmasknet.evaluation.rows import (
-    ClassifierSubject,
-    ImportedDetections,
-    ImportedProbabilities,
-    Predictions,
-    SegmenterSubject,
-    Subject,
-)
-from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN, Model
+from ctmasknet.evaluation.rows import Predictions, Subject, model_subject
+from ctmasknet.models import Model
 from ctmasknet.models.inference import Precision
 from ctmasknet.output import Content, Log, PathLike, csv_text, json_bytes, read_logs, require_writable, write_files
 from ctmasknet.registry import VARIANTS, Task, class_title
@@ -110,7 +103,7 @@ class Evaluation:
         cells = ([json.dumps(v) if isinstance(v := row.get(key), list) else v for key in columns] for row in flat)
         contents: dict[Path, Content] = {
             Path(out) / EVALUATION: json_bytes(self.to_dict(), indent=2),
-            Path(out) / "evaluation.md": self.table().markdown().encode(),
+            Path(out) / "evaluation.md": f"{self.table()}\n".encode(),
             Path(out) / "slices.csv": csv_text([columns, *cells]).encode(),
         }
         if self.task == "classification":
@@ -119,10 +112,7 @@ class Evaluation:
         return write_files(contents)
 
     def reliability_figure(self) -> Any:
-        """How often a class is true where the model gives it a probability; a panel for slices, one for patients.
-
-        Returns:
-            A matplotlib figure.
+        """How often a class is true where the model gives it a probability, by slices and by patients (matplotlib).
 
         Raises:
             ConfigError: not of a classifier.
@@ -133,17 +123,15 @@ class Evaluation:
             raise ConfigError("a reliability curve is of a classifier")
         matplotlib = import_extra("matplotlib.figure", "plots", "drawing a reliability curve")
         figure = matplotlib.Figure(figsize=(4 * len(groups), 4), layout="constrained")
-        for axis, (group, figures) in zip(
-            figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True
-        ):
+        panels = figure.subplots(1, len(groups), squeeze=False)[0]
+        for axis, (group, figures) in zip(panels, groups.items(), strict=True):
             axis.plot([0, 1], [0, 1], color="#8A8A8A", linewidth=1, linestyle=":")
             for (name, bins), (colour, line) in zip(figures["reliability"].items(), cycle(_CURVES)):
                 points = [[found[key] for found in bins] for key in ("probability", "observed")]
                 axis.plot(*points, line, color=colour, label=class_title(name), markersize=5)
             axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="mean probability given", ylabel="fraction true")
-            axis.set_title(
-                f"{figures['n']} {group}s: Brier score {figures['brier']:.3f}, ECE {figures['ece']:.3f}", fontsize=9
-            )
+            calibration = f"Brier score {figures['brier']:.3f}, ECE {figures['ece']:.3f}"
+            axis.set_title(f"{figures['n']} {group}s: {calibration}", fontsize=9)
         figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
         return figure
 
@@ -207,7 +195,6 @@ def evaluate(
     min_area: int = 100,
     names: Names | None = None,
     limit: int | None = None,
-    per_class: int | None = None,
     seed: int = 0,
     score_threshold: float | None = None,
     nms_threshold: float | None = None,
@@ -232,8 +219,7 @@ def evaluate(
         min_area: lesions of so many pixels or fewer join the background.
         names: restricts to these names: a text file that lists them, or the names.
         limit: at most so many slices, drawn at random by `seed`; a warning says if there are fewer.
-        per_class: classification: equally many slices of each class, at most so many, drawn by `seed`.
-        seed: of the draws and the bootstrap.
+        seed: of this draw and the bootstrap.
         score_threshold, nms_threshold: segmenters: the operating point, each by itself; None takes the weights' own.
             Of predictions, those scored above `score_threshold` (None: 0.5); their NMS is their own.
         samples: bootstrap resamples, 0 for no intervals.
@@ -252,30 +238,21 @@ def evaluate(
         MissingExtraError: an extra is missing; the text names it.
     """
     began = time.monotonic()
-    for name, count in (("limit", limit), ("per_class", per_class)):
-        if count is not None and count < 1:
-            raise ConfigError(f"{name}={count}: must be at least 1")
-    if limit is not None and per_class is not None:
-        raise ConfigError("give limit or per_class, not both")
-    for name, value in (("score_threshold", score_threshold), ("nms_threshold", nms_threshold)):
-        if value is not None and not 0 <= value <= 1:
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit={limit}: must be at least 1")
+    given = {"score_threshold": score_threshold, "nms_threshold": nms_threshold}
+    point = {name: value for name, value in given.items() if value is not None}
+    for name, value in point.items():
+        if not 0 <= value <= 1:
             raise ConfigError(f"{name}={value}: must lie in 0..1")
     if out is not None:
         require_writable(Path(out) / EVALUATION)
     where = choose_device(process_device() if device is None else device)
-    subject, source = _opened(model, data, classes, min_area, names, (score_threshold, nms_threshold), precision, where)
-    if subject.task == "classification" and (score_threshold, nms_threshold) != (None, None):
-        raise ConfigError("score_threshold and nms_threshold are for segmentation, not for classification")
-    chosen = _draw(source, limit, per_class, seed)
-    settings = {
-        **subject.facts,
-        "task": subject.task,
-        "classes": classes,
-        "min_area": min_area,
-        "limit": limit,
-        "per_class": per_class,
-        "seed": seed,
-    }
+    rules = {"min_area": min_area, "names": names}
+    subject, source = _opened(model, data, classes, rules, point, precision, where)
+    chosen = _draw(source, limit, seed)
+    settings = subject.facts | {"task": subject.task, "classes": classes, "min_area": min_area}
+    settings |= {"limit": limit, "seed": seed}
     if subject.task == "segmentation":
         settings["dice"] = DICE
     loading = {"batch_size": batch_size or (1 if where.type == "cpu" else 8), "num_workers": workers}
@@ -283,20 +260,19 @@ def evaluate(
     rows = [row | {"patient": source.patients[index]} for row, index in zip(rows, chosen, strict=True)]
     patients = [row["patient"] for row in rows]
     known = None not in patients
-    # Per group its figures, and the patient of each of the rows they are of.
+    by_patient, mixed = _by_patient(rows) if known and subject.task == "classification" else ([], 0)
+    # Per group what makes its figures, and the patient of each of the rows they are of.
     groups: dict[str, tuple[Metrics, list[str | None]]] = {}
-    mixed = 0
     if subject.task == "segmentation":
         for group in ("paper", "operating_point"):
             groups[group] = SegmentationMetrics([row[group] for row in rows]), patients
         groups["coco"] = CocoMetrics([row["coco"] for row in rows]), patients
     else:
         groups["slice"] = ClassificationMetrics(subject.class_names, rows), patients
-        by_patient, mixed = _by_patient(rows) if known else ([], 0)
         if by_patient:
             one_each = [row["patient"] for row in by_patient]
             groups["patient"] = ClassificationMetrics(subject.class_names, by_patient), one_each
-    metrics: dict[str, Figures] = {group: own.compute() for group, (own, _) in groups.items()}
+    metrics = {group: own.compute() for group, (own, _) in groups.items()}
     if mixed:
         metrics.setdefault("patient", {})["mixed_patients"] = mixed
     evaluation = Evaluation(
@@ -323,7 +299,7 @@ def evaluate(
 
 def title_of(given: str | os.PathLike[str] | Model, opened: Model) -> str:
     """What to call a model that was asked for as `given`."""
-    if isinstance(given, LesionMaskRCNN | COVIDCTMaskNet) or str(given) in VARIANTS:
+    if isinstance(given, Model) or str(given) in VARIANTS:
         return opened.variant.name
     return f"{opened.variant.name} ({Path(given).name})"
 
@@ -332,57 +308,50 @@ def _opened(
     model: str | os.PathLike[str] | Model,
     data: PathLike | Sequence[PathLike] | SliceDataset[Any],
     classes: LesionClasses | None,
-    min_area: int,
-    names: Names | None,
-    thresholds: tuple[float | None, float | None],
+    rules: dict[str, Any],
+    point: dict[str, float],
     precision: Precision,
     device: torch.device,
 ) -> tuple[Subject, SliceDataset[Any]]:
-    """What is to be measured, and the slices; arguments as of `evaluate`."""
-
-    def slices(task: Task, classes: LesionClasses) -> SliceDataset[Any]:
-        source: SliceDataset[Any]
-        if isinstance(data, SliceDataset):
-            source = data
-        else:
-            source = open_dataset(task, data, classes=classes, min_area=min_area, names=names)
-        if source.task != task:
-            raise ConfigError(f"the data are for {source.task}, the model or the predictions for {task}")
-        if not len(source):
-            raise DataError(f"{', '.join(_shown(data))}: no slices to evaluate on")
-        (name, count), *_ = Counter(source.names).most_common(1)
-        if count > 1:
-            raise DataError(f"{name}: {count} slices of this name; every slice needs its own")
-        return source
-
-    score, nms = thresholds
-    if not isinstance(model, LesionMaskRCNN | COVIDCTMaskNet) and str(model).lower().endswith(".json"):
+    """What is to be measured, and the slices; `rules` of `open_dataset`, `point` as of `model_subject`."""
+    if not isinstance(model, Model) and str(model).lower().endswith(".json"):
         predictions = Predictions.read(Path(model))
-        source = slices(predictions.task, classes or "merge")
-        if predictions.task == "classification":
-            return ImportedProbabilities(predictions, source), source
-        if nms is not None:
+        if "nms_threshold" in point and predictions.task == "segmentation":
             raise ConfigError("nms_threshold is for models: predictions keep the NMS they were made with")
-        return ImportedDetections(predictions, source, 0.5 if score is None else score), source
-    opened = open_model(model, device=device)
-    name = title_of(model, opened)
-    subject: Subject
-    if isinstance(opened, LesionMaskRCNN):
-        subject = SegmenterSubject(opened, name, score, nms, precision)
+        source = _slices(data, predictions.task, classes or "merge", rules)
+        subject = predictions.subject(source, point.get("score_threshold", 0.5))
     else:
-        subject = ClassifierSubject(opened, name, precision)
-    source = slices(subject.task, classes or classes_of(subject.class_names))
-    # Weights that do not name their classes are what the caller says they are.
-    said = classes is not None or subject.class_names[0] == "class 0"
-    if "classes" not in opened.metadata and said and len(subject.class_names) == len(source.class_names):
-        subject.class_names = source.class_names
-    if not same_names(source.class_names, subject.class_names):
-        fix = "give classes='merge', 'both' or 'ggo', or data" if subject.task == "segmentation" else "give data"
-        raise DataError(
-            f"{', '.join(_shown(data))}: classes {', '.join(source.class_names)}, but {subject.name} tells "
-            f"{', '.join(subject.class_names)} apart; {fix} of the model's classes, by name and in their order"
-        )
+        opened = open_model(model, device=device)
+        subject = model_subject(opened, title_of(model, opened), precision, point)
+        source = _slices(data, subject.task, classes or classes_of(subject.class_names), rules)
+        # Weights that do not name their classes are what the caller says they are.
+        said = classes is not None or subject.class_names[0] == "class 0"
+        if "classes" not in opened.metadata and said and len(subject.class_names) == len(source.class_names):
+            subject.class_names = source.class_names
+        if not same_names(source.class_names, subject.class_names):
+            fix = "give classes='merge', 'both' or 'ggo', or data" if subject.task == "segmentation" else "give data"
+            raise DataError(
+                f"{', '.join(_shown(data))}: classes {', '.join(source.class_names)}, but {subject.name} tells "
+                f"{', '.join(subject.class_names)} apart; {fix} of the model's classes, by name and in their order"
+            )
+    if subject.task == "classification" and point:
+        raise ConfigError("score_threshold and nms_threshold are for segmentation, not for classification")
     return subject, source
+
+
+def _slices(
+    data: PathLike | Sequence[PathLike] | SliceDataset[Any], task: Task, classes: LesionClasses, rules: dict[str, Any]
+) -> SliceDataset[Any]:
+    """The slices to evaluate on, each of a name of its own."""
+    source = data if isinstance(data, SliceDataset) else open_dataset(task, data, classes=classes, **rules)
+    if source.task != task:
+        raise ConfigError(f"the data are for {source.task}, the model or the predictions for {task}")
+    if not len(source):
+        raise DataError(f"{', '.join(_shown(data))}: no slices to evaluate on")
+    (name, count), *_ = Counter(source.names).most_common(1)
+    if count > 1:
+        raise DataError(f"{name}: {count} slices of this name; every slice needs its own")
+    return source
 
 
 def _shown(data: PathLike | Sequence[PathLike] | SliceDataset[Any]) -> tuple[str, ...]:
@@ -392,23 +361,13 @@ def _shown(data: PathLike | Sequence[PathLike] | SliceDataset[Any]) -> tuple[str
     return tuple(str(path) for path in ([data] if isinstance(data, str | os.PathLike) else data))
 
 
-def _draw(source: SliceDataset[Any], limit: int | None, per_class: int | None, seed: int) -> list[int]:
+def _draw(source: SliceDataset[Any], limit: int | None, seed: int) -> list[int]:
     """Indices of the slices to evaluate, in the order of the data."""
-    generator = np.random.default_rng(seed)
-    if per_class is not None:
-        if source.task != "classification":
-            raise ConfigError("per_class is for classification; use limit")
-        labels = np.array([source.labels_of(index)[0] for index in range(len(source))])
-        members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-        count = min([per_class, *map(len, members)])
-        if count < per_class:
-            warnings.warn(f"{per_class} slices per class asked for, {count} taken: there are no more", stacklevel=3)
-        return sorted(np.concatenate([generator.choice(own, count, replace=False) for own in members]).tolist())
     if limit is not None and limit > len(source):
         warnings.warn(f"{limit} slices asked for, but there are {len(source)}: all are taken", stacklevel=3)
     if limit is None or limit >= len(source):
         return list(range(len(source)))
-    return sorted(generator.choice(len(source), limit, replace=False).tolist())
+    return sorted(np.random.default_rng(seed).choice(len(source), limit, replace=False).tolist())
 
 
 def _measure(
@@ -522,35 +481,15 @@ class Table:
         specs = [spec for _, spec in self.columns]
         return [[text(value, spec) for value, spec in zip(row, specs, strict=True)] for row in self.rows]
 
-    def markdown(self) -> str:
-        """GitHub's table syntax under the title, notes below."""
-        lines = [f"**{self.title}**", "", "| " + " | ".join(name for name, _ in self.columns) + " |"]
-        lines.append("| " + " | ".join("---" if spec == "s" else "---:" for _, spec in self.columns) + " |")
-        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in self.cells()]
-        for note in self.notes:
-            lines += ["", note]
-        return "\n".join(lines) + "\n"
-
-    def csv(self) -> str:
-        """Unrounded values; empty where there is none."""
-        return csv_text([[name for name, _ in self.columns], *self.rows])
-
-    def save(self, folder: PathLike, name: str) -> list[Path]:
-        """Write ``name.md`` and ``name.csv`` into `folder`, which is made if missing; their paths.
-
-        Raises:
-            OutputError: they cannot be written.
-        """
-        contents = {"md": self.markdown(), "csv": self.csv()}
-        return write_files({Path(folder) / f"{name}.{kind}": text.encode() for kind, text in contents.items()})
-
     def __str__(self) -> str:
-        lines = [[name for name, _ in self.columns], *self.cells()]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        lines.insert(1, ["-" * width for width in widths])
+        """GitHub's table syntax, its columns aligned, under the title; notes below."""
+        rows = [[name for name, _ in self.columns], *self.cells()]
+        rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
         pads = [str.ljust if spec == "s" else str.rjust for _, spec in self.columns]
-        text = [self.title, ""]
-        for line in lines:
-            cells = (pad(cell, width) for pad, cell, width in zip(pads, line, widths, strict=True))
-            text.append("  ".join(cells).rstrip())
-        return "\n".join([*text, *([""] if self.notes else []), *self.notes])
+        rows.insert(1, ["---" if pad is str.ljust else "---:" for pad in pads])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = []
+        for row in rows:
+            cells = (pad(cell, width) for pad, cell, width in zip(pads, row, widths, strict=True))
+            lines.append(f"| {' | '.join(cells)} |")
+        return "\n\n".join([f"**{self.title}**", "\n".join(lines), *self.notes])

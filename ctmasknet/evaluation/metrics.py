@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -193,26 +193,26 @@ def segmentation_rows(target: Instances, found: Instances, score_thresholds: Seq
     Raises:
         DataError: shapes or types that do not fit together.
     """
-    gt, pred, scores, iou = _compare(target, found)
-    matched = (iou > 0.5) & (pred.labels[:, None] == gt.labels[None, :])
+    gt_masks, gt_labels, masks, labels, scores, iou = _compare(target, found)
+    matched = (iou > 0.5) & (labels[:, None] == gt_labels[None, :])
     # level: how many of the thresholds a prediction passes, compared in float32 as the models do.
     level = np.searchsorted(np.array(score_thresholds, np.float32), scores.astype(np.float32)).astype(np.uint8)
-    true = gt.masks.any(axis=0)
+    true = gt_masks.any(axis=0)
     # highest: per pixel, the level of the best mask on it.
     highest = np.zeros(true.shape, np.uint8)
     for index in np.argsort(level):
-        np.copyto(highest, level[index], where=pred.masks[index])
+        np.copyto(highest, level[index], where=masks[index])
     rows = []
     for step in range(len(score_thresholds)):
         chosen = level > step
-        ap = released_average_precision(iou[chosen], gt.labels, pred.labels[chosen], scores[chosen])
+        ap = released_average_precision(iou[chosen], gt_labels, labels[chosen], scores[chosen])
         rows.append(
             {
                 "ap": ap.tolist(),
                 "intersection": int(np.count_nonzero(highest[true] > step)),
                 "pred_pixels": int(np.count_nonzero(highest > step)),
                 "gt_pixels": int(np.count_nonzero(true)),
-                "lesions": len(gt.masks),
+                "lesions": len(gt_masks),
                 "lesions_found": int(matched[chosen].any(axis=0).sum()),
                 "predictions": int(chosen.sum()),
                 "false_positives": int((~matched[chosen].any(axis=1)).sum()),
@@ -268,15 +268,15 @@ def coco_row(target: Instances, found: Instances) -> Row:
     Raises:
         DataError: shapes or types that do not fit together.
     """
-    gt, pred, scores, iou = _compare(target, found)
+    _, gt_labels, _, labels, scores, iou = _compare(target, found)
     boxes = (torch.as_tensor(given["boxes"]).double().cpu() for given in (found, target))
     overlap = {"box": box_iou(*boxes).nan_to_num().numpy(), "mask": iou}
     if overlap["box"].shape != iou.shape:
         raise DataError(f"boxes: one per mask is needed, but they are {overlap['box'].shape} to masks {iou.shape}")
     counts = scores.astype(np.float32) > np.float32(COCO_SCORE)
     classes = {}
-    for label in np.union1d(pred.labels[counts], gt.labels).tolist():
-        mine, lesions = np.flatnonzero(counts & (pred.labels == label)), np.flatnonzero(gt.labels == label)
+    for label in np.union1d(labels[counts], gt_labels).astype(int).tolist():
+        mine, lesions = np.flatnonzero(counts & (labels == label)), np.flatnonzero(gt_labels == label)
         mine = mine[np.argsort(-scores[mine], kind="stable")][:_COCO_DETECTIONS]
         classes[str(label)] = {
             "lesions": len(lesions),
@@ -492,29 +492,21 @@ def _auc(weights: np.ndarray, positive: np.ndarray, edges: np.ndarray) -> float:
     return float((above * (before + below / 2)).sum() / pairs) if pairs else math.nan
 
 
-class _Instances(NamedTuple):
-    masks: np.ndarray
-    labels: np.ndarray
+def _compare(target: Instances, found: Instances) -> tuple[np.ndarray, ...]:
+    """Masks and labels of G lesions and of P predictions, scores (P,) float64, mask IoU (P, G).
 
-
-def _compare(target: Instances, found: Instances) -> tuple[_Instances, _Instances, np.ndarray, np.ndarray]:
-    """Lesions, predictions, their scores (P,) float64, and the (P, G) mask IoU."""
-    gt, pred = _instances(target, "target"), _instances(found, "found")
-    if gt.masks.shape[1:] != pred.masks.shape[1:]:
-        raise DataError(f"masks of different image sizes: {gt.masks.shape[1:]} and {pred.masks.shape[1:]}")
-    scores = _numpy(found["scores"]).astype(np.float64)
-    if scores.shape != pred.labels.shape or not np.isfinite(scores).all():
-        raise DataError(f"scores: expected {len(pred.labels)} finite numbers, one per mask, got shape {scores.shape}")
-    return gt, pred, scores, mask_iou(pred.masks, gt.masks)
-
-
-def _instances(given: Instances, name: str) -> _Instances:
-    masks, labels = _numpy(given["masks"]), _numpy(given["labels"])
-    if masks.ndim != 3 or (len(masks) and masks.dtype.kind not in "bui"):
-        raise DataError(f"{name}: expected bool masks of shape (N, H, W), got {masks.dtype} of {masks.shape}")
-    if labels.shape != masks.shape[:1] or (len(labels) and labels.dtype.kind not in "ui"):
-        raise DataError(f"{name}: expected {len(masks)} integer labels, got {labels.dtype} of shape {labels.shape}")
-    return _Instances(masks != 0, labels.astype(np.int64))
+    Raises:
+        DataError: shapes that do not fit together.
+    """
+    gt_masks, gt_labels = _numpy(target["masks"]) != 0, _numpy(target["labels"])
+    masks, labels, scores = _numpy(found["masks"]) != 0, _numpy(found["labels"]), _numpy(found["scores"])
+    fit = masks.ndim == 3 and gt_masks.shape == (len(gt_labels), *masks.shape[1:])
+    if not fit or not len(masks) == len(labels) == len(scores):
+        raise DataError(
+            f"masks (N, H, W) of one size with a label each, and scores of those found, are needed, got masks of shape "
+            f"{gt_masks.shape} and {masks.shape}, {len(gt_labels)} and {len(labels)} labels, {len(scores)} scores"
+        )
+    return gt_masks, gt_labels, masks, labels, scores.astype(np.float64), mask_iou(masks, gt_masks)
 
 
 def _numpy(value: Array) -> np.ndarray:

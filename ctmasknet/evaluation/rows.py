@@ -1,6 +1,6 @@
 """What one slice gives: rows of plain values, a few kB instead of the masks, ready for a line of JSON.
 
-Of a segmenter, a classifier, or predictions somebody else made: a COCO results file, evaluated like a model.
+Of a model, or of predictions somebody else made: a COCO results file, evaluated like a model.
 
 Detections there: ``[{"image_id", "category_id", "score", "segmentation", "bbox"}, …]``, as COCO's servers take them;
 `bbox` (x, y, width, height) may be missing and is then that of the mask. Classes:
@@ -16,10 +16,10 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ from ctmasknet.evaluation.metrics import (
     coco_row,
     segmentation_rows,
 )
-from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN, Model
+from ctmasknet.models import LesionMaskRCNN, Model
 from ctmasknet.models.inference import PAPER, Inference, Precision, Reading
 from ctmasknet.models.inference import Protocol as Detection
 from ctmasknet.registry import Task
@@ -51,84 +51,61 @@ Found = dict[str, Tensor]
 """Detections of an image on the CPU: boxes (N, 4), masks (N, H, W) bool, labels (N,), scores (N,)."""
 
 
+@dataclass
 class Subject:
     """What `evaluate` measures: a model, or predictions somebody else made.
 
     Attributes:
         task, name, class_names: what it is.
         facts: settings that its rows depend on, plain values.
+        rows: one row per sample.
         training_minutes: from the record of its training, None if unknown.
     """
 
     task: Task
+    name: str
+    class_names: tuple[str, ...]
+    facts: dict[str, Any]
+    rows: Callable[[Sequence[Any]], list[Row]]
     training_minutes: float | None = None
 
-    def __init__(self, name: str, class_names: tuple[str, ...], facts: dict[str, Any]) -> None:
-        self.name, self.class_names, self.facts = name, class_names, facts
 
-    def rows(self, samples: Sequence[Any]) -> list[Row]:
-        """One row per sample."""
-        raise NotImplementedError
+# --- models ---------------------------------------------------------------------------------------------------
 
 
-class _ModelSubject(Subject):
-    def __init__(self, model: Model, name: str, precision: Precision) -> None:
-        digest = state_digest(model.state_dict())[:16]
-        facts = {"weights": digest, "config": model.config.to_dict(), "precision": precision}
-        super().__init__(name, class_names(model), facts)
-        self.training_minutes = model.metadata.get("training", {}).get("minutes")
-        self._inference = Inference(model, precision)
+def model_subject(model: Model, name: str, precision: Precision, point: dict[str, float]) -> Subject:
+    """A segmenter, read at the paper's settings, at its operating point, and for COCO, in one pass; or a classifier.
 
-
-class SegmenterSubject(_ModelSubject):
-    """A segmenter, read at the paper's settings, at its operating point, and for COCO, in one pass.
-
-    The operating point is the model's own, but for a threshold that is given.
+    Args:
+        point: score and NMS threshold that replace those of a segmenter's own operating point.
     """
-
-    task = "segmentation"
-
-    def __init__(
-        self,
-        model: LesionMaskRCNN,
-        name: str,
-        score_threshold: float | None = None,
-        nms_threshold: float | None = None,
-        precision: Precision = "float32",
-    ) -> None:
-        super().__init__(model, name, precision)
-        point = Detection.of(model)
-        if score_threshold is not None:
-            point = replace(point, score_threshold=score_threshold)
-        if nms_threshold is not None:
-            point = replace(point, nms_threshold=nms_threshold)
+    inference = Inference(model, precision)
+    facts = {"weights": state_digest(model.state_dict())[:16], "config": model.config.to_dict(), "precision": precision}
+    protocols: dict[str, Detection] = {}
+    if isinstance(model, LesionMaskRCNN):
+        own = replace(Detection.of(model), **point)
         # COCO AP counts every score; its NMS is that of the operating point.
-        coco = replace(point, score_threshold=COCO_SCORE)
-        self._protocols = {"paper": PAPER, "operating_point": point, "coco": coco}
-        self.facts["protocols"] = {name: asdict(protocol) for name, protocol in self._protocols.items()}
+        protocols = {"paper": PAPER, "operating_point": own, "coco": replace(own, score_threshold=COCO_SCORE)}
+        facts["protocols"] = {key: asdict(protocol) for key, protocol in protocols.items()}
+    else:
+        facts["roi_thresholds"] = list(ROI_THRESHOLDS)
 
-    def rows(self, samples: Sequence[SegmentationSample]) -> list[Row]:
-        found = found_on(self._inference, samples, *self._protocols.values())
+    def segmented(samples: Sequence[SegmentationSample]) -> list[Row]:
+        found = found_on(inference, samples, *protocols.values())
         return [_segmentation_row(sample, *by_protocol) for sample, by_protocol in zip(samples, found, strict=True)]
 
-
-class ClassifierSubject(_ModelSubject):
-    """A classifier: class probabilities, and how many RoIs of its batch lie above each of `ROI_THRESHOLDS`."""
-
-    task = "classification"
-
-    def __init__(self, model: COVIDCTMaskNet, name: str, precision: Precision = "float32") -> None:
-        super().__init__(model, name, precision)
-        self.facts["roi_thresholds"] = list(ROI_THRESHOLDS)
-
-    def rows(self, samples: Sequence[ClassificationSample]) -> list[Row]:
+    def classified(samples: Sequence[ClassificationSample]) -> list[Row]:
         rows = []
-        for sample, reading in zip(samples, _readings(self._inference, samples), strict=True):
-            result = self._inference.classify(reading)
+        for sample, reading in zip(samples, _readings(inference, samples), strict=True):
+            result = inference.classify(reading)
             scores = result["scores"].cpu().numpy()
             row = classification_row(sample, result["probabilities"].cpu().double().tolist())
             rows.append(row | {"rois_above": [int(np.count_nonzero(scores > np.float32(t))) for t in ROI_THRESHOLDS]})
         return rows
+
+    task = model.variant.task
+    minutes = model.metadata.get("training", {}).get("minutes")
+    return Subject(task, name, class_names(model), facts, segmented if protocols else classified, minutes)
 
 
 @torch.no_grad()
@@ -146,14 +123,14 @@ def search_rows(inference: Inference, samples: Sequence[SegmentationSample]) -> 
 
     Every candidate has the figures of a run at it.
     """
-    own = Detection.of(cast(LesionMaskRCNN, inference.model))
-    protocols = [replace(own, score_threshold=SCORE_THRESHOLDS[0], nms_threshold=nms) for nms in NMS_THRESHOLDS]
+    own = replace(Detection.of(inference.model), score_threshold=SCORE_THRESHOLDS[0])
+    found = found_on(inference, samples, *(replace(own, nms_threshold=nms) for nms in NMS_THRESHOLDS))
     return [
         {
-            "points": [segmentation_rows(sample.target, found, SCORE_THRESHOLDS) for found in result],
-            "coco": [coco_row(sample.target, found) for found in result],
+            "points": [segmentation_rows(sample.target, one, SCORE_THRESHOLDS) for one in by_nms],
+            "coco": [coco_row(sample.target, one) for one in by_nms],
         }
-        for sample, result in zip(samples, found_on(inference, samples, *protocols), strict=True)
+        for sample, by_nms in zip(samples, found, strict=True)
     ]
 
 
@@ -183,6 +160,8 @@ def _readings(inference: Inference, samples: Sequence[Any]) -> list[Reading]:
     return inference.read([(sample.image.to(device).float() / 255).expand(3, -1, -1) for sample in samples])
 
 
+# --- other people's predictions -------------------------------------------------------------------------------
+
 _FIELDS = {
     "image_id": int | str,
     "category_id": int | str,
@@ -197,7 +176,7 @@ class Predictions(NamedTuple):
 
     Attributes:
         path: the file.
-        entries: a dict per prediction.
+        entries: a dict per prediction; ``where`` says which it is, for errors.
         content: the object around them, with ``images`` and ``categories``; empty if there is none.
     """
 
@@ -221,10 +200,11 @@ class Predictions(NamedTuple):
                 f"{path}: not COCO results: a list of objects with image_id, category_id, score, segmentation"
             )
         for number, entry in enumerate(entries):
+            entry["where"] = f"{path}: prediction {number}"
             try:
                 entry |= {key: typed(key, entry[key], kind) for key, kind in _FIELDS.items() if key in entry}
             except ConfigError as error:
-                raise DataError(f"{path}: prediction {number}: {error}") from None
+                raise DataError(f"{entry['where']}: {error}") from None
         return cls(path, entries, outer)
 
     @property
@@ -232,12 +212,54 @@ class Predictions(NamedTuple):
         """Those with `probabilities` are for classification."""
         return "classification" if any("probabilities" in entry for entry in self.entries) else "segmentation"
 
-    def by_slice(self, data: SliceDataset[Any]) -> dict[str, list[tuple[str, Row]]]:
-        """Name of a slice of the data -> its predictions, each with what to call it in an error.
+    def subject(self, data: SliceDataset[Any], score_threshold: float) -> Subject:
+        """What they say of the slices of `data`.
+
+        Of detections, the paper's protocol counts those scored above 0.75, the operating point those above
+        `score_threshold`; masks and NMS are theirs.
 
         Raises:
-            DataError: of an image that the data lack, or that could be one of several.
+            DataError: a prediction of an image that the data lack, or one that is no detection.
         """
+        of_slice = self._by_slice(data)
+        facts: dict[str, Any] = {"predictions": sha256_of(self.path)[:16]}
+        count = len(data.class_names)
+
+        def classified(samples: Sequence[ClassificationSample]) -> list[Row]:
+            return [
+                classification_row(sample, self._probabilities(of_slice.get(sample.name, []), sample.name, count))
+                for sample in samples
+            ]
+
+        if self.task == "classification":
+            return Subject(self.task, self.path.stem, data.class_names, facts, classified)
+        labels = self._labels(data)
+        for entry in self.entries:
+            _require_detection(entry, labels)
+
+        def segmented(samples: Sequence[SegmentationSample]) -> list[Row]:
+            rows = []
+            for sample in samples:
+                found = _detections(of_slice.get(sample.name, []), labels, sample)
+                thresholds = (PAPER.score_threshold, score_threshold, COCO_SCORE)
+                above = [{k: v[found["scores"] > threshold] for k, v in found.items()} for threshold in thresholds]
+                rows.append(_segmentation_row(sample, *above))
+            return rows
+
+        facts["protocols"] = {"operating_point": {"score_threshold": score_threshold}}
+        return Subject(self.task, self.path.stem, data.class_names, facts, segmented)
+
+    def _probabilities(self, own: list[Row], name: str, count: int) -> list[float]:
+        """Those of a slice, from its only prediction."""
+        if len(own) != 1:
+            raise DataError(f"{self.path}: {len(own)} predictions for image {name}; every slice needs one")
+        found = own[0].get("probabilities", [])
+        if len(found) != count or min(found) < 0 or abs(sum(found) - 1) > 1e-2:
+            raise DataError(f"{own[0]['where']}: probabilities {found}: {count} numbers that add up to 1 are needed")
+        return list(found)
+
+    def _by_slice(self, data: SliceDataset[Any]) -> dict[str, list[Row]]:
+        """Name of a slice of the data -> its predictions."""
         named: dict[str, set[str]] = defaultdict(set)
         records = getattr(data, "records", [None] * len(data.names))
         for name, record in zip(data.names, records, strict=True):
@@ -245,19 +267,19 @@ class Predictions(NamedTuple):
                 for key in (str(path), path.name, path.stem):
                     named[key].add(name)
         numbers = {image["id"]: image["file_name"] for image in self._listed("images", "file_name", data) or ()}
-        found: dict[str, list[tuple[str, Row]]] = defaultdict(list)
-        for number, entry in enumerate(self.entries):
-            where = f"{self.path}: prediction {number}: image_id {entry['image_id']!r}"
+        found: dict[str, list[Row]] = defaultdict(list)
+        for entry in self.entries:
+            where = f"{entry['where']}: image_id {entry['image_id']!r}"
             path = Path(str(numbers.get(entry["image_id"], entry["image_id"])))
             names = next((named[key] for key in (str(path), path.name, path.stem) if key in named), set())
             if not names:
                 raise DataError(f"{where} is no slice of the data; give the slices' names or leave it out")
             if len(names) > 1:
                 raise DataError(f"{where} could be {' or '.join(sorted(names)[:3])}; give the path")
-            found[min(names)].append((f"{self.path}: prediction {number}", entry))
+            found[min(names)].append(entry)
         return found
 
-    def labels(self, data: SliceDataset[Any]) -> dict[Any, int]:
+    def _labels(self, data: SliceDataset[Any]) -> dict[Any, int]:
         """category_id -> label: by the names of the file's categories, else of the data's COCO file, else unchanged."""
         categories = self._listed("categories", "name", data)
         if categories is None:
@@ -291,79 +313,39 @@ class Predictions(NamedTuple):
         return listed
 
 
-class ImportedDetections(Subject):
-    """Lesions that another model found.
-
-    The paper's protocol counts those scored above 0.75, the operating point those above `score_threshold`; masks and
-    NMS are theirs.
-    """
-
-    task = "segmentation"
-
-    def __init__(self, predictions: Predictions, data: SliceDataset[Any], score_threshold: float) -> None:
-        point = {"operating_point": {"score_threshold": score_threshold}}
-        facts = {"predictions": sha256_of(predictions.path)[:16], "protocols": point}
-        super().__init__(predictions.path.stem, data.class_names, facts)
-        self._thresholds = (PAPER.score_threshold, score_threshold, COCO_SCORE)
-        self._of_slice, self._labels = predictions.by_slice(data), predictions.labels(data)
-        for where, entry in (named for own in self._of_slice.values() for named in own):
-            category, score = entry.get("category_id"), entry.get("score", math.nan)
-            if category not in self._labels:
-                known = sorted(self._labels)
-                raise DataError(f"{where}: category_id {category!r} is none of {known}; mend or leave it out")
-            if not 0 <= score <= 1:
-                raise DataError(f"{where}: score {score!r} is no number in 0..1")
-            if "segmentation" not in entry:
-                raise DataError(f"{where}: no segmentation; masks are needed (COCO's segm results)")
-            if len(entry.get("bbox", range(4))) != 4:
-                raise DataError(f"{where}: bbox {entry['bbox']!r} is not [x, y, width, height]")
-
-    def rows(self, samples: Sequence[SegmentationSample]) -> list[Row]:
-        rows = []
-        for sample in samples:
-            found = self._detections(sample)
-            above = [{k: v[found["scores"] > threshold] for k, v in found.items()} for threshold in self._thresholds]
-            rows.append(_segmentation_row(sample, *above))
-        return rows
-
-    def _detections(self, sample: SegmentationSample) -> Found:
-        height, width = sample.image.shape[-2:]
-        own = self._of_slice.get(sample.name, [])
-        masks = torch.zeros(len(own), height, width, dtype=torch.bool)
-        boxes = torch.zeros(len(own), 4)
-        for index, (where, entry) in enumerate(own):
-            masks[index] = torch.from_numpy(decode_segmentation(entry["segmentation"], (height, width), where) != 0)
-            if "bbox" in entry:
-                x, y, box_width, box_height = entry["bbox"]
-                boxes[index] = torch.tensor([x, y, x + box_width, y + box_height])
-            elif masks[index].any():
-                boxes[index] = half_open_boxes(masks[index : index + 1])[0]
-        labels = torch.tensor([self._labels[entry["category_id"]] for _, entry in own], dtype=torch.int64)
-        scores = torch.tensor([entry["score"] for _, entry in own], dtype=torch.float32)
-        return {"boxes": boxes, "masks": masks, "labels": labels, "scores": scores}
+def _require_detection(entry: Row, labels: dict[Any, int]) -> None:
+    category, score = entry.get("category_id"), entry.get("score", math.nan)
+    problem = None
+    if category not in labels:
+        problem = f"category_id {category!r} is none of {sorted(labels)}; mend or leave it out"
+    elif not 0 <= score <= 1:
+        problem = f"score {score!r} is no number in 0..1"
+    elif "segmentation" not in entry:
+        problem = "no segmentation; masks are needed (COCO's segm results)"
+    elif len(entry.get("bbox", range(4))) != 4:
+        problem = f"bbox {entry['bbox']!r} is not [x, y, width, height]"
+    if problem is not None:
+        raise DataError(f"{entry['where']}: {problem}")
 
 
-class ImportedProbabilities(Subject):
-    """Class probabilities that another model gave."""
-
-    task = "classification"
-
-    def __init__(self, predictions: Predictions, data: SliceDataset[Any]) -> None:
-        super().__init__(predictions.path.stem, data.class_names, {"predictions": sha256_of(predictions.path)[:16]})
-        self._path, self._of_slice = predictions.path, predictions.by_slice(data)
-
-    def rows(self, samples: Sequence[ClassificationSample]) -> list[Row]:
-        rows = []
-        for sample in samples:
-            own = self._of_slice.get(sample.name, [])
-            if len(own) != 1:
-                raise DataError(f"{self._path}: {len(own)} predictions for image {sample.name}; every slice needs one")
-            ((where, entry),) = own
-            probabilities, count = entry.get("probabilities", []), len(self.class_names)
-            if len(probabilities) != count or min(probabilities) < 0 or abs(sum(probabilities) - 1) > 1e-2:
-                raise DataError(f"{where}: probabilities {probabilities}: {count} numbers that add up to 1 are needed")
-            rows.append(classification_row(sample, probabilities))
-        return rows
+def _detections(own: list[Row], labels: dict[Any, int], sample: SegmentationSample) -> Found:
+    height, width = sample.image.shape[-2:]
+    masks = torch.zeros(len(own), height, width, dtype=torch.bool)
+    boxes = torch.zeros(len(own), 4)
+    for index, entry in enumerate(own):
+        mask = decode_segmentation(entry["segmentation"], (height, width), entry["where"])
+        masks[index] = torch.from_numpy(mask != 0)
+        if "bbox" in entry:
+            x, y, box_width, box_height = entry["bbox"]
+            boxes[index] = torch.tensor([x, y, x + box_width, y + box_height])
+        elif masks[index].any():
+            boxes[index] = half_open_boxes(masks[index : index + 1])[0]
+    return {
+        "boxes": boxes,
+        "masks": masks,
+        "labels": torch.tensor([labels[entry["category_id"]] for entry in own], dtype=torch.int64),
+        "scores": torch.tensor([entry["score"] for entry in own], dtype=torch.float32),
+    }
 
 
 def _json(path: Path) -> Any:

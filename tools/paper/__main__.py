@@ -22,7 +22,7 @@ from ctmasknet.errors import ConfigError, CTMaskNetError, MissingExtraError
 from ctmasknet.evaluation.evaluate import Table
 from ctmasknet.output import PathLike, require_writable
 from paper import contributions, figure1, figure2, figure3, figure4, table1, table2, table3, table4, table5
-from paper.drawing import save_figure, table_figure
+from paper.drawing import save_figure, save_table, table_figure
 from paper.request import Request
 
 ITEMS = {
@@ -52,7 +52,7 @@ def make(item: str, request: Request, out: PathLike, *, name: str | None = None)
     if item not in ITEMS:
         raise ConfigError(f"{item!r} is not in the paper: use one of {', '.join(ITEMS)}")
     made = ITEMS[item](request)
-    paths = list(made.table.save(out, name or item))
+    paths = save_table(made.table, out, name or item)
     if made.figure is not None:
         return made.table, paths + save_figure(made.figure, out, name or item)
     try:

@@ -14,7 +14,8 @@ from typing import Any, BinaryIO
 
 from ctmasknet.errors import import_extra
 from ctmasknet.evaluation import contributions
-from ctmasknet.output import write_files
+from ctmasknet.evaluation.evaluate import Table
+from ctmasknet.output import csv_text, write_files
 
 ORANGE, SKY, GREEN, BLUE, VERMILLION = contributions.FOR, contributions.AGAINST, "#009E73", "#0072B2", "#D55E00"
 INK, FAINT = contributions.INK, "#8A8A8A"
@@ -49,7 +50,18 @@ def save_figure(
         return write_files({Path(folder) / f"{name}.{suffix}": writer(suffix) for suffix in formats})
 
 
-def table_figure(table: Any) -> Any:
+def save_table(table: Table, folder: str | Path, name: str) -> list[Path]:
+    """Write ``name.md``, and ``name.csv`` with unrounded values (empty where there is none).
+
+    Raises:
+        OutputError: they cannot be written.
+    """
+    values = csv_text([[column for column, _ in table.columns], *table.rows])
+    contents = {"md": f"{table}\n", "csv": values}
+    return write_files({Path(folder) / f"{name}.{kind}": text.encode() for kind, text in contents.items()})
+
+
+def table_figure(table: Table) -> Any:
     """A `Table` as a picture.
 
     Raises:

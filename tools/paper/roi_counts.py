@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ctmasknet.data.datasets import open_dataset
 from ctmasknet.errors import ConfigError, DataError, import_extra
 from ctmasknet.evaluation.evaluate import evaluate
 from ctmasknet.evaluation.metrics import patient_intervals
@@ -110,11 +111,16 @@ class RoICounts:
 
 def roi_counts(request: Request, item: str) -> tuple[RoICounts, str]:
     """Of equally many slices of each class, and what to call the model."""
-    data = needed(request, item)
+    data = open_dataset("classification", needed(request, item))
+    labels = np.array([data.labels_of(index)[0] for index in range(len(data))])
+    members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    count = min([request.limit or PAPER_SAMPLE, *map(len, members)])
+    generator = np.random.default_rng(request.seed)
+    drawn = np.sort(np.concatenate([generator.choice(own, count, replace=False) for own in members]))
+    names = [data.names[index] for index in drawn]
     (weights,) = only_one(request.weights or (DEFAULT_CLASSIFIER,), item)
     rows = None if request.rows is None else Path(request.rows) / f"{file_name(weights)}-per-class"
-    per_class = request.limit or PAPER_SAMPLE
-    found = evaluate(weights, data, per_class=per_class, seed=request.seed, samples=0, out=rows, device=request.device)
+    found = evaluate(weights, request.data, names=names, samples=0, out=rows, device=request.device)
     variant = VARIANTS.get(found.model)
     return RoICounts.of(found.rows, found.class_names), found.model if variant is None else variant.title
 
