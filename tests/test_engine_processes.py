@@ -19,7 +19,7 @@ from engine_data import class_folder, classifier_config, lesion_folder, segmente
 from ctmasknet import from_pretrained
 from ctmasknet.data.datasets import open_dataset
 from ctmasknet.engine import TrainConfig, train
-from ctmasknet.engine.validation import validate_segmenter
+from ctmasknet.engine.validation import SegmenterValidation
 from ctmasknet.weights.files import read_weights
 
 pytest.importorskip("accelerate")
@@ -55,7 +55,7 @@ def write(config: TrainConfig, path: Path) -> Path:
 
 def losses(run: str | Path) -> list[dict[str, str]]:
     with (Path(run) / "metrics.csv").open() as file:
-        timing = ("images_per_s", "minutes", "peak_gb")
+        timing = ("images_per_s", "minutes")
         return [{k: v for k, v in row.items() if k not in timing} for row in csv.DictReader(file)]
 
 
@@ -112,12 +112,7 @@ def test_two_processes_have_equal_weights_after_every_step_and_count_every_slice
     row = losses(tmp_path / "run")[-1]
     model = from_pretrained(tmp_path / "run" / "last")
     slices = open_dataset("segmentation", val, min_area=5)
-    alone = validate_segmenter(
-        model,  # type: ignore[arg-type]
-        iter(slices),  # type: ignore[arg-type]
-        score_threshold=config.score_threshold,
-        nms_threshold=config.nms_threshold,
-    )
+    alone = SegmenterValidation(config, slices.class_names, slices, rank=0, world=1).metrics(model)  # type: ignore[arg-type]
     assert float(row["images"]) == len(slices) == 5
     for key, value in alone.items():
         assert float(row[key]) == pytest.approx(value, abs=1e-9), key

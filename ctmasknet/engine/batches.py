@@ -48,7 +48,7 @@ class Batch(NamedTuple):
             {key: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for key, v in target.items()}
             for target in self.targets
         ]
-        return Batch([model_input(image, device) for image in self.images], targets, self.names)
+        return self._replace(images=[model_input(image, device) for image in self.images], targets=targets)
 
 
 def model_input(image: Tensor, device: torch.device) -> Tensor:
@@ -78,11 +78,10 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         self.per_step = config.batch_size * config.accumulate * world
         self.steps = -(-size // self.per_step)
         self.epoch = self.start = 0
-        self._batches = self.steps * config.accumulate
 
     def __len__(self) -> int:
         """Batches per epoch and process."""
-        return self._batches
+        return self.steps * self.per_step // (self.batch_size * self.world)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         generator = np.random.default_rng(np.random.SeedSequence([self.seed, self.epoch]))
@@ -105,7 +104,11 @@ def balanced(data: SliceDataset[Any]) -> np.ndarray:
     return weights / weights.sum()
 
 
-class TrainingSlices(Dataset[tuple[Tensor, dict[str, Any], str]]):
+TrainingSample = tuple[Tensor, dict[str, Any], str]
+"""Image or RoIs, the model's target, name."""
+
+
+class TrainingSlices(Dataset[TrainingSample]):
     """Augmented slices of a data set, indexed by (epoch, index)."""
 
     def __init__(self, source: SliceDataset[Any] | list[Any], settings: Augmentation, seed: int) -> None:
@@ -114,15 +117,15 @@ class TrainingSlices(Dataset[tuple[Tensor, dict[str, Any], str]]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, dict[str, Any], str]:
+    def __getitem__(self, key: tuple[int, int]) -> TrainingSample:
         epoch, index = key
         image, target, name = as_target(self.source[index])
         image, target = augment(image, target, sample_generator(self.seed, epoch, index), self.settings)
         return image, target, name
 
 
-def as_target(sample: AnySample) -> tuple[Tensor, dict[str, Any], str]:
-    """A data set's sample as (image, the model's target, name)."""
+def as_target(sample: AnySample) -> TrainingSample:
+    """A data set's sample as training takes it."""
     if isinstance(sample, ClassificationSample):
         return sample.image, {"image_label": sample.label}, sample.name
     return sample.image, sample.target, sample.name
@@ -139,22 +142,21 @@ def on_device(source: SliceDataset[Any], device: torch.device) -> list[AnySample
     return kept
 
 
-def collate(samples: list[tuple[Tensor, dict[str, Any], str]]) -> Batch:
-    """Sizes differ between slices, so a batch stays a list."""
-    images, targets, names = zip(*samples, strict=True)
-    return Batch(list(images), list(targets), list(names))
-
-
 def make_loader(dataset: Dataset[Any], batches: EpochBatches, *, workers: int, device: torch.device) -> DataLoader[Any]:
     """A loader that asks `batches` for its keys; workers stay alive between epochs."""
     return DataLoader(
         dataset,
         batch_sampler=batches,
-        collate_fn=collate,
+        collate_fn=_batch,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda" and workers > 0,
     )
+
+
+def _batch(samples: list[TrainingSample]) -> Batch:
+    """Sizes differ between slices, so nothing is stacked."""
+    return Batch(*map(list, zip(*samples, strict=True)))
 
 
 def seed_step(seed: int, epoch: int, batch: int, rank: int) -> None:
@@ -166,8 +168,7 @@ def seed_step(seed: int, epoch: int, batch: int, rank: int) -> None:
 class ModuleSOnRoIs(nn.Module):
     """Module S of a classifier with the classifier's calling convention, fed (N, 5) RoIs in place of images.
 
-    An RoI is [score, dx, dy, dw, dh]; rows are ranked, N is at most the variant's `roi_batch`. Its state dict is the
-    part of the classifier's that it trains.
+    An RoI is [score, dx, dy, dw, dh]; rows are ranked. Its state dict is the part of the classifier's that it trains.
     """
 
     def __init__(self, classifier: COVIDCTMaskNet) -> None:
@@ -189,7 +190,7 @@ class ModuleSOnRoIs(nn.Module):
         return fill_batch(regions, self.slots, replicate=self.replicate, random=self.training)[0]
 
 
-class RoIViews(Dataset[tuple[Tensor, dict[str, Any], str]]):
+class RoIViews(Dataset[TrainingSample]):
     """The RoIs of slices, indexed by (epoch, index); the epoch chooses among an index's views.
 
     Args:
@@ -216,7 +217,7 @@ class RoIViews(Dataset[tuple[Tensor, dict[str, Any], str]]):
     def __len__(self) -> int:
         return len(self._found)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, dict[str, Any], str]:
+    def __getitem__(self, key: tuple[int, int]) -> TrainingSample:
         epoch, index = key
         found, label, name = self._found[index]
         state = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 KEPT = 2
-_FORMAT = "3"
+_FORMAT = "4"
 _NAME = re.compile(r"step-(\d+)\.safetensors")
 
 
@@ -40,6 +40,7 @@ class State:
         loss_sums, loss_steps: losses of this epoch so far.
         best_epoch, best_score, best_metrics, validations_since_best: of the validations.
         operating_point: of `best`.
+        body: file or repository of the ImageNet weights that the body started from, None for others.
         done: nothing is left to train: all epochs, or stopped early.
         finished: `best` has its final metadata.
         history: one row per epoch; epoch 0 are the start weights.
@@ -57,6 +58,7 @@ class State:
     best_score: float | None = None
     best_metrics: dict[str, float] = field(default_factory=dict)
     operating_point: dict[str, float] = field(default_factory=dict)
+    body: str | None = None
     validations_since_best: int = 0
     done: bool = False
     finished: bool = False
@@ -64,11 +66,7 @@ class State:
 
 
 def write_checkpoint(run: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
-    """Write `run`/checkpoints/step-N.safetensors and remove all but the newest `KEPT`.
-
-    Args:
-        tensors: everything that has to be restored, on any device.
-        facts: plain values.
+    """Write `run`/checkpoints/step-N.safetensors, tensors and plain values, and remove all but the newest `KEPT`.
 
     Raises:
         CTMaskNetError: it cannot be written; the checkpoints before it are intact.

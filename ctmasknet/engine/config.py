@@ -6,16 +6,17 @@ import dataclasses
 import difflib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 import torch
+import yaml
 
 from ctmasknet.data.augment import Augmentation
 from ctmasknet.data.layouts import LesionClasses
-from ctmasknet.errors import ConfigError, import_extra, typed
+from ctmasknet.errors import ConfigError, typed
 from ctmasknet.models.config import model_config
 from ctmasknet.registry import Task, get_variant
 
@@ -51,6 +52,7 @@ _FAST: dict[str, Any] = {
     "schedule": "cosine",
     "clip_norm": 5.0,
     "augment": True,
+    "weights_backbone": False,
 }
 RECIPES: dict[Task, dict[str, dict[str, Any]]] = {
     "segmentation": {
@@ -77,21 +79,12 @@ RECIPES: dict[Task, dict[str, dict[str, Any]]] = {
     },
     "classification": {
         "paper": {**_PAPER, "batch_size": 8, "epochs": 50, "model_options": {}},
-        "fast": {
-            **_FAST,
-            "lr": 3e-4,
-            "ema": 0.99,
-            "batch_size": 8,
-            "epochs": 20,
-            "weights_backbone": False,  # without a trained detector there is nothing to classify by
-            "model_options": {},
-        },
+        "fast": {**_FAST, "lr": 3e-4, "ema": 0.99, "batch_size": 8, "epochs": 20, "model_options": {}},
     },
 }
 """Per task, the fields of `TrainConfig` that a recipe sets; `fast` is the default, `paper` the paper's."""
 
 PathLike = str | Path
-
 _FROM_RECIPE: Any = None
 
 
@@ -243,11 +236,7 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, source: str = "config") -> TrainConfig:
-        """A config from plain values.
-
-        Args:
-            values: field name -> value.
-            source: where they come from, for the error messages.
+        """A config from plain values; errors begin with `source`, where they come from.
 
         Raises:
             ConfigError: unknown, missing or ill-typed fields, impossible values; the text names the field.
@@ -272,17 +261,12 @@ class TrainConfig:
 
         Raises:
             ConfigError: unreadable, not a mapping, or as `from_dict`.
-            MissingExtraError: YAML without PyYAML (extra ``train``).
         """
         path = Path(path)
-        parse: Callable[[str], Any] = json.loads
-        broken: type[Exception] = ValueError
-        if path.suffix.lower() != ".json":
-            yaml = import_extra("yaml", "train", "reading YAML configs")
-            parse, broken = yaml.safe_load, yaml.YAMLError
+        parse = json.loads if path.suffix.lower() == ".json" else yaml.safe_load
         try:
             values = parse(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, broken) as error:
+        except (OSError, ValueError, yaml.YAMLError) as error:
             raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: needs lines of the form field: value")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import platform
-import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -78,12 +76,8 @@ class Record:
     def __init__(self, config: TrainConfig, setup: Setup, batches: EpochBatches) -> None:
         self.config, self.setup, self.batches = config, setup, batches
         self.out = Path(config.out)
-        self.device = next(setup.trained.parameters()).device
-        self._facts = {
-            "slices": len(setup.names),
-            "processes": batches.world,
-            "device": device_name(self.device),
-        }
+        device = device_name(next(setup.trained.parameters()).device)
+        self._facts = {"slices": len(setup.names), "processes": batches.world, "device": device}
         self.versions = {
             "ctmasknet": __version__,
             "python": platform.python_version(),
@@ -94,26 +88,22 @@ class Record:
     def write_weights(self, name: str, tensors: dict[str, Tensor], metrics: dict[str, float], state: State) -> Path:
         """A folder of weights with its card, ``best`` or ``last``; with a golden file once the run is finished."""
         config, model, folder = self.config, self.setup.model, self.out / name
-        # What the start weights demand of whatever comes from them (see `initial_model`); the config's word goes first.
-        metadata: dict[str, Any] = model.metadata | {
-            # "score" ranks the epochs of one run, and a loss depends on the recipe: neither belongs on a card.
-            "metrics": {
-                key: round(value, 4)
-                for key, value in metrics.items()
-                if key not in ("score", "images") and not key.startswith("val_loss")
-            },
-            "training": model.metadata.get("training", {})
-            | {key: getattr(config, key) for key in _ON_THE_CARD}
-            | self._facts
-            | {
-                "epochs_done": state.history[-1]["epoch"],
-                "minutes": round(state.seconds / 60, 1),
-                **{package: self.versions[package] for package in ("ctmasknet", "torch", "torchvision")},
-            },
-        }
+        training = {key: getattr(config, key) for key in _ON_THE_CARD} | self._facts
+        training |= {"epochs_done": state.history[-1]["epoch"], "minutes": round(state.seconds / 60, 1)}
+        training |= {package: self.versions[package] for package in ("ctmasknet", "torch", "torchvision")}
         if config.weights is not None and Path(config.weights).exists():
             # Folders of this machine are nobody's business.
-            metadata["training"]["weights"] = Path(config.weights).name
+            training["weights"] = Path(config.weights).name
+        if state.body is not None:
+            training["weights_backbone"] = state.body
+        # "score" ranks the epochs of one run, and a loss depends on the recipe: neither belongs on a card.
+        measured = {
+            key: round(value, 4)
+            for key, value in metrics.items()
+            if key not in ("score", "images") and not key.startswith("val_loss")
+        }
+        # What the start weights demand of whatever comes from them (see `initial_model`); the config's word goes first.
+        metadata: dict[str, Any] = model.metadata | {"metrics": measured, "training": training}
         metadata |= (
             {"operating_point": state.operating_point} if config.task == "segmentation" else state.operating_point
         )
@@ -137,7 +127,6 @@ class Record:
             "steps_per_epoch": self.batches.steps,
             "seconds": state.seconds,
             "minutes": state.seconds / 60,
-            "peak_gb": peak_memory(self.device),
             "result": self.result(state).to_dict(),
         }
         columns = list(dict.fromkeys(key for row in reversed(state.history) for key in row))
@@ -176,7 +165,7 @@ class Record:
             said += f" (the start weights: {figures(start)})"
         if self.config.task == "segmentation":
             said += f", {_thresholds(self.config.score_threshold, self.config.nms_threshold)}"
-        if self.setup.finally_validate is not None:
+        if self.setup.validation is not None and self.config.operating_point:
             point = state.operating_point
             chosen = f"temperature {point['temperature']:.3g}" if "temperature" in point else _thresholds(**point)
             said += f"; operating point: {figures(state.best_metrics)}, {chosen}"
@@ -225,20 +214,8 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
-def peak_memory(device: torch.device) -> float | None:
-    """Largest memory used so far, GB: of the GPU, else of this process; None where nobody tells."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
-    try:
-        import resource
-    except ModuleNotFoundError:  # Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes, Linux in KiB
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
-
-
 class TensorBoard:
-    """TensorBoard scalars and pictures in a folder, or nothing if switched off."""
+    """TensorBoard scalars in a folder, or nothing if switched off."""
 
     def __init__(self, folder: Path, *, enabled: bool, purge_step: int) -> None:
         self._writer = None
@@ -255,12 +232,6 @@ class TensorBoard:
             for key, value in values.items():
                 if isinstance(value, int | float):
                     self._writer.add_scalar(key, value, step)
-
-    def pictures(self, name: str, pictures: Sequence[Any], step: int) -> None:
-        """(H, W, 3) uint8 arrays."""
-        if self._writer is not None:
-            for number, picture in enumerate(pictures):
-                self._writer.add_image(f"{name}/{number}", picture, step, dataformats="HWC")
 
     def close(self) -> None:
         """Write what is buffered."""

@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -34,8 +35,8 @@ from ctmasknet.engine.checkpoint import (
     write_checkpoint,
 )
 from ctmasknet.engine.config import TrainConfig
-from ctmasknet.engine.record import Record, TensorBoard, TrainResult, figures, peak_memory, plot_curves
-from ctmasknet.engine.setup import Setup, build_average, build_optimizer, learning_rate, share_buffers
+from ctmasknet.engine.record import Record, TensorBoard, TrainResult, figures, plot_curves
+from ctmasknet.engine.setup import Setup, build_optimizer, learning_rate
 from ctmasknet.errors import ConfigError, CTMaskNetError
 from ctmasknet.evaluation.evaluate import gather
 from ctmasknet.output import json_bytes, write_files
@@ -51,16 +52,14 @@ class Run:
         self.config, self.setup, self.batches, self.writes = config, setup, batches, writes
         self.out = Path(config.out)
         self.optimizer = build_optimizer(setup.trained, config)
-        self.average = build_average(setup.trained, config)
+        # Short at first; with ``ema=0`` it follows the model.
+        self.average = ModelEmaV3(setup.trained, decay=config.ema, use_warmup=config.ema > 0)
         self._untrained = state_digest(setup.untrained())[:12]
-        self.state = State()
+        self.state = State(body=setup.model.metadata.pop("body", None))
         self.record = Record(config, setup, batches)
-        self.tensorboard = TensorBoard(self.out / "tensorboard", enabled=False, purge_step=0)
         self._own_size = tuple(setup.model.transform.min_size)
-        self._started = self._saved = time.monotonic()
+        self._started = self._saved = self._epoch_started = time.monotonic()
         self._images = 0
-        self._epoch_started = time.monotonic()
-        self._bar: Any = None
 
     # --- beginning ------------------------------------------------------------------------------------------
 
@@ -74,10 +73,12 @@ class Run:
         candidates = self._candidates()
         if candidates:
             self._restore(candidates)
+        enabled = self.writes and self.config.tensorboard and not self.state.finished
+        self.tensorboard = TensorBoard(self.out / "tensorboard", enabled=enabled, purge_step=self.state.step)
         if self.state.finished:
             self._log("%s: this run is complete; nothing is changed. Raise epochs to continue it", self.out)
             return
-        if not candidates and self.config.weights is not None and self.setup.validate is not None:
+        if not candidates and self.config.weights is not None and self.setup.validation is not None:
             self._log("validating the weights to start from")
             self.state.history.append({"epoch": 0, "step": 0} | self._validated())
             self._log("start weights: %s", figures(self.state.history[0]))
@@ -85,8 +86,6 @@ class Run:
             write_files({self.out / "config.json": json_bytes(self.config.to_dict(), indent=2)})
             if not candidates:
                 self.save()
-        enabled = self.writes and self.config.tensorboard
-        self.tensorboard = TensorBoard(self.out / "tensorboard", enabled=enabled, purge_step=self.state.step)
 
     def _candidates(self) -> list[Path]:
         """Checkpoints to continue from, newest first: the first process looks, before it writes any, and all follow."""
@@ -123,19 +122,19 @@ class Run:
                     f"{path}: made with {what.replace('_', ' ')} {facts[what]}, here it is {here}: the run cannot "
                     "continue; restore the settings, or choose another folder and start from its weights"
                 )
-        now = self.config.to_dict()
-        changed = {k: old for k, old in facts["config"].items() if k in _CHANGES_TRAINING and now[k] != old}
+        now, before = self.config.to_dict(), facts["config"]
+        changed = [key for key in now if now[key] != before[key] and key not in ("out", "resume")]
         if changed and self.writes:
-            said = ", ".join(f"{key} {old!r} -> {now[key]!r}" for key, old in changed.items())
+            said = ", ".join(f"{key} {before[key]!r} -> {now[key]!r}" for key in changed)
             log.warning("%s: continuing with other settings than before: %s", path, said)
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "optimizer": {}}
-        for key, value in tensors.items():
-            part, name = key.split("/", 1)
-            parts[part][name] = value
+
+        def part(name: str) -> dict[str, Tensor]:
+            return {key.removeprefix(name): value for key, value in tensors.items() if key.startswith(name)}
+
         try:
-            self.setup.trained.load_state_dict(parts["model"])
-            self.average.module.load_state_dict(parts["average"])
-            unpack_optimizer(self.optimizer, parts["optimizer"])
+            self.setup.trained.load_state_dict(part("model/"))
+            self.average.module.load_state_dict(part("average/"))
+            unpack_optimizer(self.optimizer, part("optimizer/"))
         except (RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"{path}: does not fit these settings ({reason}); restore them") from None
@@ -190,19 +189,19 @@ class Run:
 
     def progress(self, loader: DataLoader[Any]) -> Iterator[Batch]:
         """The batches that are left of this epoch, under a progress bar."""
-        state = self.state
+        state, size = self.state, self.batches.batch_size * self.batches.world
         with tqdm(
-            total=len(self.batches),
-            initial=state.batch,
+            total=len(self.batches) * size,
+            initial=state.batch * size,
             desc=f"epoch {state.epoch + 1}/{self.config.epochs}",
-            unit="batch",
+            unit="slice",
             disable=not (self.writes and self.config.progress),
             leave=False,
         ) as self._bar:
             for batch in loader:
                 yield batch
-                self._images += len(batch.names) * self.batches.world
-                self._bar.update()
+                self._images += size
+                self._bar.update(size)
 
     def count_step(self, losses: dict[str, float]) -> None:
         """Take in the losses of a good step."""
@@ -211,33 +210,25 @@ class Run:
         state.loss_steps += 1
         for key, value in losses.items():
             state.loss_sums[key] = state.loss_sums.get(key, 0.0) + value
-        total = sum(losses.values())
-        self._bar.set_postfix(loss=f"{total:.3f}", images_per_s=f"{self._speed():.1f}", refresh=False)
+        self._bar.set_postfix(loss=f"{sum(losses.values()):.3f}", refresh=False)
         self.tensorboard.scalars({f"step/{key}": value for key, value in losses.items()}, state.step)
-
-    def _speed(self) -> float:
-        return self._images / max(time.monotonic() - self._epoch_started, 1e-9)
 
     # --- ends -----------------------------------------------------------------------------------------------
 
     def end_epoch(self, steps: int) -> None:
         """Validate, log, and keep the weights; `steps` is the length of the schedule."""
         state, config = self.state, self.config
-        speed = self._speed()
+        speed = self._images / max(time.monotonic() - self._epoch_started, 1e-9)
         last = state.epoch + 1 == config.epochs
-        validated = self.setup.validate is not None and (last or (state.epoch + 1) % config.validate_every == 0)
+        validated = self.setup.validation is not None and (last or (state.epoch + 1) % config.validate_every == 0)
         row: dict[str, Any] = {"epoch": state.epoch + 1, "step": state.step}
         row["lr"] = learning_rate(config, max(state.step - 1, 0), steps)
         means = {key: value / max(state.loss_steps, 1) for key, value in state.loss_sums.items()}
         row |= {"loss": sum(means.values()), **means} if means else {}
         metrics = self._validated() if validated else {}
         self._tick()
-        row |= metrics | {
-            "images_per_s": round(speed, 3),
-            "skipped": state.skipped,
-            "peak_gb": peak_memory(self.record.device),
-            "minutes": round(state.seconds / 60, 2),
-        }
+        row |= metrics
+        row |= {"images_per_s": round(speed, 3), "skipped": state.skipped, "minutes": round(state.seconds / 60, 2)}
         state.history.append(row)
         self._judge(metrics)
         state.epoch, state.batch, state.loss_sums, state.loss_steps = state.epoch + 1, 0, {}, 0
@@ -246,23 +237,24 @@ class Run:
             self.record.write_weights("last", self.setup.weights_of(self.average.module), metrics, state)
             self.record.write_figures(state)
             self.tensorboard.scalars({f"epoch/{key}": value for key, value in row.items()}, state.step)
-            if metrics and self.setup.draw is not None:
-                self.tensorboard.pictures("validation", self.setup.draw(self.average.module), state.step)
         said = ", ".join(f"{key} {row[key]:.4g}" for key in ("loss", "val_loss", "minutes") if key in row)
         self._log("epoch %d/%d: %s", state.epoch, config.epochs, ", ".join(filter(None, (figures(row), said))))
 
     def _validated(self) -> dict[str, float]:
         """Metrics of the average as it is; a figure that is not finite is left out."""
-        assert self.setup.validate is not None
-        share_buffers(self.average.module)  # what is validated is what the first process saves
-        return {key: value for key, value in self.setup.validate(self.average.module).items() if math.isfinite(value)}
+        assert self.setup.validation is not None
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            # Each process has BatchNorm statistics of the slices that it saw itself; those of the first are saved.
+            for buffer in self.average.module.buffers():
+                torch.distributed.broadcast(buffer, 0)
+        metrics = self.setup.validation.metrics(self.average.module)
+        return {key: value for key, value in metrics.items() if math.isfinite(value)}
 
     def _judge(self, metrics: dict[str, float]) -> None:
         """Keep the best weights; decide on an early stop."""
         state, config = self.state, self.config
-        if self.setup.validate is None or (
-            metrics and (state.best_score is None or metrics["score"] > state.best_score)
-        ):
+        better = metrics and (state.best_score is None or metrics["score"] > state.best_score)
+        if better or self.setup.validation is None:
             state.best_epoch, state.best_score, state.best_metrics = state.epoch + 1, metrics.get("score"), metrics
             state.validations_since_best = 0
             thresholds = ("score_threshold", "nms_threshold") if config.task == "segmentation" else ()
@@ -298,10 +290,10 @@ class Run:
         if state.finished:
             return
         best = read_weights(self.out / "best").tensors
-        if self.setup.finally_validate is not None:
+        if self.setup.validation is not None and self.config.operating_point:
             module = deepcopy(self.average.module)
             module.load_state_dict({key: best[key] for key in module.state_dict()})
-            state.operating_point, state.best_metrics = self.setup.finally_validate(module)
+            state.operating_point, state.best_metrics = self.setup.validation.choose(module)
         self._tick()
         state.finished = True
         if self.writes:
@@ -322,13 +314,6 @@ class Run:
         now = time.monotonic()
         self.state.seconds += now - self._started
         self._started = now
-
-
-_CHANGES_TRAINING = (
-    "data", "names", "classes", "min_area", "model_options", "lr", "weight_decay", "schedule",
-    "warmup", "balance", "batch_size", "accumulate", "epochs", "clip_norm", "ema", "precision", "augment",
-    "augmentation", "train_min_size", "full_size_epochs", "cache_rois", "roi_views", "seed",
-)  # fmt: skip
 
 
 def _appears(path: Path, seconds: float = 10.0) -> bool:
@@ -375,16 +360,14 @@ class Watch:
         if finite:
             self._run.count_step(dict(zip(passes[0][0], values, strict=True)))
         else:
-            bad = [
-                name for (_, names), row in zip(passes, own, strict=True) if not row.isfinite().all() for name in names
-            ]
-            self._skip(bad, [name for _, names in passes for name in names])
+            self._skip([(bool(row.isfinite().all()), names) for (_, names), row in zip(passes, own, strict=True)])
         return finite
 
-    def _skip(self, bad: list[str], step: list[str]) -> None:
-        """Count a step that is skipped, for these slices or, where only its gradient is to blame, all of it."""
-        run, shares = self._run, gather((bad, step))
-        names = [name for share in shares for name in share[0]] or [name for share in shares for name in share[1]]
+    def _skip(self, passes: list[tuple[bool, list[str]]]) -> None:
+        """Count a step that is skipped, and name the slices of its bad passes, or of all where its gradient is bad."""
+        run, everywhere = self._run, [one for share in gather(passes) for one in share]
+        guilty = [names for finite, names in everywhere if not finite] or [names for _, names in everywhere]
+        names = [name for batch in guilty for name in batch]
         run.state.skipped += 1
         run.state.bad_in_row += 1
         text = f"step {run.state.step}: loss or gradient is NaN or infinite on {', '.join(names)}"
@@ -411,8 +394,8 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         # Python delivers signals to the main thread only, and lets only it install handlers.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._receive)
+            numbers = (signal.SIGTERM, signal.SIGINT)
+            self._previous = {number: signal.signal(number, self._receive) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -6,7 +6,6 @@ import logging
 import math
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from timm.optim import param_groups_weight_decay
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -23,14 +21,7 @@ from ctmasknet.data.datasets import CachedDataset, SliceDataset, open_dataset, r
 from ctmasknet.data.layouts import shared_patients
 from ctmasknet.engine.batches import ModuleSOnRoIs, RoIViews, TrainingSlices, as_target, balanced, on_device
 from ctmasknet.engine.config import PAPER_SAMPLING, TrainConfig
-from ctmasknet.engine.validation import (
-    choose_temperature,
-    choose_thresholds,
-    draw_examples,
-    validate_classifier,
-    validate_segmenter,
-    validation_losses,
-)
+from ctmasknet.engine.validation import ClassifierValidation, SegmenterValidation, Validation
 from ctmasknet.errors import ConfigError, WeightsError, import_extra
 from ctmasknet.models import Model
 from ctmasknet.models.inference import CPURoIAlign, feature_scales
@@ -40,8 +31,6 @@ from ctmasknet.weights.files import CONFIG_NAME, inherited
 from ctmasknet.zoo import choose_device, create_model, open_model
 
 log = logging.getLogger(__name__)
-
-Metrics = dict[str, float]
 
 
 @dataclass
@@ -55,10 +44,7 @@ class Setup:
         names: of the training slices.
         class_names: in the order of the labels.
         weights: probabilities by which slices are drawn; None: each once an epoch.
-        validate: metrics of a copy of `trained`; None without validation data.
-        finally_validate: a copy of `trained` -> (operating point or temperature, metrics there); None where none is
-            to be chosen.
-        draw: a copy of `trained` -> pictures (H, W, 3) of the first validation slices with its predictions, or None.
+        validation: of copies of `trained`; None without validation data.
     """
 
     model: Model
@@ -66,10 +52,8 @@ class Setup:
     samples: Dataset[Any]
     names: list[str]
     class_names: tuple[str, ...]
-    weights: np.ndarray | None = None
-    validate: Callable[[Any], Metrics] | None = None
-    finally_validate: Callable[[Any], tuple[Metrics, Metrics]] | None = None
-    draw: Callable[[Any], list[np.ndarray]] | None = None
+    weights: np.ndarray | None
+    validation: Validation | None
 
     def weights_of(self, trained: nn.Module) -> dict[str, Tensor]:
         """The whole model's state dict with the values of a copy of `trained`."""
@@ -92,41 +76,20 @@ def prepare(config: TrainConfig, device: torch.device, *, rank: int, world: int)
     model = initial_model(config, data.class_names).to(device)
     model.metadata["classes"] = list(data.class_names)
     speed_up(model, config, device)
-    source = _kept(data, config, device)
+    trained: nn.Module = model
+    samples: Any = TrainingSlices(_kept(data, config, device), config.settings, config.seed)
     kept = None if held_out is None else _kept(held_out, config, device)
-    samples = TrainingSlices(source, config.settings, config.seed)
-    setup = Setup(model, model, samples, data.names, data.class_names, balanced(data) if config.balance else None)
     if config.cache_rois:
         cached = partial(RoIViews, model, rank=rank, world=world)
-        setup.samples = cached(samples, views=config.roi_views if config.augment else 1)
-        setup.trained = ModuleSOnRoIs(model)
+        trained, samples = ModuleSOnRoIs(model), cached(samples, views=config.roi_views if config.augment else 1)
         if kept is not None:
             kept = cached(TrainingSlices(kept, config.settings, config.seed), views=1).plain()
-    if kept is None:
-        return setup
-
-    def share() -> Iterator[Any]:
-        """This process's part of the validation data."""
-        return (kept[index] for index in range(rank, len(kept), world))
-
-    point: dict[str, Any] = {"score_threshold": config.score_threshold, "nms_threshold": config.nms_threshold}
-    metrics_of: Callable[..., Metrics] = partial(validate_segmenter, **point)
-    choose: Callable[..., tuple[Metrics, Metrics]] = choose_thresholds
-    if config.task == "classification":
-        metrics_of = partial(validate_classifier, class_names=data.class_names)
-        choose = partial(choose_temperature, class_names=data.class_names)
-    elif config.tensorboard:
-        shown = [kept[index] for index in range(min(4, len(kept)))]
-        setup.draw = lambda trained: draw_examples(trained, shown, **point)
-
-    def validate(trained: Any) -> Metrics:
-        figures = metrics_of(trained, share())
-        return figures | validation_losses(trained, share()) if config.validation_loss else figures
-
-    setup.validate = validate
-    if config.operating_point:
-        setup.finally_validate = lambda trained: choose(trained, share())
-    return setup
+    validation = None
+    if kept is not None:
+        kind = SegmenterValidation if config.task == "segmentation" else ClassifierValidation
+        validation = kind(config, data.class_names, kept, rank=rank, world=world)
+    weights = balanced(data) if config.balance else None
+    return Setup(model, trained, samples, data.names, data.class_names, weights, validation)
 
 
 def _open(config: TrainConfig) -> tuple[SliceDataset[Any], SliceDataset[Any] | None]:
@@ -139,12 +102,13 @@ def _open(config: TrainConfig) -> tuple[SliceDataset[Any], SliceDataset[Any] | N
     held_out = open_dataset(config.task, config.val, names=config.val_names, **rules)
     shared = shared_patients(data.patients, held_out.patients)
     if shared:
+        named = textwrap.shorten(", ".join(shared), 60, placeholder=", ...")
         log.warning(
             "%s and %s: %d patients are in both (%s), so validation flatters the model; keep each in one",
             config.data,
             config.val,
             len(shared),
-            textwrap.shorten(", ".join(shared), 60, placeholder=", ..."),
+            named,
         )
     if held_out.class_names != data.class_names:
         raise ConfigError(
@@ -199,6 +163,8 @@ _OF_THE_CLASSES = ("cls_score.", "bbox_pred.", "mask_fcn_logits.", "module_s.log
 def initial_model(config: TrainConfig, class_names: tuple[str, ...]) -> Model:
     """The config's variant, with as many classes as the data has, from the weights it names.
 
+    Its metadata hold what still holds of those weights, or under ``body`` where an ImageNet body came from.
+
     Raises:
         WeightsError: the weights are missing, damaged, or do not fit.
     """
@@ -232,25 +198,26 @@ def initial_model(config: TrainConfig, class_names: tuple[str, ...]) -> Model:
             f"{config.weights}: weights of {holder}, not of {config.model}: {len(odd)} tensors are missing, left "
             f"over or of another shape (first: {odd[0]}). partial_weights=True copies what fits"
         )
-    if len(fitting) < len(expected):
-        groups = Counter(".".join(key.split(".")[:3]) for key in expected if key not in fitting)
+    new = Counter(".".join(key.split(".")[:3]) for key in expected if key not in fitting)
+    if new:
+        said = ", ".join(f"{name} ({count})" for name, count in sorted(new.items()))
         log.warning(
             "%s: %d of %d tensors come from %s; from random values start %s",
             config.model,
             len(fitting),
             len(expected),
             config.weights,
-            ", ".join(f"{name} ({count})" for name, count in sorted(groups.items())),
+            said,
         )
     return model
 
 
-def _start_body(model: Model, source: str | bool) -> Model:
+def _start_body(model: Model, source: str | Path | bool) -> Model:
     """The model with its body from ImageNet, as the config's `weights_backbone` has it."""
     if source is False:
         return model
     try:
-        place = load_backbone(model, None if source in (True, "auto") else source)
+        place = load_backbone(model, None if source is True or source == "auto" else source)
     except WeightsError as error:
         if source != "auto":
             raise
@@ -262,7 +229,7 @@ def _start_body(model: Model, source: str | bool) -> Model:
         )
     else:
         # For the card. Folders of this machine are nobody's business.
-        model.metadata["training"] = {"weights_backbone": Path(place).name if Path(place).exists() else place}
+        model.metadata["body"] = Path(place).name if Path(place).exists() else place
     return model
 
 
@@ -289,13 +256,6 @@ def start_accelerator(config: TrainConfig) -> Any:
     )
 
 
-def share_buffers(module: nn.Module) -> None:
-    """Give every process the first one's buffers: each has BatchNorm statistics of the slices that it saw itself."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for buffer in module.buffers():
-            torch.distributed.broadcast(buffer, 0)
-
-
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """The config's optimizer over the parameters of `model` that require gradients."""
     if config.optimizer == "adam":
@@ -313,8 +273,3 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
     if step < warmup:
         return config.lr * (step + 1) / (warmup + 1)
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
-
-
-def build_average(model: nn.Module, config: TrainConfig) -> ModelEmaV3:
-    """A moving average of weights and statistics, short at first; with ``ema=0`` it follows the model."""
-    return ModelEmaV3(model, decay=config.ema, use_warmup=config.ema > 0)

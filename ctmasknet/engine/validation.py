@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ctmasknet.data.datasets import ClassificationSample, SegmentationSample
 from ctmasknet.engine.batches import as_target, model_input
+from ctmasknet.engine.config import TrainConfig
 from ctmasknet.errors import import_extra
 from ctmasknet.evaluation.evaluate import gather
 from ctmasknet.evaluation.metrics import (
@@ -27,141 +26,139 @@ from ctmasknet.evaluation.metrics import (
     segmentation_rows,
 )
 from ctmasknet.evaluation.rows import found_on, search_rows
-from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN
+from ctmasknet.models import COVIDCTMaskNet
 from ctmasknet.models.inference import Inference, Protocol
-from ctmasknet.predictor import Predictor
+
+Figures = dict[str, float]
 
 
-def validate_segmenter(
-    model: LesionMaskRCNN,
-    samples: Iterator[SegmentationSample],
-    *,
-    score_threshold: float,
-    nms_threshold: float,
-) -> dict[str, float]:
-    """Released-protocol AP, Dice and their kin (`SegmentationMetrics`); `score` is AP@0.5 + pooled Dice.
+class Validation:
+    """What is measured on a run's validation data; models are of the kind that the run trains.
 
     Args:
-        samples: this process's part of the data.
+        samples: of all processes, as a data set gives them.
+        rank, world: this process's part of them.
     """
-    inference = Inference(model)
-    protocol = replace(Protocol.of(model), score_threshold=score_threshold, nms_threshold=nms_threshold)
-    rows = []
-    for sample in samples:
-        ((found,),) = found_on(inference, [sample], protocol)
-        rows += segmentation_rows(sample.target, found)
-    results = SegmentationMetrics(_all(rows)).compute()
-    values = {key: value for key, value in results.items() if value is not None}
-    return values | {"score": values["ap50"] + values["dice_pooled"]}
+
+    def __init__(
+        self, config: TrainConfig, class_names: tuple[str, ...], samples: Sequence[Any], *, rank: int, world: int
+    ) -> None:
+        self.config, self.class_names = config, class_names
+        self._samples, self._own = samples, range(rank, len(samples), world)
+
+    def metrics(self, model: Any) -> Figures:
+        """The figures of an epoch; ``score`` tells which epoch is best."""
+        figures = self._figures(model)
+        return figures | self._losses(model) if self.config.validation_loss else figures
+
+    def choose(self, model: Any) -> tuple[Figures, Figures]:
+        """What is stored with the weights, in the words of their metadata, and the figures with it."""
+        raise NotImplementedError
+
+    def _figures(self, model: Any) -> Figures:
+        raise NotImplementedError
+
+    def _share(self) -> Iterator[Any]:
+        return (self._samples[index] for index in self._own)
+
+    @torch.no_grad()
+    def _losses(self, model: nn.Module) -> Figures:
+        """Mean training losses; BatchNorm statistics stay as they are."""
+        device = next(model.parameters()).device
+        sums: Figures = {}
+        model.train()
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        with torch.random.fork_rng():
+            for image, target, name in map(as_target, self._share()):
+                # The RoIs that the losses sample depend on the slice, not on what was drawn before.
+                torch.manual_seed(zlib.crc32(name.encode()))
+                moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in target.items()}
+                for key, value in model([model_input(image, device)], [moved]).items():
+                    sums[key] = sums.get(key, 0.0) + float(value)
+        model.eval()
+        shares = gather(sums)
+        keys = sorted({key for share in shares for key in share})
+        return {f"val_{key}": sum(share.get(key, 0.0) for share in shares) / len(self._samples) for key in keys}
 
 
-def choose_thresholds(
-    model: LesionMaskRCNN, samples: Iterator[SegmentationSample]
-) -> tuple[dict[str, float], dict[str, float]]:
-    """The operating point of highest AP@0.5 + pooled Dice, and the metrics of a run at it, from one pass.
+class SegmenterValidation(Validation):
+    """Released-protocol AP, Dice and their kin (`SegmentationMetrics`); the score is AP@0.5 + pooled Dice."""
 
-    Args:
-        samples: this process's part of the data.
+    def _figures(self, model: Any) -> Figures:
+        inference, config = Inference(model), self.config
+        protocol = replace(
+            Protocol.of(model), score_threshold=config.score_threshold, nms_threshold=config.nms_threshold
+        )
+        rows = []
+        for sample in self._share():
+            ((found,),) = found_on(inference, [sample], protocol)
+            rows += segmentation_rows(sample.target, found)
+        values = _defined(SegmentationMetrics(_all(rows)).compute())
+        return values | {"score": values["ap50"] + values["dice_pooled"]}
 
-    Returns:
-        Score and NMS threshold as in a model's metadata; metrics as `validate_segmenter` gives them, with COCO box and
-        mask AP of the detections above score 0.05.
+    def choose(self, model: Any) -> tuple[Figures, Figures]:
+        """The thresholds of highest score, and the figures of a run at them with COCO AP, from one pass."""
+        inference = Inference(model)
+        rows = _all([row for sample in self._share() for row in search_rows(inference, [sample])])
+        best = operating_points(rows)[0]
+        point = {key: best.pop(key) for key in ("score_threshold", "nms_threshold")}
+        nms = NMS_THRESHOLDS.index(point["nms_threshold"])
+        coco = CocoMetrics([row["coco"][nms] for row in rows]).compute()
+        score = {"score": best.pop("objective")}
+        return point, _defined(best | {f"coco_{key}": value for key, value in coco.items()} | score)
+
+
+class ClassifierValidation(Validation):
+    """Accuracy, calibration, per class sensitivity and AUC (`ClassificationMetrics`); the score is mean sensitivity.
+
+    Models are classifiers, or module S alone, whose samples are RoIs.
     """
-    inference = Inference(model)
-    rows = _all([row for sample in samples for row in search_rows(inference, [sample])])
-    best = operating_points(rows)[0]
-    score = best.pop("objective")
-    point = {key: best.pop(key) for key in ("score_threshold", "nms_threshold")}
-    nms = NMS_THRESHOLDS.index(point["nms_threshold"])
-    coco = CocoMetrics([row["coco"][nms] for row in rows]).compute()
-    figures = best | {f"coco_{key}": value for key, value in coco.items()} | {"score": score}
-    return point, {key: value for key, value in figures.items() if value is not None}
 
+    def _figures(self, model: Any) -> Figures:
+        return self._classified(*self._logits(model))
 
-def draw_examples(model: LesionMaskRCNN, samples: list[SegmentationSample], **thresholds: Any) -> list[np.ndarray]:
-    """Slices with what the model finds on them, (H, W, 3) uint8; `thresholds` as the `Predictor` takes them."""
-    predictor = Predictor(model, None, device=next(model.parameters()).device, **thresholds)
-    return [np.asarray(predictor(sample.image).plot()) for sample in samples]
+    def choose(self, model: Any) -> tuple[Figures, Figures]:
+        """The temperature of least log loss (Guo et al. 2017), between 0.05 and 20, and the figures with it."""
+        optimize = import_extra("scipy.optimize", "train", "fitting a temperature")
+        logits, labels = self._logits(model)
 
+        def loss(logarithm: float) -> float:
+            return float(nn.functional.cross_entropy(logits / math.exp(logarithm), labels))
 
-def validate_classifier(
-    model: nn.Module,
-    samples: Iterator[ClassificationSample],
-    class_names: tuple[str, ...],
-) -> dict[str, float]:
-    """Accuracy, calibration (`ClassificationMetrics`), per class sensitivity and AUC; `score` is the mean sensitivity.
+        fitted = math.exp(optimize.minimize_scalar(loss, bounds=(math.log(0.05), math.log(20)), method="bounded").x)
+        return {"temperature": fitted}, self._classified(logits / fitted, labels)
 
-    Args:
-        model: a classifier, or its module S alone, whose samples are RoIs.
-    """
-    return _classified(*_logits(model, samples), class_names)
+    @torch.no_grad()
+    def _logits(self, model: nn.Module) -> tuple[Tensor, Tensor]:
+        """Logits (N, K) and labels (N,) of all processes' samples."""
+        inference = Inference(model) if isinstance(model, COVIDCTMaskNet) else None
+        model.eval()
+        device = next(model.parameters()).device
+        own = []
+        for image, label, _ in self._share():
+            images = [model_input(image, device)]
+            found = model(images)[0] if inference is None else inference.classify(inference.read(images)[0])
+            own.append((found["logits"].tolist(), label))
+        logits, labels = zip(*_all(own), strict=True)
+        return torch.tensor(logits, dtype=torch.float64), torch.tensor(labels)
 
-
-def choose_temperature(
-    model: nn.Module, samples: Iterator[ClassificationSample], class_names: tuple[str, ...]
-) -> tuple[dict[str, float], dict[str, float]]:
-    """The temperature of least log loss (Guo et al. 2017), between 0.05 and 20, and the metrics with it."""
-    optimize = import_extra("scipy.optimize", "train", "fitting a temperature")
-    logits, labels, names = _logits(model, samples)
-
-    def loss(logarithm: float) -> float:
-        return float(nn.functional.cross_entropy(logits / math.exp(logarithm), labels))
-
-    fitted = math.exp(optimize.minimize_scalar(loss, bounds=(math.log(0.05), math.log(20)), method="bounded").x)
-    return {"temperature": fitted}, _classified(logits / fitted, labels, names, class_names)
-
-
-@torch.no_grad()
-def _logits(model: nn.Module, samples: Iterator[ClassificationSample]) -> tuple[Tensor, Tensor, list[str]]:
-    """Logits (N, K), labels (N,) and names of all processes' samples."""
-    inference = Inference(model) if isinstance(model, COVIDCTMaskNet) else None
-    model.eval()
-    device = next(model.parameters()).device
-    own = []
-    for image, label, name in samples:
-        images = [model_input(image, device)]
-        found = model(images)[0] if inference is None else inference.classify(inference.read(images)[0])
-        own.append((found["logits"].tolist(), label, name))
-    logits, labels, names = zip(*_all(own), strict=True)
-    return torch.tensor(logits, dtype=torch.float64), torch.tensor(labels), list(names)
-
-
-def _classified(logits: Tensor, labels: Tensor, names: list[str], class_names: tuple[str, ...]) -> dict[str, float]:
-    of_each = zip(names, labels.tolist(), logits.softmax(-1).tolist(), strict=True)
-    rows: list[Row] = [{"image_id": name, "label": label, "probabilities": row} for name, label, row in of_each]
-    results = ClassificationMetrics(class_names, rows).compute()
-    values = {key: results[key] for key in ("accuracy", "brier", "ece")} | {"images": results["n"]}
-    for figure in ("sensitivity", "auc"):
-        values |= {f"{figure}_{name}": value for name, value in results[figure].items() if value is not None}
-    present = [value for value in results["sensitivity"].values() if value is not None]
-    return values | {"score": sum(present) / len(present)}
-
-
-@torch.no_grad()
-def validation_losses(model: nn.Module, samples: Iterator[Any]) -> dict[str, float]:
-    """Mean training losses of `model` on data it does not train on; its BatchNorm statistics stay as they are."""
-    device = next(model.parameters()).device
-    sums: dict[str, float] = {}
-    count = 0
-    model.train()
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
-            module.eval()
-    with torch.random.fork_rng():
-        for image, target, name in map(as_target, samples):
-            # The RoIs that the losses sample depend on the slice, not on what was drawn before.
-            torch.manual_seed(zlib.crc32(name.encode()))
-            moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in target.items()}
-            for key, value in model([model_input(image, device)], [moved]).items():
-                sums[key] = sums.get(key, 0.0) + float(value)
-            count += 1
-    model.eval()
-    shares = gather((sums, count))
-    total = sum(share[1] for share in shares)
-    keys = sorted({key for share in shares for key in share[0]})
-    return {f"val_{key}": sum(share[0].get(key, 0.0) for share in shares) / total for key in keys}
+    def _classified(self, logits: Tensor, labels: Tensor) -> Figures:
+        of_each = zip(labels.tolist(), logits.softmax(-1).tolist(), strict=True)
+        rows: list[Row] = [{"label": label, "probabilities": row} for label, row in of_each]
+        results = ClassificationMetrics(self.class_names, rows).compute()
+        values = {key: results[key] for key in ("accuracy", "brier", "ece")} | {"images": results["n"]}
+        for figure in ("sensitivity", "auc"):
+            values |= _defined({f"{figure}_{name}": value for name, value in results[figure].items()})
+        present = _defined(results["sensitivity"]).values()
+        return values | {"score": sum(present) / len(present)}
 
 
 def _all(rows: list[Any]) -> list[Any]:
     """The rows of all processes."""
     return [row for share in gather(rows) for row in share]
+
+
+def _defined(figures: dict[str, Any]) -> Figures:
+    return {key: value for key, value in figures.items() if value is not None}

@@ -73,14 +73,15 @@ class Subject:
 # --- models ---------------------------------------------------------------------------------------------------
 
 
-def model_subject(model: Model, name: str, precision: Precision, point: dict[str, float]) -> Subject:
+def model_subject(model: Model, name: str, precision: Precision, point: dict[str, Any]) -> Subject:
     """A segmenter, read at the paper's settings, at its operating point, and for COCO, in one pass; or a classifier.
 
     Args:
         point: score and NMS threshold that replace those of a segmenter's own operating point.
     """
     inference = Inference(model, precision)
-    facts = {"weights": state_digest(model.state_dict())[:16], "config": model.config.to_dict(), "precision": precision}
+    digest = state_digest(model.state_dict())[:16]
+    facts: dict[str, Any] = {"weights": digest, "config": model.config.to_dict(), "precision": precision}
     protocols: dict[str, Detection] = {}
     if isinstance(model, LesionMaskRCNN):
         own = replace(Detection.of(model), **point)
