@@ -54,7 +54,8 @@ class Run:
         self.optimizer = build_optimizer(setup.trained, config)
         # Short at first; with ``ema=0`` it follows the model.
         self.average = ModelEmaV3(setup.trained, decay=config.ema, use_warmup=config.ema > 0)
-        self._untrained = state_digest(setup.untrained())[:12]
+        learnt = setup.trained.state_dict()
+        self._untrained = state_digest({k: v for k, v in setup.model.state_dict().items() if k not in learnt})[:12]
         self.state = State(body=setup.model.metadata.pop("body", None))
         self.record = Record(config, setup, batches)
         self._own_size = tuple(setup.model.transform.min_size)

@@ -59,11 +59,6 @@ class Setup:
         """The whole model's state dict with the values of a copy of `trained`."""
         return self.model.state_dict() | trained.state_dict()
 
-    def untrained(self) -> dict[str, Tensor]:
-        """The part of the whole model's state dict that `trained` does not hold."""
-        trained = self.trained.state_dict()
-        return {key: tensor for key, tensor in self.model.state_dict().items() if key not in trained}
-
 
 def prepare(config: TrainConfig, device: torch.device, *, rank: int, world: int) -> Setup:
     """Open the data, build the model, and put both where they are used.

@@ -163,13 +163,8 @@ def _readings(inference: Inference, samples: Sequence[Any]) -> list[Reading]:
 
 # --- other people's predictions -------------------------------------------------------------------------------
 
-_FIELDS = {
-    "image_id": int | str,
-    "category_id": int | str,
-    "score": float,
-    "bbox": list[float],
-    "probabilities": list[float],
-}
+_FIELDS: dict[str, Any] = {"image_id": int | str, "category_id": int | str, "score": float}
+_FIELDS |= {"bbox": list[float], "probabilities": list[float]}
 
 
 class Predictions(NamedTuple):
@@ -267,7 +262,7 @@ class Predictions(NamedTuple):
             for path in (Path(name), *([record.image] if record is not None else [])):
                 for key in (str(path), path.name, path.stem):
                     named[key].add(name)
-        numbers = {image["id"]: image["file_name"] for image in self._listed("images", "file_name", data) or ()}
+        numbers = self._listed("images", "file_name", data) or {}
         found: dict[str, list[Row]] = defaultdict(list)
         for entry in self.entries:
             where = f"{entry['where']}: image_id {entry['image_id']!r}"
@@ -286,32 +281,32 @@ class Predictions(NamedTuple):
         if categories is None:
             return {label: label for label in range(1, len(data.class_names))}
         known = {name.casefold(): label for label, name in enumerate(data.class_names) if label}
-        named = {category["id"]: category["name"].casefold() for category in categories}
+        named = {identifier: name.casefold() for identifier, name in categories.items()}
         if sorted(named.values()) != sorted(known):
             theirs, ours = ", ".join(sorted(named.values())), ", ".join(data.class_names[1:])
             raise DataError(f"{self.path}: categories {theirs}, but the data's are {ours}; give both the same names")
         return {identifier: known[name] for identifier, name in named.items()}
 
-    def _listed(self, key: str, name: str, data: SliceDataset[Any]) -> list[Row] | None:
-        """`images` or `categories` of the file, else of the data's COCO file: objects with an id and a name."""
-        listed, source = self.content.get(key), self.path
+    def _listed(self, key: str, name: str, data: SliceDataset[Any]) -> dict[int | str, str] | None:
+        """id -> name of the file's `images` or `categories`, else of those in the data's COCO file."""
+        content, source = self.content, self.path
         of_data = {record.source for record in getattr(data, "records", ()) if isinstance(record, CocoRecord)}
-        if key not in self.content and len(of_data) == 1:  # several files may use a number twice
+        if key not in content and len(of_data) == 1:  # several files may use a number twice
             (source,) = of_data
-            listed = _json(source)[key]
-        if listed is None:
+            content = _json(source)
+        if key not in content:
             return None
         try:
-            for item in typed(key, listed, list[dict[str, Any]]):
-                typed("id", item["id"], int | str)
-                typed(name, item[name], str)
+            listed = typed(key, content[key], list[dict[str, Any]])
+            columns = {"id": [typed("id", one["id"], int | str) for one in listed]}
+            columns[name] = [typed(name, one[name], str) for one in listed]
         except (ConfigError, KeyError):
             raise DataError(f"{source}: {key} must be a list of objects with id and {name}") from None
-        for field in ("id", name):
-            for value, count in Counter(item[field] for item in listed).most_common(1):
+        for field, values in columns.items():
+            for value, count in Counter(values).most_common(1):
                 if count > 1:
                     raise DataError(f"{source}: {field} {value} appears twice in {key}; each needs its own")
-        return listed
+        return dict(zip(columns["id"], columns[name], strict=True))
 
 
 def _require_detection(entry: Row, labels: dict[Any, int]) -> None:
