@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ctmasknet.engine.batches import as_target, model_input
+from ctmasknet.engine.batches import Batch, as_target, model_input
 from ctmasknet.engine.config import TrainConfig
 from ctmasknet.errors import import_extra
 from ctmasknet.evaluation.evaluate import gather
@@ -74,8 +74,8 @@ class Validation:
             for image, target, name in map(as_target, self._share()):
                 # The RoIs that the losses sample depend on the slice, not on what was drawn before.
                 torch.manual_seed(zlib.crc32(name.encode()))
-                moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in target.items()}
-                for key, value in model([model_input(image, device)], [moved]).items():
+                batch = Batch([image], [target], [name]).to(device)
+                for key, value in model(batch.images, batch.targets).items():
                     sums[key] = sums.get(key, 0.0) + float(value)
         model.eval()
         shares = gather(sums)

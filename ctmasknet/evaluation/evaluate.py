@@ -223,8 +223,8 @@ def evaluate(
         score_threshold, nms_threshold: segmenters: the operating point, each by itself; None takes the weights' own.
             Of predictions, those scored above `score_threshold` (None: 0.5); their NMS is their own.
         samples: bootstrap resamples, 0 for no intervals.
-        out: folder for the rows, and in the end for what `Evaluation.save` writes. Called again with the same
-            settings, slices in there are not computed again: a killed evaluation goes on.
+        out: folder for the rows, and in the end for what `Evaluation.save` writes. Slices that have a row of the same
+            weights and settings there are not computed again: a killed evaluation goes on.
         device: None takes a GPU if there is one.
         batch_size: slices per forward; None takes 1 on the CPU, 8 elsewhere.
         precision: as for `Predictor`.
@@ -232,7 +232,7 @@ def evaluate(
         progress: show a progress bar on a terminal.
 
     Raises:
-        ConfigError: unknown model, impossible settings, `out` holds an evaluation with others.
+        ConfigError: unknown model, impossible settings.
         DataError: data or predictions that are incomplete, or do not fit the model.
         WeightsError: weights missing or damaged.
         MissingExtraError: an extra is missing; the text names it.
@@ -252,7 +252,6 @@ def evaluate(
     subject, source = _opened(model, data, classes, rules, point, precision, where)
     chosen = _draw(source, limit, seed)
     settings = subject.facts | {"task": subject.task, "classes": classes, "min_area": min_area}
-    settings |= {"limit": limit, "seed": seed}
     if subject.task == "segmentation":
         settings["dice"] = DICE
     loading = {"batch_size": batch_size or (1 if where.type == "cpu" else 8), "num_workers": workers}
@@ -287,7 +286,7 @@ def evaluate(
             group: nested(patient_intervals(whose, own.statistic(), samples=samples, seed=seed))
             for group, (own, whose) in groups.items()
         },
-        settings=settings | {"bootstrap_samples": samples},
+        settings=settings | {"limit": limit, "seed": seed, "bootstrap_samples": samples},
         training_minutes=subject.training_minutes,
         seconds=time.monotonic() - began,
         rows=rows,
@@ -379,20 +378,22 @@ def _measure(
     loading: dict[str, Any],
     progress: bool,
 ) -> list[Row]:
-    """Rows of the chosen slices, in their order; this process computes its share of those that are not in `out`."""
+    """Rows of the chosen slices, in their order; this process computes its share of those that are not in `out`.
+
+    Rows of other settings, or of data with other slices, stand in files of another name.
+    """
     rank, world = process_shard()
-    done: dict[str, Row] = {}
-    if out is not None:
-        names = "\n".join(source.names[index] for index in chosen)
-        _settle(Path(out), settings | {"slices": hashlib.sha256(names.encode()).hexdigest()[:16]})
-        done = {row["image_id"]: row for row in read_logs(sorted(Path(out).glob("rows-*.jsonl")), "image_id")}
+    facts = settings | {"slices": source.names, "class_names": subject.class_names}
+    key = hashlib.sha256(json_bytes(facts)).hexdigest()[:12]
+    kept = sorted(Path(out).glob(f"rows-{key}-*.jsonl")) if out is not None else []
+    done = {row["image_id"]: row for row in read_logs(kept, "image_id")}
     gather(None)  # every process has read before one writes
     own = [index for index in chosen if source.names[index] not in done][rank::world]
     loader = DataLoader(Subset(source, own), collate_fn=list, **loading)
     fresh: list[Row] = []
     hidden = not progress or rank != 0 or not sys.stderr.isatty()
     with (
-        nullcontext() if out is None else Log(Path(out) / f"rows-{rank}.jsonl", "image_id") as log,
+        nullcontext() if out is None else Log(Path(out) / f"rows-{key}-{rank}.jsonl", "image_id") as log,
         tqdm(total=len(own), unit="slice", desc=subject.name, disable=hidden) as bar,
     ):
         for samples in loader:
@@ -416,28 +417,6 @@ def gather(value: Any) -> list[Any]:
     shares: list[Any] = [None] * world
     torch.distributed.all_gather_object(shares, value)
     return shares
-
-
-def _settle(folder: Path, settings: dict[str, Any]) -> None:
-    """Write down what an evaluation in `folder` depends on, or see that it is the same as before.
-
-    Raises:
-        ConfigError: the folder holds rows of an evaluation with other settings.
-        OutputError: it cannot be written.
-    """
-    path, wanted = folder / "settings.json", json.loads(json.dumps(settings))
-    if not path.exists():
-        write_files({path: json_bytes(wanted, indent=2)})
-        return
-    try:
-        before = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{path}: not readable JSON ({error}); delete the folder or choose another") from None
-    differ = sorted(key for key in {*before, *wanted} if before.get(key) != wanted.get(key))
-    if differ:
-        raise ConfigError(
-            f"{folder}: holds an evaluation with another {', '.join(differ)}; choose another folder or delete it"
-        )
 
 
 def _by_patient(rows: list[Row]) -> tuple[list[Row], int]:

@@ -67,11 +67,7 @@ def released_average_precision(
 
     Args:
         iou: (P, G) mask IoU of P predictions, in any order, with G instances.
-        gt_labels, pred_labels, scores: of these.
-        iou_thresholds: T numbers in 0..1.
-
-    Returns:
-        (T,) float64 in 0..1.
+        iou_thresholds: T numbers in 0..1; the result is (T,) float64 in 0..1.
     """
     thresholds = np.asarray(iou_thresholds, np.float32)
     predictions, instances = iou.shape
@@ -93,14 +89,9 @@ def released_average_precision(
 
 
 def mask_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Intersection over union of every pair of masks; two empty masks have IoU 0.
+    """Intersection over union of every pair of masks, (N, H, W) and (M, H, W) bool, as (N, M) float64.
 
-    Args:
-        a: (N, H, W) bool.
-        b: (M, H, W) bool; faster if this is the smaller set.
-
-    Returns:
-        (N, M) float64, exact to rounding whatever the image size.
+    Exact to rounding whatever the image size; two empty masks have IoU 0. It is faster if `b` is the smaller set.
     """
     flat = a.reshape(len(a), math.prod(a.shape[1:]))
     shared = np.zeros((len(a), len(b)))
@@ -113,11 +104,7 @@ def mask_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 class Metrics:
-    """Figures of rows, one per slice; memory does not grow with the masks.
-
-    Attributes:
-        rows: what `segmentation_rows`, `coco_row` or a classifier gives of each slice.
-    """
+    """Figures of rows: what `segmentation_rows`, `coco_row` or a classifier gives of each slice."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = rows
@@ -293,14 +280,11 @@ def operating_points(rows: Sequence[Row]) -> list[Figures]:
     lesions told apart, the other the area found. Among equals, the higher score, then NMS, threshold comes first.
 
     Args:
-        rows: per slice ``points``: for each of `NMS_THRESHOLDS` what `segmentation_rows` gives at `SCORE_THRESHOLDS`
-            (`evaluation.rows.search_rows` makes them).
+        rows: as `evaluation.rows.search_rows` makes them: ``points`` has for each of `NMS_THRESHOLDS` what
+            `segmentation_rows` gives at `SCORE_THRESHOLDS`.
 
     Returns:
         Per candidate ``score_threshold``, ``nms_threshold``, ``objective`` and the figures of `SegmentationMetrics`.
-
-    Raises:
-        DataError: no rows.
     """
     table = []
     for n, nms in enumerate(NMS_THRESHOLDS):
@@ -327,11 +311,7 @@ class ClassificationMetrics(Metrics):
     """
 
     def __init__(self, class_names: Sequence[str], rows: Sequence[Row]) -> None:
-        """
-        Args:
-            class_names: of the K classes, in the order of the model's outputs.
-            rows: ``label``, the true class 0..K-1, and ``probabilities``, K numbers that add up to 1, of each slice.
-        """
+        """Rows hold ``label``, the true class 0..K-1, and ``probabilities``, K numbers that add up to 1."""
         super().__init__(rows)
         self.class_names = tuple(class_names)
         self._labels = np.array([row["label"] for row in rows], np.int64)
@@ -400,17 +380,14 @@ class ClassificationMetrics(Metrics):
 def patient_intervals(
     patients: Sequence[str | None], statistic: Statistic, *, samples: int = 1000, seed: int = 0
 ) -> dict[str, tuple[float, float] | None]:
-    """95% percentile bootstrap intervals, patients drawn with replacement: slices of one patient are alike.
+    """Bounds of 95% percentile bootstrap intervals, patients drawn with replacement: slices of one patient are alike.
+
+    A figure has None with fewer than `MIN_PATIENTS` patients, an unknown one (None), or if it is undefined in more than
+    a tenth of the resamples.
 
     Args:
-        patients: of each of N slices; None where unknown.
-        statistic: takes N weights (how often each slice's patient was drawn).
-        samples: resamples.
-        seed: fixes them.
-
-    Returns:
-        Lower and upper bound per figure; None with fewer than `MIN_PATIENTS` patients, an unknown patient, or
-        a figure that is undefined in more than a tenth of the resamples.
+        patients: of each of N slices.
+        statistic: takes N weights: how often each slice's patient was drawn.
     """
     names = list(statistic(np.ones(len(patients)))) if patients else []
     if None in patients or len(set(patients)) < MIN_PATIENTS or samples < 1:
@@ -480,10 +457,7 @@ def _binned(
 def _auc(weights: np.ndarray, positive: np.ndarray, edges: np.ndarray) -> float:
     """Area under the ROC curve as the Mann-Whitney statistic, ties counting half; NaN if one side is empty.
 
-    Args:
-        weights: (N,), in rising order of score.
-        positive: (N,) bool.
-        edges: where in it each of the different scores begins.
+    All in rising order of score; `edges` are where each of the different scores begins.
     """
     above = np.add.reduceat(weights * positive, edges)
     below = np.add.reduceat(weights * ~positive, edges)
