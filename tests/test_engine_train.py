@@ -65,6 +65,12 @@ def segmented(lesions: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainR
     return train(segmenter_config(lesions, out, val=lesions, license="CC0-1.0", **options))
 
 
+@pytest.fixture(scope="module")
+def classified(started: Path, classes: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    """A finished run of one epoch on cached RoIs."""
+    return train(classifier_config(classes, tmp_path_factory.mktemp("classifier") / "run", weights=started, epochs=1))
+
+
 def losses_of(result: TrainResult) -> list[dict[str, float]]:
     """Everything of a history that is not a matter of time and memory."""
     timing = ("images_per_s", "minutes")
@@ -470,23 +476,31 @@ def test_more_epochs_go_on_from_the_last_average_not_from_the_best(lesions: Path
     assert same_weights(more.last, whole.last)
 
 
-def test_another_split_of_batch_and_accumulation_is_refused(
-    classes: Path, tmp_path: Path, at_step: dict[int, Any]
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"batch_size": 1, "accumulate": 2}, "batches per step 1, here it is 2"),
+        ({"optimizer": "adam"}, "made with optimizer adamw, here it is adam"),
+        ({"cache_rois": False}, "cache rois True, here it is False"),
+        ({"weights": "other"}, "weights that are not trained"),
+        ({"data": ["", "more"]}, "number of slices 6, here it is 12"),
+        ({"model": "ctmasknet_resnet18_t1"}, f"made with variant {CLASSIFIER}, here it is ctmasknet_resnet18_t1"),
+        ({"resume": False}, "holds a run"),
+    ],
+)
+def test_a_run_is_not_continued_on_other_steps_than_it_began_with(
+    classified: TrainResult, started: Path, classes: Path, tmp_path: Path, changes: dict[str, Any], said: str
 ) -> None:
-    at_step |= {1: stop}
-    train(classifier_config(classes, tmp_path / "run", batch_size=2))
-    with pytest.raises(ConfigError, match="batches per step 1, here it is 2"):
-        train(classifier_config(classes, tmp_path / "run", batch_size=1, accumulate=2))
-
-
-def test_cached_rois_of_other_weights_are_refused(started: Path, classes: Path, tmp_path: Path) -> None:
-    train(classifier_config(classes, tmp_path / "run", weights=started, epochs=1))
-    torch.manual_seed(6)
-    other = create_model(SEGMENTER, **SMALL).save_pretrained(tmp_path / "other")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="weights that are not trained"):
-        train(classifier_config(classes, tmp_path / "run", weights=other, epochs=2))
-    with pytest.raises(ConfigError, match="cache rois True, here it is False"):
-        train(classifier_config(classes, tmp_path / "run", weights=started, epochs=2, cache_rois=False))
+    if "weights" in changes:
+        torch.manual_seed(6)
+        changes = {"weights": create_model(SEGMENTER, **SMALL).save_pretrained(tmp_path / "other")}  # type: ignore[arg-type]
+    elif "data" in changes:
+        changes = {"data": [str(classes), str(class_folder(tmp_path / "more", 2))]}
+    elif "model" in changes:
+        changes = changes | {"weights": None}
+    config = classifier_config(classes, Path(classified.out), weights=started, epochs=2).to_dict()
+    with pytest.raises(ConfigError, match=said):
+        train(TrainConfig.from_dict(config | changes))
 
 
 def test_a_checkpoint_of_another_version_is_named(classes: Path, tmp_path: Path) -> None:
@@ -499,38 +513,12 @@ def test_a_checkpoint_of_another_version_is_named(classes: Path, tmp_path: Path)
         train(classifier_config(classes, tmp_path / "run", epochs=2))
 
 
-def test_another_optimizer_is_refused(classes: Path, tmp_path: Path) -> None:
-    train(classifier_config(classes, tmp_path / "run", epochs=1))
-    with pytest.raises(ConfigError, match="made with optimizer adamw, here it is adam"):
-        train(classifier_config(classes, tmp_path / "run", epochs=2, optimizer="adam"))
-
-
-def test_resume_false_does_not_touch_a_run(classes: Path, tmp_path: Path) -> None:
-    train(classifier_config(classes, tmp_path / "run", epochs=1))
-    with pytest.raises(ConfigError, match="holds a run"):
-        train(classifier_config(classes, tmp_path / "run", resume=False))
-
-
 def test_a_run_can_be_continued_in_another_folder(classes: Path, tmp_path: Path) -> None:
     train(classifier_config(classes, tmp_path / "one", epochs=1))
     with pytest.raises(ConfigError, match="raise epochs"):
         train(classifier_config(classes, tmp_path / "two", epochs=1, resume=tmp_path / "one"))
     result = train(classifier_config(classes, tmp_path / "two", epochs=2, resume=tmp_path / "one", val=classes))
     assert (result.epochs, result.best) == (2, str(tmp_path / "two" / "best"))
-
-
-def test_another_variants_checkpoint_is_refused(classes: Path, tmp_path: Path) -> None:
-    train(classifier_config(classes, tmp_path / "one", epochs=1))
-    other = classifier_config(classes, tmp_path / "two", resume=tmp_path / "one").to_dict()
-    with pytest.raises(ConfigError, match=f"made with variant {CLASSIFIER}, here it is ctmasknet_resnet18_t1"):
-        train(TrainConfig.from_dict({**other, "model": "ctmasknet_resnet18_t1"}))
-
-
-def test_other_data_than_the_checkpoints_is_refused(classes: Path, tmp_path: Path) -> None:
-    train(classifier_config(classes, tmp_path / "run", epochs=1))
-    more = class_folder(tmp_path / "more", 2)
-    with pytest.raises(ConfigError, match="number of slices 6, here it is 12"):
-        train(classifier_config([classes, more], tmp_path / "run"))
 
 
 # --- what can go wrong --------------------------------------------------------------------------------------
