@@ -111,6 +111,7 @@ class RoICounts:
 
 def roi_counts(request: Request, item: str) -> tuple[RoICounts, str]:
     """Of equally many slices of each class, and what to call the model."""
+    (weights,) = only_one(request.weights or (DEFAULT_CLASSIFIER,), item)
     data = open_dataset("classification", needed(request, item))
     labels = np.array([data.labels_of(index)[0] for index in range(len(data))])
     members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
@@ -118,7 +119,6 @@ def roi_counts(request: Request, item: str) -> tuple[RoICounts, str]:
     generator = np.random.default_rng(request.seed)
     drawn = np.sort(np.concatenate([generator.choice(own, count, replace=False) for own in members]))
     names = [data.names[index] for index in drawn]
-    (weights,) = only_one(request.weights or (DEFAULT_CLASSIFIER,), item)
     rows = None if request.rows is None else Path(request.rows) / f"{file_name(weights)}-per-class"
     found = evaluate(weights, request.data, names=names, samples=0, out=rows, device=request.device)
     variant = VARIANTS.get(found.model)
