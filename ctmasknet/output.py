@@ -103,6 +103,14 @@ def json_bytes(facts: Any, *, indent: int | None = None) -> bytes:
     return (json.dumps(facts, indent=indent, allow_nan=False) + "\n").encode("ascii")
 
 
+def csv_table(rows: Iterable[Mapping[str, Any]], columns: Iterable[str] = ()) -> str:
+    """Rows as CSV below a head: `columns`, then what else they have. Numbers get six digits, what is not there none."""
+    rows = list(rows)
+    head = list(dict.fromkeys([*columns, *(key for row in rows for key in row)]))
+    cells = ([f"{value:.6g}" if isinstance(value, float) else value for value in map(row.get, head)] for row in rows)
+    return csv_text([head, *cells])
+
+
 def csv_text(rows: Iterable[Sequence[Any]]) -> str:
     """Rows as CSV, a line each; None is an empty field."""
     text = io.StringIO(newline="")
@@ -110,15 +118,11 @@ def csv_text(rows: Iterable[Sequence[Any]]) -> str:
     return text.getvalue()
 
 
-class Log:
+class Log(contextlib.AbstractContextManager["Log"]):
     """A file of JSON objects, a line each, one per thing; open for appending by this process alone.
 
     A line is written in one piece. Opening mends what a kill or a power cut left: a last line without its end, a line
-    that is no JSON, a second line for one thing.
-
-    Attributes:
-        key: the field that says what a line is about, a text.
-        finished: the things that have a line.
+    that is no JSON, a second line for one thing, which its field `key` names.
 
     Raises:
         ConfigError: another process has it open.
@@ -127,7 +131,6 @@ class Log:
 
     def __init__(self, path: Path, key: str = "source") -> None:
         self.path, self.key = path, key
-        self.finished: set[str] = set()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
@@ -155,7 +158,6 @@ class Log:
             with contextlib.suppress(OSError):  # if that fails too, the next start mends it
                 os.ftruncate(self._handle, before)
             raise cannot_write(self.path, error) from error
-        self.finished.update(record[self.key] for record in records)
 
     def clear(self) -> None:
         """Forget every line."""
@@ -163,7 +165,6 @@ class Log:
             os.ftruncate(self._handle, 0)
         except OSError as error:
             raise cannot_write(self.path, error) from error
-        self.finished.clear()
 
     def close(self) -> None:
         """Write through to the disk and let go of the file."""
@@ -173,9 +174,6 @@ class Log:
             os.fsync(self._handle)
         os.close(self._handle)
         self._handle = -1
-
-    def __enter__(self) -> Log:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -193,12 +191,8 @@ class Log:
 
     def _mend(self) -> None:
         """Read all lines; where one is damaged, write the others anew."""
-        sound = 0
-        for record, line in _lines([self.path], self.key):
-            if record[self.key] not in self.finished:
-                self.finished.add(record[self.key])
-                sound += len(line)
-        if sound == os.fstat(self._handle).st_size:
+        lines = {record[self.key]: len(line) for record, line in _lines([self.path], self.key)}
+        if sum(lines.values()) == os.fstat(self._handle).st_size:
             return
         join_logs([self.path], self.path, self.key)
         os.close(self._handle)

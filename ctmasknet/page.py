@@ -270,6 +270,7 @@ def _build(
         result: Shown = {status: f"{escape(case.name)}: predicted."}
         if isinstance(case.content, Volume):
             predictor.score_threshold, predictor.nms_threshold = point
+            predictor.score_map = False
             case.scan, what = predictor.volume(case.content, progress=count), MONTAGE
             written = case.scan.save(case.folder / "results", case.name)
             result |= {view: MONTAGE, files: gr.update(value=[str(path) for path in written], visible=True)}

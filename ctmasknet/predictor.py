@@ -33,10 +33,6 @@ Other = TypeVar("Other")
 Item = TypeVar("Item")
 
 
-class OutOfMemoryError(InputError):
-    """A slice that does not fit into the memory of the device, even alone."""
-
-
 class Predictor:
     """Segments lesions in chest CT slices and classifies the slices.
 
@@ -100,33 +96,26 @@ class Predictor:
         models = (self.segmenter, self.classifier)
         self.caveats = tuple(m.metadata["caveat"] for m in models if m is not None and "caveat" in m.metadata)
         self.score_map = score_map
+        self._class_names = ("background",) if self.segmenter is None else class_names(self.segmenter)
         self._prepared = _Prepared({}, False)
-
-    @property
-    def _class_names(self) -> tuple[str, ...]:
-        return ("background",) if self.segmenter is None else class_names(self.segmenter)
 
     def __repr__(self) -> str:
         """What it runs, in a line."""
-        models = (("segmenter", self.segmenter), ("classifier", self.classifier))
-        parts = [f"{slot}={None if model is None else model.variant.name!r}" for slot, model in models]
-        parts += [f"{name}={getattr(self, name)!r}" for name in ("score_threshold", "nms_threshold", "precision")]
-        return f"Predictor({', '.join(parts)}, device={str(self.device)!r})"
+        names = [None if model is None else model.variant.name for model in (self.segmenter, self.classifier)]
+        options = [f"{name}={getattr(self, name)!r}" for name in ("score_threshold", "nms_threshold", "precision")]
+        return f"Predictor({', '.join([*map(repr, names), *options])}, device={str(self.device)!r})"
 
     @property
     def models(self) -> dict[str, dict[str, Any] | None]:
         """Its segmenter and classifier: variant, SHA-256 of the weights as they are now, config; None for none."""
-        slots = {"segmenter": self.segmenter, "classifier": self.classifier}
-        return {
-            slot: None
-            if model is None
-            else {
-                "variant": model.variant.name,
-                "sha256": state_digest(model.state_dict()),
-                "config": model.config.to_dict(),
-            }
-            for slot, model in slots.items()
-        }
+
+        def facts(model: Model | None) -> dict[str, Any] | None:
+            if model is None:
+                return None
+            digest = state_digest(model.state_dict())
+            return {"variant": model.variant.name, "sha256": digest, "config": model.config.to_dict()}
+
+        return {"segmenter": facts(self.segmenter), "classifier": facts(self.classifier)}
 
     def __call__(self, image: ImageLike, *, units: str | None = None) -> Prediction:
         """Predict one slice.
@@ -154,24 +143,22 @@ class Predictor:
             yield result
 
     def stream(
-        self, reads: Iterable[tuple[Key, Slice | Other]], *, score_map: bool | None = None
+        self, reads: Iterable[tuple[Key, Slice | Other]]
     ) -> Iterator[tuple[Key, Prediction | Other | CTMaskNetError]]:
         """Predict slices that are read elsewhere, in order and in batches, past errors.
 
         Args:
             reads: pairs of anything to know a slice by and the slice; what is no slice, such as the reason why
                 there is none, passes through in its place.
-            score_map: also give score maps; None as the Predictor was made.
 
         Yields:
             The key with the prediction, or with the error of a slice that holds NaN or is too large for the device's
             memory.
         """
-        maps = self.score_map if score_map is None else score_map
         waiting = iter(reads)
         while chunk := list(itertools.islice(waiting, self.batch_size)):
             items = [_checked(item) if isinstance(item, Slice) else item for _, item in chunk]
-            results = iter(self._predict_in_memory([item for item in items if isinstance(item, Slice)], maps))
+            results = iter(self._predict_in_memory([item for item in items if isinstance(item, Slice)]))
             for (key, _), item in zip(chunk, items, strict=True):
                 yield key, next(results) if isinstance(item, Slice) else item
 
@@ -195,37 +182,37 @@ class Predictor:
             progress: True shows a bar on a terminal; a function is called with the numbers of slices done and in all.
 
         Raises:
-            InputError: not a scan, not on an even grid, or without a usable slice; names the file and the fix.
+            InputError: not a scan, not on an even grid, or without a usable slice; names the file and the fix. Or the
+                Predictor was made to give score maps, which scans do not have.
             MissingExtraError: pydicom, nibabel or the decoder is not installed.
         """
         if keep not in get_args(Keep):
             raise ConfigError(f"keep={keep!r}: use 'all' or 'lungs'")
         volume = scan if isinstance(scan, Volume) else open_volume(scan, units=units, series=series, spacing=spacing)
-        results = self.stream(volume.slices(), score_map=False)
+        if self.score_map:
+            raise InputError(f"{volume.source}: a scan has no score map: predict it without score_map=True")
+        models = self.models.items()
         return gather(
             volume,
-            _counted(results, len(volume.names), progress),
+            _counted(self.stream(volume.slices()), len(volume.names), progress),
+            keep,
             class_names=self._class_names,
             score_threshold=self.score_threshold,
             has_segmentation=self.segmenter is not None,
             caveats=self.caveats,
-            models={
-                slot: facts and {key: facts[key] for key in ("variant", "sha256")}
-                for slot, facts in self.models.items()
-            },
-            keep=keep,
+            models={slot: one and {key: one[key] for key in ("variant", "sha256")} for slot, one in models},
         )
 
-    def _predict_in_memory(self, slices: list[Slice], score_map: bool) -> list[Prediction | OutOfMemoryError]:
+    def _predict_in_memory(self, slices: list[Slice]) -> list[Prediction | InputError]:
         """Predict; where the device's memory does not suffice, halve the batch, for good, and go on.
 
         The result of a slice that is too much alone is the error.
         """
-        results: list[Prediction | OutOfMemoryError] = []
+        results: list[Prediction | InputError] = []
         while len(results) < len(slices):
             chunk = slices[len(results) : len(results) + self.batch_size]
             try:
-                results += self._predict(chunk, score_map)
+                results += self._predict(chunk)
                 continue
             except torch.OutOfMemoryError as error:
                 reason = str(error).splitlines()[0]
@@ -234,7 +221,7 @@ class Predictor:
                 torch.cuda.empty_cache()
             if len(chunk) == 1:
                 message = f"out of memory on {self.device} with a single slice ({reason}). Free the device, or pass"
-                results.append(OutOfMemoryError(f"{chunk[0].source}: {message} device='cpu'."))
+                results.append(InputError(f"{chunk[0].source}: {message} device='cpu'."))
                 continue
             self.batch_size = len(chunk) // 2
             warnings.warn(
@@ -243,7 +230,7 @@ class Predictor:
             )
         return results
 
-    def _predict(self, slices: list[Slice], score_map: bool) -> list[Prediction]:
+    def _predict(self, slices: list[Slice]) -> list[Prediction]:
         on_gpu = self.device.type == "cuda"
         pixels = [torch.from_numpy(s.pixels) for s in slices]
         pixels = [p.pin_memory() for p in pixels] if on_gpu else pixels
@@ -258,7 +245,7 @@ class Predictor:
             readings = segmenter.read(tensors)
             for one, reading in zip(found, readings, strict=True):
                 one |= vars(segmenter.detect(reading, protocol)[0])
-                if score_map:
+                if self.score_map:
                     one["score_map"] = segmenter.score_map(reading)
         if classifier is not None:
             if readings is None or not one_detector:
@@ -270,7 +257,7 @@ class Predictor:
         if on_gpu:
             torch.cuda.current_stream(self.device).synchronize()
         arrays = [{key: value.numpy() for key, value in one.items()} for one in hosts]
-        return [self._result(*item) for item in zip(slices, arrays, strict=True)]
+        return list(map(self._result, slices, arrays))
 
     def _prepare(self) -> _Prepared:
         """What runs the models; made again if their weights have changed since. In threads the last made stays."""
@@ -284,12 +271,6 @@ class Predictor:
 
     def _result(self, source: Slice, found: dict[str, np.ndarray]) -> Prediction:
         height, width = source.pixels.shape
-        lesions: dict[str, Any] = {
-            "boxes": np.zeros((0, 4), np.float32),
-            "scores": np.zeros(0, np.float32),
-            "labels": np.zeros(0, np.int64),
-            "masks": np.zeros((0, height, width), bool),
-        }
         probabilities, roi_batch = None, None
         if self.classifier is not None:
             names, values = class_names(self.classifier), found["roi_probabilities"].tolist()
@@ -297,7 +278,10 @@ class Predictor:
             roi_batch = RoIBatch(*(found[f"roi_{key}"] for key in ("boxes", "scores", "labels", "deltas")))
         return Prediction(
             image_size=(height, width),
-            **{key: found.get(key, none) for key, none in lesions.items()},
+            boxes=found.get("boxes", np.zeros((0, 4), np.float32)),
+            scores=found.get("scores", np.zeros(0, np.float32)),
+            labels=found.get("labels", np.zeros(0, np.int64)),
+            masks=found.get("masks", np.zeros((0, height, width), bool)),
             class_probabilities=probabilities,
             roi_batch=roi_batch,
             class_names=self._class_names,
@@ -325,8 +309,7 @@ def _checked(one: Slice) -> Slice | InputError:
     except InputError as error:
         return error
     if one.pixels.min() < 0 or one.pixels.max() > 1:
-        words = "values outside 0..1; read it with read_slice, which puts HU into the window"
-        return InputError(f"{one.source}: {words}")
+        return InputError(f"{one.source}: values outside 0..1; read it with read_slice, which puts HU into the window")
     return one
 
 

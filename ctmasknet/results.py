@@ -19,7 +19,7 @@ from ctmasknet.data.lesions import Detection, Ids, ScanLesion, count_voxels, inv
 from ctmasknet.data.lungs import FIELD, find_lungs
 from ctmasknet.data.slices import LUNG_WINDOW
 from ctmasknet.errors import CTMaskNetError, InputError, MissingExtraError
-from ctmasknet.output import Content, PathLike, csv_text, json_bytes, write_files
+from ctmasknet.output import Content, PathLike, csv_table, json_bytes, write_files
 from ctmasknet.overlay import Lesion, Tile, class_colour, montage, overlay, report
 from ctmasknet.registry import __version__, class_title
 
@@ -151,16 +151,14 @@ class Prediction:
     @property
     def predicted_class(self) -> str | None:
         """The most probable class of the whole slice; None without a classifier."""
-        probabilities = self.class_probabilities
-        return max(probabilities, key=probabilities.__getitem__) if probabilities else None
+        return _largest(self.class_probabilities)
 
     @property
     def summary(self) -> str:
         """One line for people: "3 lesions covering 4.2% of the slice; COVID-19 0.91"."""
         parts = [self._lesion_summary()] if self.has_segmentation else []
-        if self.class_probabilities and self.predicted_class is not None:
-            probability = self.class_probabilities[self.predicted_class]
-            parts.append(f"{class_title(self.predicted_class)} {probability:.2f}")
+        if self.class_probabilities and (name := self.predicted_class):
+            parts.append(f"{class_title(name)} {self.class_probabilities[name]:.2f}")
         return "; ".join(parts)
 
     def _lesion_summary(self) -> str:
@@ -173,18 +171,15 @@ class Prediction:
         share = "less than 0.1%" if 0 < percent < 0.1 else f"{percent:.1f}%"
         kinds = ""
         if len(self.class_names) > 2:
-            counts = ((name, int((self.labels == i).sum())) for i, name in enumerate(self.class_names))
-            kinds = " (" + ", ".join(f"{n} {class_title(name)}" for name, n in counts if n) + ")"
+            labels, counts = np.unique(self.labels, return_counts=True)
+            kinds = ", ".join(f"{n} {class_title(self.class_names[i])}" for i, n in zip(labels, counts, strict=True))
+            kinds = f" ({kinds})"
         found = f"{counted(count, 'lesion')}{kinds} covering {share} of the slice"
         if facts := self.involvement:
             shares = {side: facts[f"{side}_lesion_percent"] for side in ("right", "left")}
             each = [f"{side} {percent:.1f}%" for side, percent in shares.items() if percent is not None]
             found += f", {facts['both_lesion_percent']:.1f}% of the lungs ({', '.join(each)})"
         return found
-
-    def class_name(self, label: int) -> str:
-        """Name of a detector class; "class 7" for a label that `class_names` does not reach."""
-        return self.class_names[label] if label < len(self.class_names) else f"class {label}"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the image as plain values, ready for ``json.dumps(..., allow_nan=False)``.
@@ -195,7 +190,7 @@ class Prediction:
         lesions = [
             {
                 "label": int(label),
-                "class": self.class_name(int(label)),
+                "class": self.class_names[label],
                 "score": score,
                 "box": box,
                 "area_px": int(np.count_nonzero(mask)),
@@ -216,7 +211,7 @@ class Prediction:
             "lesion_fraction": self.lesion_fraction if self.has_segmentation else None,
             "involvement": self.involvement,
             "no_lungs": self.no_lungs,
-            "class_probabilities": probabilities and {name: float(value) for name, value in probabilities.items()},
+            "class_probabilities": probabilities and {name: float(p) for name, p in probabilities.items()},
             "predicted_class": self.predicted_class,
             "lesions": lesions,
             "roi_batch": batch
@@ -227,42 +222,35 @@ class Prediction:
     def plot(self, *, scale: int | None = None) -> Image.Image:
         """The slice with its lesions and scores drawn on it, best first, and below it summary and probabilities.
 
-        Without a segmenter the slice stays as it is; without a classifier there are no probabilities.
-
-        Args:
-            scale: pixels of the picture per pixel of the slice, see `overlay`.
+        `scale`: pixels of the picture per pixel of the slice. Default: the smallest that makes its longer side 768.
         """
         several = len(self.class_names) > 2
-        found = np.unique(self.labels).tolist()
-        classes = {n: (class_title(self.class_name(n)), class_colour(self.class_names, n)) for n in found}
+        titles = list(map(class_title, self.class_names))
+        colours = [class_colour(self.class_names, label) for label in range(len(titles))]
         lesions = []
-        for index in np.argsort(-self.scores, kind="stable").tolist():
-            title, colour = classes[int(self.labels[index])]
-            text = f"{title} {self.scores[index]:.2f}" if several else f"{self.scores[index]:.2f}"
-            lesions.append(Lesion(self.masks[index], self.boxes[index], text, colour))
+        for index in np.argsort(-self.scores, kind="stable"):
+            label, score = self.labels[index], f"{self.scores[index]:.2f}"
+            text = f"{titles[label]} {score}" if several else score
+            lesions.append(Lesion(self.masks[index], self.boxes[index], text, colours[label]))
         return overlay(
             self.image,
             lesions,
             headline=self.summary,
-            legend=dict(classes.values()) if several else {},
-            probabilities={class_title(name): value for name, value in (self.class_probabilities or {}).items()},
+            legend={titles[label]: colours[label] for label in np.unique(self.labels)} if several else {},
+            probabilities={class_title(name): p for name, p in (self.class_probabilities or {}).items()},
             notes=self.caveats,
             scale=scale,
         )
 
     def save(self, directory: PathLike, name: str | None = None) -> list[Path]:
-        """Write `<name>.overlay.png` and `<name>.json` into `directory`, which is created if missing.
+        """Write `<name>.overlay.png` and `<name>.json` into `directory`, made if missing; the paths, the JSON last.
 
         A score map, if there is one, goes to `<name>.score_map.npy` ((H, W) float32, for ``numpy.load``).
-        Each file appears whole or not at all, and replaces one of the same name; the JSON appears last.
+        Each file appears whole or not at all, and replaces one of the same name.
 
         Args:
-            directory: where to write.
             name: file name without a folder. Default: that of `source` with its suffix, so that x.png and
                 x.jpg do not collide; "prediction" if there is no source.
-
-        Returns:
-            The paths written, the picture first and the JSON last.
 
         Raises:
             InputError: `name` holds a folder, or the files cannot be written (permission, full disk, …).
@@ -332,7 +320,6 @@ class SliceRow:
         lesion_fraction: of the slice, 0..1.
         involvement: of the lungs in this slice, as `VolumePrediction.involvement`.
         class_probabilities: of the slice; None without a classifier.
-        predicted_class: the most probable of them.
         error: why the slice could not be used, "" if it could.
     """
 
@@ -345,8 +332,12 @@ class SliceRow:
     lesion_fraction: float | None = None
     involvement: dict[str, float | None] | None = None
     class_probabilities: dict[str, float] | None = None
-    predicted_class: str | None = None
     error: str = ""
+
+    @property
+    def predicted_class(self) -> str | None:
+        """The most probable class of the slice."""
+        return _largest(self.class_probabilities)
 
 
 @dataclass(frozen=True, eq=False)
@@ -357,17 +348,15 @@ class VolumePrediction:
         volume: the scan: source, affine, spacing, what its slices were read from.
         mask: uint8 of the scan's shape, 0 or the label of a lesion; where lesions overlap, that of the best score.
         lesion_ids: of the scan's shape, 0 or the `id` of one of `lesions`.
-        lungs: uint8 of the scan's shape, 1 right and 2 left lung, lesions and vessels included, airways not; None if
-            there are none, or the values are not HU: `problems` says which.
+        lungs: uint8 of the scan's shape, 1 right and 2 left lung, lesions and vessels included, airways not; None
+            without a segmenter, and if there are none or the values are not HU: `problems` says which.
         image: (S, H, W) uint8, the slices as the models saw them; `volume.stack` turns the arrays above like it.
         lesions: the largest in the lungs first, those outside last.
         counts: (S, 3, classes), voxels of each slice outside, in the right and in the left lung, by class (0: none).
         slices: a row per slice, in the order of the grid; unusable slices have an `error`.
-        class_names: the detector's classes, index = label, background first.
-        score_threshold: lesions scored below this were dropped; None if unknown.
+        class_names, score_threshold, caveats: as of a `Prediction`.
         has_segmentation: False if no segmenter ran: the mask is empty then, and `lesion_ml` None.
         problems: what is wrong with the scan and its slices, one line each.
-        caveats: what the weights admit of themselves.
         models: variant and SHA-256 of the weights of its ``"segmenter"`` and ``"classifier"``; None for none.
     """
 
@@ -399,8 +388,7 @@ class VolumePrediction:
     @property
     def lesion_ml(self) -> float | None:
         """Volume of all lesions in ml; None without a segmenter."""
-        by_class = self.lesion_ml_by_class
-        return None if by_class is None else sum(by_class.values())
+        return sum(self.lesion_ml_by_class.values()) if self.lesion_ml_by_class is not None else None
 
     @property
     def lesion_ml_by_class(self) -> dict[str, float] | None:
@@ -412,24 +400,22 @@ class VolumePrediction:
 
     @property
     def involvement(self) -> dict[str, float | None] | None:
-        """What the lesions take up of the lungs; None without lungs or a segmenter.
+        """What the lesions take up of the lungs; None without `lungs`.
 
         In ml and percent, for ``right``, ``left`` and ``both``: ``<side>_lung_ml``, ``<side>_lesion_ml``,
         ``<side>_lesion_percent`` (None for a lung that is not there), with several classes of lesion also
         ``<side>_<class>_ml`` and ``<side>_<class>_percent``; and ``outside_lesion_ml``.
         """
-        if self.lungs is None or not self.has_segmentation:
+        if self.lungs is None:
             return None
         return involvement(self.counts.sum(0), self.volume.voxel_ml, self.class_names)
 
     @property
     def class_shares(self) -> dict[str, float] | None:
         """Share of the slices, 0..1, per most probable class; None without a classifier."""
-        rows = [row for row in self.slices if row.class_probabilities is not None]
-        if not rows:
-            return None
-        names = rows[0].class_probabilities or {}
-        return {name: sum(row.predicted_class == name for row in rows) / len(rows) for name in names}
+        rows = [row for row in self.slices if row.class_probabilities]
+        names = rows[0].class_probabilities if rows else None
+        return names and {name: sum(row.predicted_class == name for row in rows) / len(rows) for name in names}
 
     @property
     def summary(self) -> str:
@@ -445,9 +431,8 @@ class VolumePrediction:
             share = (self.involvement or {}).get("both_lesion_percent")
             found += "" if share is None else f", {share:.1f}% of the lungs"
             parts.append(found if touched else "no lesion")
-        if self.class_shares:
-            name = max(self.class_shares, key=self.class_shares.__getitem__)
-            parts.append(f"{class_title(name)} in {self.class_shares[name]:.0%} of the slices")
+        if (shares := self.class_shares) and (name := _largest(shares)):
+            parts.append(f"{class_title(name)} in {shares[name]:.0%} of the slices")
         return "; ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
@@ -463,7 +448,7 @@ class VolumePrediction:
             "axial_axis": self.volume.axial_axis,
             "classes": list(self.class_names),
             "has_segmentation": self.has_segmentation,
-            "score_threshold": None if self.score_threshold is None else float(self.score_threshold),
+            "score_threshold": self.score_threshold,
             "slices": len(self.slices),
             "slices_failed": sum(bool(row.error) for row in self.slices),
             "slices_with_lesions": sum(bool(row.lesions) for row in self.slices) if self.has_segmentation else None,
@@ -480,28 +465,33 @@ class VolumePrediction:
 
     def table(self) -> str:
         """The rows as CSV, with a header; a column per figure of `involvement` and per class of the classifier."""
-        classes = next((list(row.class_probabilities) for row in self.slices if row.class_probabilities), [])
-        shares = list(self.involvement or {})
-        names = ("slice", "source", "height_mm", "lesions", "max_score", "lesion_area_mm2", "lesion_fraction")
-        head = [*names, *shares, "predicted_class", *(f"p_{name}" for name in classes), "error"]
-        lines: list[list[Any]] = [head]
-        for row in self.slices:
-            figures = [row.height_mm, row.lesions, row.max_score, row.lesion_area_mm2, row.lesion_fraction]
-            figures += map((row.involvement or {}).get, shares)
-            given = map((row.class_probabilities or {}).get, classes)
-            shown = [*map(_figure, figures), row.predicted_class, *map(_figure, given)]
-            lines.append([row.index, row.source, *shown, row.error.replace("\n", " ")])
-        return csv_text(lines)
+        shares, classes = dict.fromkeys(self.involvement or ()), dict.fromkeys(self.class_shares or ())
+        return csv_table(
+            {
+                "slice": row.index,
+                "source": row.source,
+                "height_mm": row.height_mm,
+                "lesions": row.lesions,
+                "max_score": row.max_score,
+                "lesion_area_mm2": row.lesion_area_mm2,
+                "lesion_fraction": row.lesion_fraction,
+                **(row.involvement or shares),
+                "predicted_class": row.predicted_class,
+                **{f"p_{name}": value for name, value in (row.class_probabilities or classes).items()},
+                "error": row.error,
+            }
+            for row in self.slices
+        )
 
     def lesion_table(self) -> str:
         """`lesions` as CSV, with a header; of several classes also a column of ml per class."""
-        classes = self.class_names[1:] if len(self.class_names) > 2 else ()
-        head = ("lesion", "side", "ml", "diameter_mm", "first_slice", "last_slice", "mean_hu", "score")
-        lines: list[list[Any]] = [[*head, *(f"{name}_ml" for name in classes)]]
+        rows = []
         for one in self.lesions:
-            figures = [one.ml, one.diameter_mm, one.first_slice, one.last_slice, one.mean_hu, one.score]
-            lines.append([one.id, one.side, *map(_figure, (*figures, *map(one.ml_by_class.get, classes)))])
-        return csv_text(lines)
+            classes = one.ml_by_class if len(self.class_names) > 2 else {}
+            facts = {"lesion": one.id, **asdict(one), **{f"{name}_ml": ml for name, ml in classes.items()}}
+            rows.append({name: value for name, value in facts.items() if name not in ("id", "ml_by_class")})
+        head = ("lesion", "side", "ml", "diameter_mm", "first_slice", "last_slice", "mean_hu", "score")
+        return csv_table(rows, head)
 
     def involvement_rows(self) -> list[list[str]]:
         """`involvement` rounded for people: a head, then right, left, both, outside; empty without it."""
@@ -525,16 +515,10 @@ class VolumePrediction:
 
     def plot(self) -> Image.Image:
         """A montage of all slices that hold lesions; without any, of up to 12 over the scan."""
-        shown = self._with_lesions() or [part[len(part) // 2] for part in self._twelfths(self._usable())]
-        return montage(self._tiles(shown), self.class_names, self.summary, self.caveats)
+        return montage(self._tiles(), self.class_names, self.summary, self.caveats)
 
     def report(self) -> Image.Image:
         """One page (A4, 150 dpi): up to 12 slices, the lungs' and the largest lesions' figures, problems, caveats."""
-        parts = self._twelfths(self._with_lesions() or self._usable())
-        area = self.counts[:, :, 1:].sum((1, 2))
-        tiles = self._tiles(
-            [max(part, key=lambda index: (area[index], -abs(index - part[len(part) // 2]))) for part in parts]
-        )
         lesions = self.lesion_rows()
         if len(lesions) > REPORT_LESIONS + 1:
             more = f"{len(lesions) - REPORT_LESIONS - 1} more"
@@ -545,30 +529,24 @@ class VolumePrediction:
         grid = f"{' x '.join(map(str, self.volume.shape))} voxels of {x:.3g} x {y:.3g} x {z:.3g} mm"
         view = "The patient's right is on the left of the pictures, the back below."
         notes = (*self.problems, *self.caveats, view, f"{grid}; ctmasknet {__version__}; {', '.join(made_by)}")
+        tiles = self._tiles(REPORT_TILES)
         return report(Path(self.source).name, self.summary, tiles, self.class_names, tables, notes)
 
-    def _usable(self) -> list[int]:
-        return [row.index for row in self.slices if not row.error]
-
-    def _with_lesions(self) -> list[int]:
-        return [row.index for row in self.slices if row.lesions]
-
-    def _twelfths(self, indices: list[int]) -> list[list[int]]:
-        return [part.tolist() for part in np.array_split(indices, min(REPORT_TILES, len(indices)))]
-
-    def _tiles(self, indices: Iterable[int]) -> list[Tile]:
-        labels, area = self.volume.stack(self.mask), self.counts[:, :, 1:].sum((1, 2)) * self.volume.pixel_mm2 / 100
-        return [
-            (
-                f"slice {index}" + (f": {area[index]:.1f} cm2 lesion" if area[index] else ""),
-                self.image[index],
-                labels[index],
-            )
-            for index in indices
-        ]
+    def _tiles(self, most: int | None = None) -> list[Tile]:
+        """The slices with lesions, of `most` parts of them the one with most lesion; without any, slices all over."""
+        labels, cm2 = self.volume.stack(self.mask), self.counts[:, :, 1:].sum((1, 2)) * self.volume.pixel_mm2 / 100
+        indices = [row.index for row in self.slices if row.lesions]
+        if most or not indices:
+            indices = indices or [row.index for row in self.slices if not row.error]
+            parts = np.array_split(indices, min(most or REPORT_TILES, len(indices)))
+            indices = [max(part, key=lambda index: (cm2[index], -abs(index - part[len(part) // 2]))) for part in parts]
+        captions = {
+            index: f"slice {index}" + (f": {cm2[index]:.1f} cm2 lesion" * bool(cm2[index])) for index in indices
+        }
+        return [(caption, self.image[index], labels[index]) for index, caption in captions.items()]
 
     def save(self, directory: PathLike, name: str | None = None, *, dicom: bool = False) -> list[Path]:
-        """Write masks, tables, pictures and record into `directory`, which is created if missing.
+        """Write masks, tables, pictures and record into `directory`, made if missing; the paths, the mask's first.
 
         The masks, with the scan's geometry: `<name>.lesions.nii.gz` holds classes, `<name>.lesion_ids.nii.gz` the
         numbers of lesions, `<name>.lungs.nii.gz` the lungs, if there are any. `<name>.slices.csv` has a row per slice,
@@ -576,13 +554,9 @@ class VolumePrediction:
         `.pdf` are a page to read, `<name>.json` holds the facts. Each appears whole or not at all, the JSON last.
 
         Args:
-            directory: where to write.
             name: file name without a folder. Default: that of the scan.
             dicom: also write `<name>.seg.dcm`, the mask as a DICOM SEG, and `<name>.sr.dcm`, the volumes as a DICOM SR,
                 before the JSON (extra ``dicom``). They belong to the scan's patient and study, names included.
-
-        Returns:
-            The paths, the mask of lesions first.
 
         Raises:
             InputError: `name` holds a folder, or the files cannot be written; with `dicom`, the scan was not read from
@@ -591,42 +565,31 @@ class VolumePrediction:
         stem = _target(directory, name, Path(self.source).resolve().name or "scan")
         seg_and_sr = zip((stem(".seg.dcm"), stem(".sr.dcm")), self._dicom_files(), strict=True) if dicom else ()
         picture, page = self.plot(), self.report()
-        masks = {"lesions": self.mask, "lesion_ids": self.lesion_ids, "lungs": self.lungs}
+        contents: dict[Path, Content] = {}
+        for kind, mask in (("lesions", self.mask), ("lesion_ids", self.lesion_ids), ("lungs", self.lungs)):
+            if mask is not None:
+                image = self.volume.mask_image(mask).to_bytes()
+                contents[stem(f".{kind}.nii.gz")] = gzip.compress(image, 6, mtime=0)
         # No time stamps: the same masks give the same files.
         undated: dict[str, Any] = {"title": "lesions", "resolution": 150, "creationDate": None, "modDate": None}
-        return write_files(
-            {
-                **{
-                    stem(f".{kind}.nii.gz"): gzip.compress(self.volume.mask_image(mask).to_bytes(), 6, mtime=0)
-                    for kind, mask in masks.items()
-                    if mask is not None
-                },
-                stem(".slices.csv"): self.table().encode("utf-8", "backslashreplace"),
-                stem(".lesions.csv"): self.lesion_table().encode(),
-                stem(".montage.png"): lambda stream: picture.save(stream, format="PNG", compress_level=3),
-                stem(".report.png"): lambda stream: page.save(stream, format="PNG", compress_level=3),
-                stem(".report.pdf"): lambda stream: page.save(stream, format="PDF", quality=90, **undated),
-                **dict(seg_and_sr),
-                stem(".json"): json_bytes(self.to_dict()),
-            }
-        )
+        contents |= {
+            stem(".slices.csv"): self.table().encode("utf-8", "backslashreplace"),
+            stem(".lesions.csv"): self.lesion_table().encode(),
+            stem(".montage.png"): lambda stream: picture.save(stream, format="PNG", compress_level=3),
+            stem(".report.png"): lambda stream: page.save(stream, format="PNG", compress_level=3),
+            stem(".report.pdf"): lambda stream: page.save(stream, format="PDF", quality=90, **undated),
+            **dict(seg_and_sr),
+        }
+        return write_files(contents | {stem(".json"): json_bytes(self.to_dict())})
 
     def _dicom_files(self) -> tuple[bytes, bytes]:
         segmenter = self.models.get("segmenter")
         if segmenter is None:
             raise InputError(f"{self.source}: no segmenter ran, so there are no lesions to write as DICOM")
-        return dicom_files(
-            LesionMask(
-                volume=self.volume,
-                mask=self.mask,
-                class_names=self.class_names,
-                slices=[row.index for row in self.slices if not row.error],
-                variant=segmenter["variant"],
-                digest=segmenter["sha256"],
-                parameters={"weights_sha256": segmenter["sha256"], "score_threshold": str(self.score_threshold)},
-                involvement=self.involvement,
-            )
-        )
+        digest, slices = segmenter["sha256"], [row.index for row in self.slices if not row.error]
+        parameters = {"weights_sha256": digest, "score_threshold": str(self.score_threshold)}
+        made_by = segmenter["variant"], digest, parameters
+        return dicom_files(LesionMask(self.volume, self.mask, self.class_names, slices, *made_by, self.involvement))
 
     def __repr__(self) -> str:
         size = " x ".join(map(str, self.volume.shape))
@@ -639,14 +602,15 @@ class VolumePrediction:
 def gather(
     volume: Volume,
     results: Iterable[tuple[int, Prediction | CTMaskNetError]],
-    class_names: tuple[str, ...],
-    score_threshold: float | None,
-    has_segmentation: bool,
-    caveats: tuple[str, ...],
-    models: Mapping[str, Mapping[str, str] | None],
     keep: Keep,
+    *,
+    class_names: tuple[str, ...],
+    has_segmentation: bool,
+    **facts: Any,
 ) -> VolumePrediction:
     """Put the predictions of a scan's slices, as they come, on its voxel grid; join them and find the lungs.
+
+    `facts` are further fields of `VolumePrediction`.
 
     Raises:
         InputError: not one slice could be used.
@@ -656,18 +620,15 @@ def gather(
     detections: list[Detection] = []
     problems = list(volume.problems)
     for index, result in results:
-        row = SliceRow(index, volume.names[index], volume.height_mm(index))
+        place = index, volume.names[index], volume.height_mm(index)
         if not isinstance(result, Prediction):
             problems.append(str(result))
-            rows.append(replace(row, error=str(result)))
+            rows.append(SliceRow(*place, error=str(result)))
             continue
-        mask[index] = _label_map(result)
-        image[index] = _grey(result.image)
+        mask[index], image[index] = _label_map(result), _grey(result.image)
         for pixels, score in zip(result.masks, result.scores, strict=True):
             detections.append(Detection(index, np.flatnonzero(pixels), float(score)))
-        rows.append(
-            replace(row, class_probabilities=result.class_probabilities, predicted_class=result.predicted_class)
-        )
+        rows.append(SliceRow(*place, class_probabilities=result.class_probabilities))
     if all(row.error for row in rows):
         reason = rows[0].error if rows else "it has none"
         raise InputError(f"{volume.source}: no slice of it can be used; the first: {reason}")
@@ -676,9 +637,9 @@ def gather(
     between_slices, between_rows, between_columns = np.linalg.norm(steps, axis=0).tolist()
     ids = join_slices(mask > 0)
     lungs: npt.NDArray[np.uint8] | None = None
-    if in_hu:
+    if has_segmentation and in_hu:
         lungs = find_lungs(image, (between_slices, between_rows, between_columns), ids)
-    if lungs is None or not lungs.any():
+    if has_segmentation and (lungs is None or not lungs.any()):
         why = NO_LUNGS if in_hu else NOT_HU
         problems.append(f"{volume.source}: {why}; no percentages" + ", nothing dropped" * (keep == "lungs"))
         lungs = None
@@ -688,24 +649,23 @@ def gather(
         mask[ids > len(lesions)] = 0
         ids[ids > len(lesions)] = 0
     counts = count_voxels(mask, np.zeros_like(mask) if lungs is None else lungs, len(class_names))
-    if has_segmentation:
-        best: dict[int, float] = {}
-        for place, pixels, score in detections:
-            if ids[place].ravel()[pixels].any():
-                best[place] = max(score, best.get(place, 0.0))
-        for number, row in enumerate(rows):
-            if row.error:
-                continue
-            here = counts[row.index]
-            area = int(here[:, 1:].sum())
-            rows[number] = replace(
-                row,
-                lesions=int(np.count_nonzero(np.bincount(ids[row.index].ravel())[1:])),
-                max_score=best.get(row.index),
-                lesion_area_mm2=area * volume.pixel_mm2,
-                lesion_fraction=area / int(here.sum()),
-                involvement=None if lungs is None else involvement(here, volume.voxel_ml, class_names),
-            )
+    best: dict[int, float] = {}
+    for slot, pixels, score in detections:
+        if ids[slot].ravel()[pixels].any():
+            best[slot] = max(score, best.get(slot, 0.0))
+
+    def measured(row: SliceRow) -> SliceRow:
+        here = counts[row.index]
+        area = int(here[:, 1:].sum())
+        return replace(
+            row,
+            lesions=int(np.count_nonzero(np.bincount(ids[row.index].ravel())[1:])),
+            max_score=best.get(row.index),
+            lesion_area_mm2=area * volume.pixel_mm2,
+            lesion_fraction=area / int(here.sum()),
+            involvement=None if lungs is None else involvement(here, volume.voxel_ml, class_names),
+        )
+
     return VolumePrediction(
         volume=volume,
         mask=volume.grid(mask),
@@ -714,14 +674,16 @@ def gather(
         image=image,
         lesions=lesions,
         counts=counts,
-        slices=tuple(rows),
+        slices=tuple(measured(row) if has_segmentation and not row.error else row for row in rows),
         class_names=class_names,
-        score_threshold=score_threshold,
         has_segmentation=has_segmentation,
         problems=tuple(problems),
-        caveats=caveats,
-        models=models,
+        **facts,
     )
+
+
+def _largest(shares: Mapping[str, float] | None) -> str | None:
+    return max(shares, key=shares.__getitem__) if shares else None
 
 
 def _grey(image: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
@@ -736,20 +698,12 @@ def _label_map(prediction: Prediction) -> npt.NDArray[np.uint8]:
     return labels
 
 
-def _figure(value: float | None) -> str | None:
-    return None if value is None else f"{value:.6g}"
-
-
 def _rounded(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}" if abs(value) >= 1 else f"{value:.2g}"
 
 
 def _target(directory: PathLike, name: str | None, default: str) -> Callable[[str], Path]:
-    """Suffix -> the path of a result.
-
-    Raises:
-        InputError: `name` is no file name.
-    """
+    """Suffix -> the path of a result."""
     if name is not None and (not name or Path(name).name != name):
         raise InputError(f"{name!r} is not a file name: pass the folder as directory and the name without it")
     return lambda suffix: Path(directory) / f"{name or default}{suffix}"

@@ -31,7 +31,7 @@ class BlockPredictor(Predictor):
         super().__init__(create_model("maskrcnn_resnet18_t2"), None, device="cpu", batch_size=batch_size)
         self.batches: list[int] = []
 
-    def _predict(self, slices: list[Slice], score_map: bool) -> list[Prediction]:
+    def _predict(self, slices: list[Slice]) -> list[Prediction]:
         self.batches.append(len(slices))
         return [self._block(one) for one in slices]
 
@@ -63,7 +63,7 @@ class TruthPredictor(Predictor):
         super().__init__(model, None, device="cpu")
         self.marks = marks
 
-    def _predict(self, slices: list[Slice], score_map: bool) -> list[Prediction]:
+    def _predict(self, slices: list[Slice]) -> list[Prediction]:
         return [self._marked(one, self.marks[int(re.findall(r"\d+", one.source)[-1])]) for one in slices]
 
     def _marked(self, one: Slice, marks: np.ndarray) -> Prediction:

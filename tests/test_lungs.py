@@ -159,7 +159,7 @@ def test_values_that_are_not_hu_have_no_lungs(scan):
 def predicted_slice(given: object, marks: np.ndarray, **options: object) -> Prediction:
     """What comes of a slice in which exactly these pixels are marked."""
     predictor = TruthPredictor(marks)
-    predictor._predict = lambda slices, _: [predictor._marked(one, marks) for one in slices]
+    predictor._predict = lambda slices: [predictor._marked(one, marks) for one in slices]
     return predictor(given, **options)
 
 
@@ -218,6 +218,15 @@ def test_a_slice_without_lungs_says_why(tmp_path, scan, monkeypatch):
     assert predicted_slice(tiny, none).involvement["both_lesion_px"] == 0  # no CT has such pixels
     monkeypatch.setitem(sys.modules, "scipy.ndimage", None)
     assert "ctmasknet[io]" in predicted_slice(hu, none, units="hu").to_dict()["no_lungs"]
+
+
+def test_a_scan_that_is_only_classified_is_not_searched_for_lungs(scan, monkeypatch):
+    predictor = TruthPredictor(np.zeros_like(scan.lesions))
+    predictor.segmenter = None
+    monkeypatch.setattr("ctmasknet.results.find_lungs", lambda *_: pytest.fail("searched"))
+    z, y, x = scan.spacing
+    result = predictor.volume(scan.hu[20:24], spacing=(x, y, z))
+    assert (result.has_segmentation, result.lungs, result.lesion_ml, result.problems) == (False, None, None, ())
 
 
 # Lesions
@@ -300,7 +309,7 @@ def test_slices_missing_in_the_middle_and_two_series_in_a_folder(tmp_path, scan)
         paths[place].unlink()
     marks = {str(path): (scan.lesions[place] > 0).astype(np.uint8) for place, path in enumerate(paths)}
     predictor = TruthPredictor(scan.lesions)
-    predictor._predict = lambda slices, _: [predictor._marked(one, marks[one.source]) for one in slices]
+    predictor._predict = lambda slices: [predictor._marked(one, marks[one.source]) for one in slices]
     result = predictor.volume(tmp_path / "ct")
     first = result.lesions[0]
     left = [k for k in range(48) if k != 20 and (scan.lesions[k] == 1).any()]

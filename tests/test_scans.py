@@ -448,10 +448,10 @@ def test_out_of_device_memory_halves_the_batch_and_says_so(tmp_path, monkeypatch
     small = BlockPredictor(batch_size=4)
     plain = small._predict
 
-    def limited(slices, score_map):
+    def limited(slices):
         if len(slices) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-        return plain(slices, score_map)
+        return plain(slices)
 
     monkeypatch.setattr(small, "_predict", limited)
     with pytest.warns(UserWarning, match="out of memory on cpu with 4 slices: going on with batches of 2"):
@@ -459,7 +459,7 @@ def test_out_of_device_memory_halves_the_batch_and_says_so(tmp_path, monkeypatch
     assert small.batch_size == 1
     assert np.count_nonzero(result.mask) == 24
 
-    def always(slices, score_map):
+    def always(slices):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(small, "_predict", always)
