@@ -50,24 +50,26 @@ class Lesion(NamedTuple):
     colour: Colour
 
 
-class _Style(NamedTuple):
+class _Style:
     """Sizes in pixels of the picture that follow from the size of the slice on it."""
 
-    body: Font
-    label: Font
-    small: Font
-    row: int  # distance between lines of body text
-    fine_row: int  # the same for small text
-    pad: int
-    line: int  # width of contours
-    margin: int  # round the text of a label
-    label_height: int  # margins included
+    def __init__(self, width: int, height: int) -> None:
+        # The geometric mean: text fits long narrow pictures too, and grows with large ones.
+        side = (width * height) ** 0.5
+        body = max(17, round(side / 46))
+        small = max(12, round(0.65 * body))
+        self.body, self.small, self.label = map(ImageFont.load_default, (body, small, max(13, round(0.75 * body))))
+        self.row, self.fine_row = round(1.3 * body), round(1.35 * small)  # distance between lines of text
+        self.pad = max(8, body // 2)
+        self.line = max(1, round(side / 640))  # width of contours
+        self.margin = max(3, self.pad // 3)  # round the text of a label
+        _, top, _, bottom = self.label.getbbox("Hg0")
+        self.label_height = int(bottom) - int(top) + 2 * self.margin
 
 
 def class_colour(class_names: Sequence[str], label: int) -> Colour:
-    """The colour of a lesion class, index = label, background first; labels without a name have one, too."""
-    name = class_names[label] if label < len(class_names) else ""
-    return CLASS_COLOURS.get(name, _OTHER_COLOURS[(label - 1) % len(_OTHER_COLOURS)])
+    """The colour of a lesion class, index = label, background first."""
+    return CLASS_COLOURS.get(class_names[label], _OTHER_COLOURS[(label - 1) % len(_OTHER_COLOURS)])
 
 
 def overlay(
@@ -111,7 +113,7 @@ def overlay(
     grey = np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
     size = (width * scale, height * scale)
     picture = Image.fromarray(grey).resize(size, Image.Resampling.BICUBIC).convert("RGB")
-    style = _style(size)
+    style = _Style(*size)
     boxes = [_scaled(lesion.box, size, scale) for lesion in lesions]
     for colour in dict.fromkeys(lesion.colour for lesion in lesions):
         _paint(picture, [lesion.mask for lesion in lesions if lesion.colour == colour], colour, scale, style.line)
@@ -130,14 +132,8 @@ def overlay(
 
 
 def montage(tiles: Sequence[Tile], class_names: Sequence[str], headline: str, notes: Sequence[str] = ()) -> Image.Image:
-    """Slices of a scan side by side, each over its caption, with a line of text and notes below.
-
-    Args:
-        tiles: see `Tile`.
-        class_names: index = label, background first.
-        headline, notes: see `overlay`.
-    """
-    return _with_text(_mosaic(tiles, class_names), _style((_WHOLE, _WHOLE)), headline, notes, {}, {})
+    """Slices of a scan side by side, each over its caption, with a line of text and notes below."""
+    return _with_text(_mosaic(tiles, class_names), _Style(_WHOLE, _WHOLE), headline, notes, {}, {})
 
 
 def report(
@@ -150,20 +146,14 @@ def report(
 ) -> Image.Image:
     """A page, A4 upright at 150 dpi: title, a line of text, up to 12 slices, tables, notes and the disclaimer.
 
-    Args:
-        tiles, class_names: see `montage`.
-        tables: rows of cells, the head first.
-        notes: small print; those without room are counted.
+    A table is rows of cells, the head first. Notes without room are counted.
     """
     page = Image.new("RGB", _PAGE, (255, 255, 255))
     draw = ImageDraw.Draw(page)
     large, body, small = (ImageFont.load_default(size=size) for size in (34, 20, 17))
     left, bottom, inner = 60, _PAGE[1] - 60, _PAGE[0] - 120
-    y = 50
-    for text, font, step in ((title, large, 46), (headline, body, 28)):
-        for line in _wrap(text, font, inner):
-            draw.text((left, y), line, fill=_INK, font=font)
-            y += step
+    y = _write(draw, left, 45, _wrap(title, large, inner), large, 46, _INK)
+    y = _write(draw, left, y, _wrap(headline, body, inner), body, 28, _INK)
     shown = ImageOps.contain(_mosaic(tiles, class_names), (inner, 850))
     page.paste(shown, (left, y + 14))
     y += shown.height + 36
@@ -181,9 +171,7 @@ def report(
     room = (bottom - y) // 22 - 1
     if len(lines) > room:
         lines[room - 1 :] = [f"and {len(lines) - room + 1} more lines of notes"]
-    for line in (*lines, *_wrap(DISCLAIMER, small, inner)):
-        draw.text((left, y), line, fill=_FAINT_INK, font=small)
-        y += 22
+    _write(draw, left, y, [*lines, *_wrap(DISCLAIMER, small, inner)], small, 22, _FAINT_INK)
     return page
 
 
@@ -191,7 +179,7 @@ def _mosaic(tiles: Sequence[Tile], class_names: Sequence[str]) -> Image.Image:
     columns = min(_COLUMNS, max(len(tiles), 1))
     cell = _TILE + _CAPTION
     picture = Image.new("RGB", (columns * _TILE, -(-len(tiles) // columns) * cell), _STRIP)
-    font = _style((_WHOLE, _WHOLE)).small
+    font = _Style(_WHOLE, _WHOLE).small
     draw = ImageDraw.Draw(picture)
     for place, (caption, grey, labels) in enumerate(tiles):
         x, y = place % columns * _TILE, place // columns * cell
@@ -222,28 +210,6 @@ def _paint(picture: Image.Image, masks: Sequence[Bools], colour: Colour, scale: 
         contour[at][edge] = 255
     picture.paste(colour, mask=Image.fromarray(fill))
     picture.paste(colour, mask=Image.fromarray(contour))
-
-
-def _style(size: tuple[int, int]) -> _Style:
-    # The geometric mean: text fits long narrow pictures too, and grows with large ones.
-    side = (size[0] * size[1]) ** 0.5
-    body = max(17, round(side / 46))
-    small = max(12, round(0.65 * body))
-    pad = max(8, body // 2)
-    margin = max(3, pad // 3)
-    label = ImageFont.load_default(size=max(13, round(0.75 * body)))
-    _, top, _, bottom = map(int, label.getbbox("Hg0"))
-    return _Style(
-        body=ImageFont.load_default(size=body),
-        label=label,
-        small=ImageFont.load_default(size=small),
-        row=round(1.3 * body),
-        fine_row=round(1.35 * small),
-        pad=pad,
-        line=max(1, round(side / 640)),
-        margin=margin,
-        label_height=bottom - top + 2 * margin,
-    )
 
 
 def _enlarge(mask: Bools, scale: int, line: int) -> tuple[Bools, Bools]:
@@ -305,7 +271,7 @@ def _with_text(
     legend: Mapping[str, Colour],
     probabilities: Mapping[str, float],
 ) -> Image.Image:
-    """The picture with its text and the disclaimer below; wider if the text needs it."""
+    """The picture with its text and the disclaimer below, see `overlay`."""
     width = max(picture.width, 52 * style.pad)
     inner = width - 2 * style.pad
     lines = _wrap(headline, style.body, inner)
@@ -316,37 +282,38 @@ def _with_text(
     canvas.paste(picture, ((width - picture.width) // 2, 0))
     draw = ImageDraw.Draw(canvas)
 
-    y = picture.height + style.pad + style.row // 2  # the middle of a row
-    for line in lines:
-        draw.text((style.pad, y), line, fill=_TEXT, font=style.body, anchor="lm")
-        y += style.row
+    y = _write(draw, style.pad, picture.height + style.pad, lines, style.body, style.row, _TEXT)
+    middle = style.row // 2
     if legend:
         x, half = style.pad, style.fine_row // 4
         for name, colour in legend.items():
-            draw.rectangle((x, y - half, x + 2 * half, y + half), fill=colour)
-            draw.text((x + 4 * half, y), name, fill=_TEXT, font=style.small, anchor="lm")
+            draw.rectangle((x, y + middle - half, x + 2 * half, y + middle + half), fill=colour)
+            draw.text((x + 4 * half, y + middle), name, fill=_TEXT, font=style.small, anchor="lm")
             x += 4 * half + round(style.small.getlength(name)) + 2 * style.pad
         y += style.row
-    largest = max(probabilities.values(), default=0)
     longest = max((style.small.getlength(name) for name in probabilities), default=0)
     left = min(style.pad * 2 + round(longest), width // 2)
     right = width - style.pad * 2 - round(style.small.getlength("0.00"))
     half = max(3, style.row // 6)
     for name, probability in probabilities.items():
-        text, bar = (_TEXT, _BAR) if probability == largest else (_FAINT_TEXT, _FAINT_BAR)
-        title = _wrap(name, style.small, left - 2 * style.pad)[0]
-        draw.text((style.pad, y), title, fill=text, font=style.small, anchor="lm")
-        draw.rectangle((left, y - half, right, y + half), fill=_BAR_GROUND)
-        filled = left + round((right - left) * min(max(probability, 0.0), 1.0))
-        if filled > left:
-            draw.rectangle((left, y - half, filled, y + half), fill=bar)
-        draw.text((width - style.pad, y), f"{probability:.2f}", fill=text, font=style.small, anchor="rm")
-        y += style.row
-    y += style.pad - style.row // 2 + style.fine_row // 2
-    for line in small:
-        draw.text((style.pad, y), line, fill=_FAINT_TEXT, font=style.small, anchor="lm")
-        y += style.fine_row
+        text, bar = (_TEXT, _BAR) if probability == max(probabilities.values()) else (_FAINT_TEXT, _FAINT_BAR)
+        top, bottom = y + middle - half, y + middle + half
+        draw.rectangle((left, top, right, bottom), fill=_BAR_GROUND)
+        if filled := round((right - left) * min(max(probability, 0.0), 1.0)):
+            draw.rectangle((left, top, left + filled, bottom), fill=bar)
+        draw.text((width - style.pad, y + middle), f"{probability:.2f}", fill=text, font=style.small, anchor="rm")
+        title = _wrap(name, style.small, left - 2 * style.pad)[:1]
+        y = _write(draw, style.pad, y, title, style.small, style.row, text)
+    _write(draw, style.pad, y + style.pad, small, style.small, style.fine_row, _FAINT_TEXT)
     return canvas
+
+
+def _write(draw: ImageDraw.ImageDraw, x: int, y: int, lines: Sequence[str], font: Font, row: int, fill: Colour) -> int:
+    """Lines of text, each in the middle of a row of pixels; where the next row begins."""
+    for line in lines:
+        draw.text((x, y + row // 2), line, fill=fill, font=font, anchor="lm")
+        y += row
+    return y
 
 
 def _wrap(text: str, font: Font, width: float) -> list[str]:

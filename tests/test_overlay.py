@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from ctmasknet.errors import ConfigError
-from ctmasknet.overlay import Lesion, _enlarge, _place_labels, _scaled, _style, montage
+from ctmasknet.overlay import Lesion, _enlarge, _place_labels, _scaled, _Style, montage
 from ctmasknet.results import Prediction
 
 
@@ -183,7 +183,7 @@ def placed_labels(prediction: Prediction) -> list[tuple[tuple[int, int, int, int
         Lesion(mask, box, f"{score:.2f}", (0, 0, 0))
         for mask, box, score in zip(prediction.masks, prediction.boxes, prediction.scores, strict=True)
     ]
-    return _place_labels(lesions, [_scaled(one.box, size, 2) for one in lesions], size, 2, _style(size))
+    return _place_labels(lesions, [_scaled(one.box, size, 2) for one in lesions], size, 2, _Style(*size))
 
 
 def test_labels_overlap_nothing_stay_inside_and_go_to_the_best_scores_first() -> None:
