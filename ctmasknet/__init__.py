@@ -15,14 +15,7 @@ if TYPE_CHECKING:
     from ctmasknet.batch import FileResult, RunSummary, predict_files
     from ctmasknet.data.datasets import open_dataset
     from ctmasknet.engine import TrainConfig, TrainResult, train
-    from ctmasknet.errors import (
-        ConfigError,
-        CTMaskNetError,
-        DataError,
-        InputError,
-        MissingExtraError,
-        WeightsError,
-    )
+    from ctmasknet.errors import ConfigError, CTMaskNetError, DataError, InputError, MissingExtraError, WeightsError
     from ctmasknet.evaluation.evaluate import Evaluation, evaluate
     from ctmasknet.exporting import Exported, export
     from ctmasknet.predictor import Predictor, predict

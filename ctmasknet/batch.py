@@ -34,8 +34,8 @@ from ctmasknet.data.dicom_out import require_frames
 from ctmasknet.data.layouts import slice_name
 from ctmasknet.data.scans import NIFTI_SUFFIXES, is_dicom, is_scan, open_volume, read_ahead
 from ctmasknet.data.slices import PICTURE_SUFFIXES, Slice, read_slice
-from ctmasknet.errors import ConfigError, CTMaskNetError, DataError, InputError, import_extra
-from ctmasknet.output import Log, OutputError, PathLike, csv_text, join_logs, json_bytes, read_logs, write_files
+from ctmasknet.errors import ConfigError, CTMaskNetError, InputError, import_extra
+from ctmasknet.output import Log, OutputError, PathLike, csv_table, join_logs, json_bytes, read_logs, write_files
 from ctmasknet.predictor import Predictor
 from ctmasknet.registry import __version__
 from ctmasknet.results import Keep, Prediction, VolumePrediction, counted
@@ -126,10 +126,10 @@ class RunSummary:
         done = [counted(self.slices, "slice")] if self.slices or not self.scans else []
         if self.scans:
             done.append(f"{counted(self.scans, 'scan')} ({counted(self.scan_slices, 'slice')})")
-        parts = [f"{' and '.join(done)} predicted"]
-        parts += [f"{self.already_done} done before"] if self.already_done else []
-        parts += [f"{self.failed} failed"] if self.failed else []
-        parts += [f"{counted(self.left_out, 'file')} of other kinds left out"] if self.left_out else []
+        rest = {"done before": self.already_done, "failed": self.failed}
+        parts = [f"{' and '.join(done)} predicted", *(f"{count} {what}" for what, count in rest.items() if count)]
+        if self.left_out:
+            parts.append(f"{counted(self.left_out, 'file')} of other kinds left out")
         return f"{', '.join(parts)}; {self.seconds:.0f} s"
 
     def to_dict(self) -> dict[str, Any]:
@@ -169,7 +169,6 @@ def predict_files(
     readers: int = READERS,
     shard: tuple[int, int] = (0, 1),
     restart: bool = False,
-    annotations: PathLike | None = None,
     progress: bool = False,
     on_result: Callable[[FileResult], None] | None = None,
 ) -> RunSummary:
@@ -189,7 +188,6 @@ def predict_files(
         readers: threads that read ahead of the model.
         shard: (i, n): do every n-th file from the i-th on. `process_shard` takes it from torchrun's environment.
         restart: discard an earlier run in `out`, and start again.
-        annotations: COCO annotation JSON to take image ids from.
         progress: show a bar on a terminal.
         on_result: called with every result, in order.
 
@@ -225,7 +223,12 @@ def predict_files(
     )
     given = [os.fsdecode(name) for name in inputs]
     clock = time.monotonic()
-    work = _my_work(given, names, folder, slices, shard, summary)
+    digest, work = hashlib.sha256(), []
+    for place, one in enumerate(_chosen(find_inputs(given, slices=slices, out=folder), names, summary)):
+        digest.update(one.name.encode("utf-8", "surrogateescape") + b"\0")
+        if place % world == rank:
+            work.append(one)
+    summary.list_digest = digest.hexdigest()
     # A single slice or scan needs no record of what is done: it is predicted anew each time.
     several = len(work) > 1 or names is not None or world > 1 or format not in ("files", "dicom") or restart
     with contextlib.ExitStack() as closing:
@@ -269,7 +272,7 @@ def predict_files(
         if log is not None:
             _write_scan_table(folder)
         if format == "coco":
-            write_coco_results(folder / PREDICTIONS, folder, annotations=annotations)
+            _write_coco_results(folder)
     return summary
 
 
@@ -367,17 +370,17 @@ def _search(root: str, slices: bool, avoid: str | None) -> Iterator[Work]:
         yield Work(root, error=f"{root}: no readable slices in this folder. Give one with pictures, DICOM or NIfTI.")
 
 
-def read_list(path: PathLike) -> Iterator[str]:
+def read_list(path: PathLike) -> list[str]:
     """The names in a text file (UTF-8), one per line; empty lines are skipped.
 
     Raises:
         InputError: it cannot be read.
     """
     try:
-        with Path(path).open(encoding="utf-8", errors="surrogateescape") as stream:
-            yield from (name for line in stream if (name := line.rstrip("\r\n")).strip())
+        lines = Path(path).read_text(encoding="utf-8", errors="surrogateescape").split("\n")
     except OSError as error:
         raise InputError(f"{path}: the list cannot be read ({error.strerror}). Check the path.") from error
+    return [line for line in lines if line.strip()]
 
 
 def place_of(name: str, root: str | None = None) -> Path:
@@ -442,8 +445,6 @@ def _predicted(
             continue
         one = one._replace(scan=True)
         try:  # it brings its own slices
-            if predictor.score_map:
-                raise InputError(f"{one.name}: a scan has no score map: predict it without score_map=True")
             volume = open_volume(one.name, **reading)
             if format == "dicom":
                 require_frames(volume)
@@ -478,38 +479,20 @@ def _write(
 # The run
 
 
-def _my_work(
-    inputs: list[str],
-    names: PathLike | Sequence[str] | None,
-    out: Path,
-    slices: bool,
-    shard: tuple[int, int],
-    summary: RunSummary,
-) -> list[Work]:
-    """This process's share of the inputs; what is to be known of all of them goes into the summary."""
-    rank, world = shard
+def _chosen(found: Iterable[Work], names: PathLike | Sequence[str] | None, summary: RunSummary) -> Iterator[Work]:
+    """Of the inputs found those that are named, and the names that none has."""
     listed = read_list(names) if isinstance(names, str | os.PathLike) else names or ()
     missing = {slice_name(name): name for name in listed}
     wanted = set(missing)
-    digest, mine = hashlib.sha256(), []
-
-    def chosen() -> Iterator[Work]:
-        for one in find_inputs(inputs, slices=slices, out=out):
-            name = slice_name(one.name)
-            if one.error == LEFT_OUT:
-                summary.left_out += 1
-            elif names is None or one.error or name in wanted:
-                missing.pop(name, None)
-                yield one
-        for name in missing.values():
-            yield Work(name, error=f"{name}: listed in names, but not among the inputs. Correct the list.")
-
-    for place, one in enumerate(chosen()):
-        digest.update(one.name.encode("utf-8", "surrogateescape") + b"\0")
-        if place % world == rank:
-            mine.append(one)
-    summary.list_digest = digest.hexdigest()
-    return mine
+    for one in found:
+        name = slice_name(one.name)
+        if one.error == LEFT_OUT:
+            summary.left_out += 1
+        elif names is None or one.error or name in wanted:
+            missing.pop(name, None)
+            yield one
+    for name in missing.values():
+        yield Work(name, error=f"{name}: listed in names, but not among the inputs. Correct the list.")
 
 
 def _settings(predictor: Predictor, format: Format, **reading: Any) -> dict[str, Any]:
@@ -538,9 +521,8 @@ def _environment(predictor: Predictor, shard: tuple[int, int]) -> dict[str, Any]
 
 def _part(out: Path, name: str, shard: tuple[int, int]) -> Path:
     """Where this process writes what one alone writes to `name`."""
-    rank, world = shard
-    file = Path(name)
-    return out / file if world == 1 else out / "parts" / f"{file.stem}-{rank}-of-{world}{file.suffix}"
+    (rank, world), file = shard, out / name
+    return file if world == 1 else out / "parts" / f"{file.stem}-{rank}-of-{world}{file.suffix}"
 
 
 def _logs(out: Path) -> list[Path]:
@@ -620,11 +602,8 @@ def _write_scan_table(out: Path) -> None:
     failed = [one for one in run["failures"] if one["scan"]]
     common = {"models": run["settings"], "version": run["environment"]["ctmasknet"]}
     lines += [{"source": one["source"], "problems": [one["error"]], **common} for one in failed]
-    rows = [_scan_row(line) for line in lines]
-    if rows:
-        head = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
-        table = csv_text([head, *([row.get(name) for name in head] for row in rows)])
-        write_files({out / SCANS: table.encode("utf-8", "backslashreplace")})
+    if lines:
+        write_files({out / SCANS: csv_table(map(_scan_row, lines)).encode("utf-8", "backslashreplace")})
 
 
 def _scan_row(line: Mapping[str, Any]) -> dict[str, Any]:
@@ -643,71 +622,19 @@ def _scan_row(line: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, "version": line["version"]}
 
 
-# COCO results
+def _write_coco_results(out: Path) -> None:
+    """The slices of predictions.jsonl as COCO results, which pycocotools' ``loadRes`` reads.
 
-
-def write_coco_results(
-    predictions: PathLike, out: PathLike, *, annotations: PathLike | None = None
-) -> tuple[Path, Path]:
-    """Turn predictions.jsonl into COCO results, which pycocotools' ``loadRes`` reads; scans are left out.
-
-    Args:
-        predictions: the lines of a run.
-        out: folder for coco_results.json (image_id, category_id, bbox, score, segmentation) and
-            coco_images.json, which says what file an image_id stands for.
-        annotations: COCO annotation JSON: image ids are those of its images of the same path or file name, and
-            categories its own in the order of their ids. Without it ids count from 1 in the order of names, and a
-            category is the label.
-
-    Raises:
-        DataError: the annotations cannot be read, or do not list a file that was predicted.
+    coco_images.json says what file an image_id of coco_results.json stands for: they count from 1 by name.
+    A category is the label.
     """
-    names = sorted(line["source"] for line in _slice_lines(predictions))
-    ids: dict[str, int] = {name: number for number, name in enumerate(names, start=1)}
-    categories: list[int] | None = None
-    if annotations is not None:
-        ids, categories = _ids_of(Path(annotations), names)
+    lines = [line for line in read_logs([out / PREDICTIONS]) if line["kind"] == "slice"]
     images, results = [], []
-    for line in _slice_lines(predictions):
-        (height, width), image_id = line["image_size"], ids[line["source"]]
+    for image_id, line in enumerate(sorted(lines, key=lambda line: line["source"]), start=1):
+        height, width = line["image_size"]
         images.append({"id": image_id, "file_name": line["source"], "height": height, "width": width})
         for lesion in line["lesions"]:
             x1, y1, x2, y2 = lesion["box"]
-            results.append(
-                {
-                    "image_id": image_id,
-                    "category_id": categories[lesion["label"] - 1] if categories else lesion["label"],
-                    "bbox": [x1, y1, x2 - x1, y2 - y1],
-                    "score": lesion["score"],
-                    "segmentation": lesion["rle"],
-                }
-            )
-    paths = Path(out) / COCO_RESULTS, Path(out) / COCO_IMAGES
-    write_files({paths[0]: json_bytes(results), paths[1]: json_bytes({"images": images})})
-    return paths
-
-
-def _slice_lines(path: PathLike) -> Iterator[dict[str, Any]]:
-    return (line for line in read_logs([Path(path)]) if line["kind"] == "slice")
-
-
-def _ids_of(annotations: Path, names: list[str]) -> tuple[dict[str, int], list[int]]:
-    """Image id of each predicted file, and the categories in the order of labels."""
-    listed: dict[str, dict[str, int]] = {}
-    try:
-        content = json.loads(annotations.read_text(encoding="utf-8"))
-        for image in content["images"]:
-            listed.setdefault(Path(image["file_name"]).name, {})[image["file_name"]] = image["id"]
-        categories = sorted(category["id"] for category in content["categories"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{annotations}: not readable COCO annotations ({error!r})") from None
-    ids = {}
-    for name in names:
-        files = listed.get(Path(name).name, {})
-        # Of several of the same name, the one whose path the file's ends in.
-        fitting = [file for file in files if len(files) == 1 or f"/{Path(name).as_posix()}".endswith(f"/{file}")]
-        if not fitting:
-            what = f"{len(files)} images named {Path(name).name}" if files else f"no image {Path(name).name}"
-            raise DataError(f"{annotations}: lists {what}, so {name} has no image id. Mend file_name there")
-        ids[name] = files[max(fitting, key=len)]
-    return ids, categories
+            what = {"image_id": image_id, "category_id": lesion["label"], "score": lesion["score"]}
+            results.append({**what, "bbox": [x1, y1, x2 - x1, y2 - y1], "segmentation": lesion["rle"]})
+    write_files({out / COCO_RESULTS: json_bytes(results), out / COCO_IMAGES: json_bytes({"images": images})})

@@ -44,7 +44,7 @@ def predict_command(options: argparse.Namespace) -> int:
     if not options.inputs:
         if options.names is None:
             raise ConfigError("nothing to predict: name slices, scans or folders, or pass --names FILE")
-        options.inputs, options.names = list(read_list(options.names)), None
+        options.inputs, options.names = read_list(options.names), None
     options.shard = rank, world = _shard(options.shard) if options.shard else process_shard()
     options.spacing = options.spacing and tuple(options.spacing)
     options.device = options.device or process_device()
