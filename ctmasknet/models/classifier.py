@@ -107,21 +107,12 @@ class COVIDCTMaskNet(Shareable, nn.Module):
         return [self.classify(*one) for one in zip(regions, batch.image_sizes, sizes, strict=True)]
 
     def read(self, regions: Regions, *, random: bool = False) -> tuple[Tensor, Regions]:
-        """Module S's (K,) logits for the ranked regions of an image, and those that stand in its RoI batch.
-
-        Args:
-            random: draw which regions are repeated, as in training.
-        """
+        """Module S's (K,) logits for the ranked regions of an image, and those that stand in its RoI batch."""
         matrix, batch = fill_batch(regions, self.module_s.slots, replicate=self.config.replicate, random=random)
         return self.module_s(matrix[None])[0], batch
 
     def classify(self, regions: Regions, resized: tuple[int, int], size: tuple[int, int]) -> dict[str, Tensor]:
-        """The result of evaluation mode, from an image's ranked regions.
-
-        Args:
-            regions: boxes in pixels of the resized image.
-            resized, size: (height, width) of the image, resized and as given.
-        """
+        """The result of evaluation mode, from ranked regions; `resized` and `size` are (height, width) of the image."""
         logits, batch = self.read(regions)
         return {
             "logits": logits,
@@ -134,11 +125,7 @@ class COVIDCTMaskNet(Shareable, nn.Module):
 
 
 def image_loss(logits: Tensor, targets: list[dict[str, Any]]) -> Tensor:
-    """Binary cross-entropy of (B, K) logits with the one-hot `image_label` of each target (paper, released code).
-
-    Raises:
-        InputError: a label outside 0..K - 1.
-    """
+    """Binary cross-entropy of (B, K) logits with the one-hot `image_label` of each target (paper, released code)."""
     labels = torch.as_tensor([int(target["image_label"]) for target in targets], device=logits.device)
     if labels.min() < 0 or labels.max() >= logits.shape[1]:
         raise InputError(f"image_label {labels.tolist()}: must lie in 0..{logits.shape[1] - 1}")
@@ -150,13 +137,7 @@ def replication_counts(valid: int, slots: int, *, random: bool = False) -> Tenso
 
     Deterministic: every rank floor(slots / valid) times, the first ``slots mod valid`` once more ([3, 1, 2] in five
     slots is [3, 3, 1, 1, 2]). Random: the missing copies are drawn with replacement, every rank stands at least once
-    ([3, 3, 1, 2, 2] is one outcome).
-
-    Args:
-        valid: 1..slots.
-
-    Returns:
-        (valid,) int64, at least 1 each, summing to `slots`.
+    ([3, 3, 1, 2, 2] is one outcome). (valid,) int64, at least 1 each, summing to `slots`.
     """
     if random:
         drawn = torch.randint(valid, (slots - valid,))

@@ -103,9 +103,6 @@ def model_config(variant: Variant, **overrides: Any) -> ModelConfig:
 
     A segmenter keeps detections above the paper's score 0.75; a classifier lets every RoI enter its batch
     (score above -0.01) and reads as many as its module S has slots.
-
-    Raises:
-        ConfigError: an unknown option (the message suggests the nearest) or an impossible value.
     """
     known = list(ModelConfig.__dataclass_fields__)
     for name in overrides:

@@ -313,11 +313,7 @@ def rescale(boxes: Tensor, size: tuple[int, int] | Tensor, target: tuple[int, in
 
 
 def checked_images(images: Sequence[Tensor]) -> list[Tensor]:
-    """The images as a list, if they are what a model takes: (3, H, W) float32 tensors with values in 0..1.
-
-    Raises:
-        InputError: they are not; names the first that is not and the fix.
-    """
+    """The images as a list, if they are what a model takes; else the error names the first that is not, and the fix."""
     wanted = "give a list of (3, H, W) float32 tensors with values in 0..1"
     if not isinstance(images, Sequence) and not (isinstance(images, Tensor) and images.dim() == 4):
         raise InputError(f"images is a single {type(images).__name__}: {wanted}")

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.ops import MultiScaleRoIAlign, batched_nms, clip_boxes_to_image, remove_small_boxes
+from torchvision.ops import MultiScaleRoIAlign, batched_nms, clip_boxes_to_image
 from torchvision.ops.poolers import LevelMapper
 
 from ctmasknet.errors import ConfigError
@@ -165,13 +165,9 @@ class Inference:
 
     @torch.inference_mode()
     def read(self, images: Sequence[Tensor]) -> list[Reading]:
-        """Everything before the thresholds, of each image.
+        """Everything before the thresholds, of each image: (3, H, W) float32 in 0..1, on the model's device.
 
-        Args:
-            images: (3, H, W) float32 in 0..1, on the model's device; sizes may differ.
-
-        Raises:
-            InputError: images of another kind, or with NaN; says which.
+        Sizes may differ. Images of another kind, or with NaN, are refused by their number.
         """
         images = checked_images(images)
         resized = [self._resized((image - self._mean) / self._std) for image in images]
@@ -187,11 +183,7 @@ class Inference:
 
     @torch.inference_mode()
     def detect(self, reading: Reading, *protocols: Protocol) -> list[Detections]:
-        """A segmenter's detections by each protocol; at least one is needed.
-
-        Raises:
-            TypeError: the model is a classifier, which has no masks.
-        """
+        """A segmenter's detections by each protocol; at least one is needed."""
         kept = [reading.kept(p.score_threshold, p.nms_threshold, p.detections) for p in protocols]
         wanted = kept[0] if len(kept) == 1 else torch.cat(kept).unique()
         logits = self._mask_logits(reading, reading.regions[wanted])
@@ -207,11 +199,7 @@ class Inference:
 
     @torch.inference_mode()
     def classify(self, reading: Reading) -> dict[str, Tensor]:
-        """What a classifier gives in evaluation mode: logits, probabilities (K,) and its RoI batch.
-
-        Raises:
-            TypeError: the model is a segmenter.
-        """
+        """What a classifier gives in evaluation mode: logits, probabilities (K,) and its RoI batch."""
         if not isinstance(self.model, COVIDCTMaskNet):
             raise TypeError(f"{self.model.variant.name} is not a classifier")
         return self.model.classify(self.regions(reading), reading.resized, reading.size)
@@ -280,11 +268,7 @@ class Inference:
 
 
 def dtype_of(precision: str, device: torch.device) -> torch.dtype:
-    """The torch type of a precision by name.
-
-    Raises:
-        ConfigError: unknown, or ``"float16"`` on a device that has no fast units for it.
-    """
+    """The torch type of a precision; unknown names and ``"float16"`` without fast units for it are refused."""
     if precision not in get_args(Precision):
         raise ConfigError(f"precision={precision!r}: use {', '.join(map(repr, get_args(Precision)))}")
     if precision == "float16" and device.type == "cpu":
@@ -414,10 +398,9 @@ def choose_proposals(
     proposals = []
     for box, score in zip(torch.cat(boxes, 1), torch.cat(scores, 1), strict=True):
         own_level = level_of
-        if rpn.min_size > 0 or rpn.score_thresh > 0:
-            large = remove_small_boxes(box, rpn.min_size)
-            large = large[score[large] >= rpn.score_thresh]
-            box, score, own_level = box[large], score[large], level_of[large]
+        if rpn.score_thresh > 0:
+            likely = score >= rpn.score_thresh
+            box, score, own_level = box[likely], score[likely], level_of[likely]
         kept = batched_nms(box, score, own_level, rpn.nms_thresh)
         proposals.append(box[kept[: config.rpn_post_nms_top_n_test]])
     return proposals
@@ -499,9 +482,8 @@ def pool(
     """RoIAlign (not aligned, as torchvision's Mask R-CNN has it) of every box, a part of the boxes at a time.
 
     Args:
-        features: (B, C, H, W) per level, finest first.
+        features: (B, C, H, W) per level, finest first, of `scales` as `feature_scales` gives them.
         boxes: (N, 4) per image, in pixels of the resized image.
-        scales: see `feature_scales`.
         pooler: has the numbers of bins and samples.
 
     Yields:

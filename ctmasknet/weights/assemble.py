@@ -34,25 +34,17 @@ _BEYOND_A_BODY = ("layer2.", "layer3.", "layer4.", "fc.")  # what a cut ResNet m
 
 
 def build(variant: Variant, options: Mapping[str, Any]) -> Model:
-    """A model with random weights.
-
-    Raises:
-        ConfigError: unknown option, impossible value.
-    """
+    """A model with random weights."""
     config = model_config(variant, **options)
     return LesionMaskRCNN(variant, config) if variant.task == "segmentation" else COVIDCTMaskNet(variant, config)
 
 
 def assemble(stored: StoredWeights, options: Mapping[str, Any], variant: Variant | None = None) -> Model:
-    """A model with stored weights, in evaluation mode, set to their operating point.
-
-    Args:
-        options: replace what is stored.
-        variant: None takes the one that the weights name.
+    """A model with stored weights, in evaluation mode, set to their operating point; `options` replace what is stored.
 
     Raises:
         ConfigError: unknown option, impossible value.
-        WeightsError: the weights do not fit, or name no variant.
+        WeightsError: the weights do not fit, or name no variant and none is given.
     """
     if variant is None and stored.variant is None:
         raise WeightsError(f"{stored.path.parent}: no config.json names the variant: create_model(name, weights=path)")
@@ -78,11 +70,7 @@ def assemble(stored: StoredWeights, options: Mapping[str, Any], variant: Variant
 def load(model: Model, tensors: Mapping[str, Tensor], path: Path) -> bool:
     """Load a state dict strictly, but for heads of another number of classes, which start anew and are logged.
 
-    Returns:
-        Whether there were such heads.
-
-    Raises:
-        WeightsError: tensors are missing, unexpected, of another shape or type, or hold NaN; says what the file holds.
+    Returns whether there were such heads. The error says what does not fit, and which variant the file holds.
     """
     state = model.state_dict()
     changed: tuple[str, ...] = ()

@@ -51,7 +51,6 @@ class StoredWeights:
     """What a weights file says, before a model is built of it.
 
     Attributes:
-        path: the file.
         tensors: key -> tensor, floating-point ones in float32 however they are stored.
         variant: its name, None if no config.json lies beside the file; then `config` and `metadata` are empty.
         config: the options the model was saved with.
@@ -82,11 +81,6 @@ def write_weights(
         tensors: the state dict; floating-point values are stored as `dtype`.
         metadata: plain values under the keys classes, operating_point, temperature, metrics, training, dataset,
             license, note (for the card), caveat (shown with every prediction) and derived_from (see `inherited`).
-        card: text of `README.md`.
-        golden: content of `golden.safetensors`.
-
-    Raises:
-        OutputError: the folder cannot be written.
     """
     folder = Path(folder)
     facts = {"library": "ctmasknet", "format": _FORMAT, "variant": variant, "config": dict(config)}
@@ -108,11 +102,7 @@ def as_stored(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Te
 
 
 def read_weights(path: str | os.PathLike[str]) -> StoredWeights:
-    """Read a safetensors file, or the one in a folder, with the `config.json` beside it.
-
-    Raises:
-        WeightsError: missing, damaged, not safetensors, or with a config.json that is not one of ours.
-    """
+    """Read a safetensors file, or the one in a folder, with the `config.json` beside it."""
     path = Path(path)
     file = path / WEIGHTS_NAME if path.is_dir() else path
     if not file.is_file():
@@ -124,11 +114,7 @@ def read_weights(path: str | os.PathLike[str]) -> StoredWeights:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, floating-point ones in float32.
-
-    Raises:
-        WeightsError: damaged, or not safetensors; a pickle is refused by its first bytes.
-    """
+    """The tensors of a safetensors file, floating-point ones in float32; a pickle is refused by its first bytes."""
     try:
         with file.open("rb") as opened:
             head = opened.read(9)  # of safetensors: the length of its header, which begins with a brace
@@ -160,15 +146,10 @@ def state_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def inherited(metadata: Mapping[str, Any], variant: str | None) -> dict[str, Any]:
-    """What still holds of weights once their values have changed, or once others are trained from them.
+    """What still holds of the metadata of weights once their values change, or once others are trained from them.
 
-    Args:
-        metadata: of the weights before.
-        variant: which they were weights of.
-
-    Returns:
-        Their `license` and `caveat`; and `derived_from`, a list of what they were (`variant`, `license`, `caveat`,
-        `dataset`, as far as known), with what they in turn came from before them.
+    Their `license` and `caveat`; and `derived_from`, a list of what they were (`variant`, `license`, `caveat`,
+    `dataset`, as far as known), with what they in turn came from before them.
     """
     before = {"variant": variant} | {key: metadata[key] for key in (*_TERMS, "dataset") if key in metadata}
     terms = {key: metadata[key] for key in _TERMS if key in metadata}
@@ -182,11 +163,7 @@ def sha256_of(path: Path) -> str:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """A JSON file of metadata, checked as those of a config.json are.
-
-    Raises:
-        WeightsError: not readable, an unknown field, or a value of another type.
-    """
+    """A JSON file of metadata, checked as those of a config.json are."""
     return _checked_metadata(path, _read_json(path))
 
 

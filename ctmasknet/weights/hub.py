@@ -82,11 +82,7 @@ class HubSource:
 
 
 def hub_source(text: str, revision: str | None = None) -> HubSource | None:
-    """What ``"owner/name"`` or ``"owner/name@revision"`` stands for; None if `text` is nothing of that form.
-
-    Raises:
-        WeightsError: two revisions, or a revision that cannot be one.
-    """
+    """What ``"owner/name"`` or ``"owner/name@revision"`` stands for; None if `text` is nothing of that form."""
     repository, at, named = text.partition("@")
     # The Hub forbids ".." and "--" in names, and the first is a way out of a folder.
     forbidden = "--" in repository or ".." in repository or repository.endswith((".git", *_FILE_ENDINGS))
@@ -115,9 +111,6 @@ def from_hub(
     Args:
         names: the first one finds the commit of a branch or tag.
         keep: names that the repository may lack; without a network, the cache.
-
-    Raises:
-        WeightsError: no such repository, revision or file; access refused; no network; a file that fails its check.
     """
     known = {WEIGHTS_NAME: sha256}
     pinned = source
@@ -283,11 +276,7 @@ def load_stored(
     Args:
         weights: ``"default"`` (needs a variant), a file, a folder, ``"owner/name"`` or ``"owner/name@revision"``.
         variant: what it must hold; None accepts any.
-        revision: branch, tag or commit of a Hub repository.
         golden: also make sure of the golden file beside the weights.
-
-    Raises:
-        WeightsError: nothing there, damaged, another variant's, or the Hub cannot be reached.
     """
     if weights == "default" and variant is not None:
         return _load_entry(default_entry(variant), golden=golden)
@@ -320,10 +309,6 @@ def download(name: str) -> tuple[str, Path]:
 
     Returns:
         Where they are from, ``"bundled"`` or the Hub repository with its commit; and the weights file.
-
-    Raises:
-        ConfigError: neither a repository nor a variant.
-        WeightsError: see `load_stored`.
     """
     source, keep = hub_source(name), (GOLDEN_NAME, CARD_NAME)
     if source is not None:

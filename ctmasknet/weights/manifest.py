@@ -76,11 +76,7 @@ def _lists() -> dict[str, Any]:
 
 
 def default_entry(variant: Variant) -> ManifestEntry:
-    """The default weights of a variant.
-
-    Raises:
-        WeightsError: none exist; says which variants have some, and how to get weights for this one.
-    """
+    """The default weights of a variant; the error says which have some, and how to get weights for this one."""
     for entry in manifest():
         if entry.variant == variant.name:
             return entry

@@ -132,10 +132,6 @@ def push_folder(
         repository: ``"owner/name"``, made if missing.
         private: make a new repository private.
         failures: see `packed`.
-
-    Raises:
-        WeightsError: not weights of this library, damaged, no permission (HF_TOKEN), no network; the Hub holds other
-            bytes than were sent.
     """
     target = _target(repository)
     model, files = packed(folder, repository, failures)
@@ -180,11 +176,7 @@ def packed(
 
 
 def check_folder(folder: str | os.PathLike[str]) -> Model:
-    """Load a folder as a stranger would, golden file included if there is one.
-
-    Raises:
-        WeightsError: not a folder of weights, no config.json, damaged, or outputs other than recorded.
-    """
+    """Load a folder as a stranger would, golden file included if there is one."""
     stored = read_weights(folder)
     return verified(stored)[0] if stored.path.with_name(GOLDEN_NAME).is_file() else assemble(stored, {})
 
@@ -223,7 +215,7 @@ _FAILURES = """## Known failures
 Seen on phantoms and on the validation slices of the default weights; expect them of other segmenters, too.
 
 - Small lesions, a few millimetres wide, are missed.
-- Neighbours that nearly touch are often united in one box, and a large lesion split into several.
+- Neighbours that nearly touch are often united in one box, and a large lesion is sometimes split.
 - Motion: breathing or a heartbeat during the scan doubles vessels, which are marked although the slice is healthy.
 - Another window than the lung's: in a picture stored in the mediastinal window bone is marked, and lesions are not.
 - Exchanged grey levels, air white and bone black, give nonsense, and no error says so.
@@ -335,9 +327,6 @@ def verified(stored: StoredWeights) -> tuple[Model, bool]:
     Returns:
         The model as it was saved; and whether the golden file also holds the digest of the weights, which then is
         right; older files do not.
-
-    Raises:
-        WeightsError: no such file, unreadable, or outputs that differ by more than the tolerances.
     """
     model, path = assemble(stored, {}), stored.path.with_name(GOLDEN_NAME)
     if not path.is_file():

@@ -33,11 +33,7 @@ _MOST_ANCHORS, _MOST_DIMENSIONS = 100, 8
 
 
 def read_released(path: str | os.PathLike[str], variant: Variant | None = None) -> StoredWeights:
-    """Read an author's `.pth` file.
-
-    Args:
-        path: the file.
-        variant: what it must hold; None recognises it from keys and shapes.
+    """Read an author's `.pth` file; its keys and shapes tell the variant, which must be the one given, if any is.
 
     Returns:
         The weights under this library's key names; as config the numbers of classes and, if the file holds an anchor
@@ -68,11 +64,7 @@ def read_released(path: str | os.PathLike[str], variant: Variant | None = None) 
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read a bare state dict that `torch.save` wrote, such as torchvision's ImageNet weights.
-
-    Raises:
-        WeightsError: not such a file, damaged, or holding anything but tensors.
-    """
+    """Read a bare state dict that `torch.save` wrote, such as torchvision's ImageNet weights."""
     content, tensors = _unpickle(Path(path))
     if not tensors or tensors.keys() != content.keys():
         raise WeightsError(f"{path}: not a state dict: it must hold tensors by name and nothing else")
