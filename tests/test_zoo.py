@@ -37,7 +37,7 @@ def test_a_name_and_default_stand_for_the_default_weights():
         assert same(model, expected)
         assert not model.training
     assert open_model("default", task="classification", device="cpu").variant.name == DEFAULT_CLASSIFIER
-    with pytest.raises(ConfigError, match=f"of which task: {DEFAULT_SEGMENTER} or {DEFAULT_CLASSIFIER}"):
+    with pytest.raises(ConfigError, match=f"for which task: give {DEFAULT_SEGMENTER} or {DEFAULT_CLASSIFIER}"):
         open_model("default", device="cpu")
 
 
