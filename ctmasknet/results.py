@@ -121,7 +121,11 @@ class Prediction:
             )
         except MissingExtraError as error:
             return None, str(error)
-        return (np.flip(found, turned)[0], "") if found.any() else (None, NO_LUNGS)
+        lungs = np.flip(found, turned)[0]
+        if 2 * (self.lesion_mask & (lungs == 0)).sum() > self.lesion_mask.sum():
+            # A consolidated lung holds no air, and there is no neighbouring slice to tell it by.
+            return None, "most of the lesions lie outside the lungs found, so these are not to be trusted"
+        return (lungs, "") if lungs.any() else (None, NO_LUNGS)
 
     @property
     def lungs(self) -> npt.NDArray[np.uint8] | None:

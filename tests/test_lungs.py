@@ -102,6 +102,18 @@ def test_a_white_lung_is_a_lung_where_its_lesion_is_marked():
     assert [lesion.side for lesion in result.lesions] == ["left"]
 
 
+def test_the_consolidated_back_of_both_lungs_is_lung():
+    made = phantom_scan(size=128, slices=12, thickness=20.0)
+    z, y, x = made.spacing
+    last = np.flatnonzero(made.lungs.any((0, 2)))[-1]
+    back = (made.lungs > 0) & (np.arange(128)[:, None] > last - 25 / y)
+    result = TruthPredictor(back.astype(np.uint8)).volume(np.where(back, 40, made.hu), spacing=(x, y, z))
+    for side, number in (("right", RIGHT), ("left", LEFT)):
+        lesions = volume_ml(back & (made.lungs == number), made.spacing)
+        assert result.involvement[f"{side}_lesion_ml"] == pytest.approx(lesions, rel=0.02)
+    assert result.involvement["outside_lesion_ml"] == 0
+
+
 def test_one_lung_is_one_lung():
     made = phantom_scan(BALLS[:1], size=SIZE, missing=LEFT)
     result = predicted(made)
@@ -205,16 +217,18 @@ def test_a_slice_without_lungs_says_why(tmp_path, scan, monkeypatch):
     (sagittal,) = write_series(tmp_path, hu[None], directions=(0, 1, 0, 0, 0, -1))
     (tiny,) = write_series(tmp_path, hu[None], prefix="t", PixelSpacing=["1e-9", "1e-9"])
     belly = np.where((scan.lungs[24] > 0) | (hu < -900) & (np.abs(np.arange(SIZE) - SIZE / 2) < 12), 50, hu)
-    for given, units, why in (
-        (grey(hu), None, "not HU"),
-        (hu, "range", "not HU"),
-        (sagittal, None, "not an axial slice"),
-        (belly, "hu", "no lungs found"),
+    heart = (scan.lesions[24] == len(BALLS) + 1).astype(np.uint8)
+    for given, marks, units, why in (
+        (grey(hu), none, None, "not HU"),
+        (hu, none, "range", "not HU"),
+        (sagittal, none, None, "not an axial slice"),
+        (belly, none, "hu", "no lungs found"),
+        (hu, heart, "hu", "most of the lesions lie outside"),
     ):
-        result = predicted_slice(given, none, units=units)
+        result = predicted_slice(given, marks, units=units)
         assert (result.lungs, result.to_dict()["involvement"]) == (None, None)
         assert why in result.to_dict()["no_lungs"]
-        assert "lungs" not in result.summary
+        assert "of the lungs" not in result.summary
     assert predicted_slice(tiny, none).involvement["both_lesion_px"] == 0  # no CT has such pixels
     monkeypatch.setitem(sys.modules, "scipy.ndimage", None)
     assert "ctmasknet[io]" in predicted_slice(hu, none, units="hu").to_dict()["no_lungs"]

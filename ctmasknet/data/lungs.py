@@ -50,7 +50,8 @@ def find_lungs(
             `ctmasknet.data.slices`; rows run to the back and columns to the patient's left. Black where there is none.
         spacing: mm between slices, rows, columns.
         lesions: (S, H, W), a number per lesion, 0 elsewhere. One that lies for the most part within 25 mm of the air
-            of a lung, or where the other lung mirrored has it, belongs to that lung; others are cut out of the lungs.
+            of a lung and not between the two, or where the other lung mirrored has it, belongs to that lung; others are
+            cut out of the lungs.
 
     Returns:
         (S, H, W), 0 outside, 1 right lung, 2 left lung; all 0 if no slice shows 25 cm2 of lung.
@@ -208,6 +209,15 @@ def _sides(lungs: Bools, middle: float, pixel: Pixel, ndimage: Any) -> npt.NDArr
     return sides * lungs
 
 
+def _between(sides: npt.NDArray[np.uint8]) -> Bools:
+    """What lies between the lungs in the front half of a slice, where the heart is; at the back, a lobe may be."""
+    up_to_right = np.maximum.accumulate((sides == RIGHT)[:, ::-1], axis=1)[:, ::-1]
+    from_left = np.maximum.accumulate(sides == LEFT, axis=1)
+    shows_both = up_to_right.any(1) & from_left.any(1)
+    in_front = np.arange(len(sides)) < np.average(np.arange(len(sides)), weights=(sides > 0).sum(1) + 1e-9)
+    return (shows_both & in_front)[:, None] & ~up_to_right & ~from_left
+
+
 def _add_lesions(
     lungs: npt.NDArray[np.uint8],
     lesions: npt.NDArray[np.unsignedinteger],
@@ -226,11 +236,15 @@ def _add_lesions(
     for place in np.flatnonzero(lesions.any((1, 2))):
         home = np.zeros((height, width), np.uint8)
         area = np.bincount(sides[place].ravel(), minlength=3)
+        between = _between(sides[place])
         for side in (RIGHT, LEFT):
-            reach = _closed(sides[place] == side, pixel, ndimage, PLEURA)
-            if area[side] < area[3 - side] / 2:
-                mirrored = (sides[place] == 3 - side)[:, opposite]
-                reach |= mirrored & ((columns > middle) == (side == LEFT))
+            lung = sides[place] == side
+            reach = _closed(lung, pixel, ndimage, PLEURA)
+            own_half = (columns > middle) == (side == LEFT)
+            if area[1:].min() >= area[1:].max() / 2 > 0:  # the consolidated back of a lung lies beyond its closed air
+                reach |= (_distance(lung, pixel, ndimage) <= PLEURA) & own_half & ~between
+            elif area[side] < area[3 - side] / 2:
+                reach |= (sides[place] == 3 - side)[:, opposite] & own_half
             home[reach & (home == 0)] = side
         y, x = np.argwhere(lesions[place]).T
         numbers = lesions[place, y, x]
