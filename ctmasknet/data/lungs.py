@@ -170,12 +170,15 @@ def _closed(pieces: Bools, pixel: Pixel, ndimage: Any, radius: float = VESSELS) 
     """The pieces of a slice closed over hollows of this radius and filled."""
     if not pieces.any():
         return pieces
+    where = ndimage.find_objects(pieces.astype(np.uint8))[0]  # closing never leaves it
     margin = [(int(radius / mm) + 2,) * 2 for mm in pixel]
-    pieces = np.pad(pieces, margin)
-    wide = _distance(pieces, pixel, ndimage) <= radius
+    padded = np.pad(pieces[where], margin)
+    wide = _distance(padded, pixel, ndimage) <= radius
     shut = _distance(~wide, pixel, ndimage) > radius
-    filled: Bools = ndimage.binary_fill_holes(shut | pieces)
-    return filled[tuple(slice(before, -before) for before, _ in margin)]
+    closed = pieces.copy()
+    filled = ndimage.binary_fill_holes(shut | padded)
+    closed[where] = filled[tuple(slice(before, -before) for before, _ in margin)]
+    return closed
 
 
 def _middle(hu: Floats) -> float:
