@@ -281,7 +281,7 @@ def test_a_mask_of_a_million_specks_is_not_a_million_masks(tmp_path: Path) -> No
     for folder, pixels in (("imgs", specks * 0 + 90), ("masks", specks)):
         (tmp_path / folder).mkdir()
         Image.fromarray(pixels).save(tmp_path / folder / "a.png")
-    with little(), pytest.raises(DataError, match=r"masks/a\.png: 1048576 lesions in one slice are too many"):
+    with little(), pytest.raises(DataError, match=r"masks/a\.png: 1048576 lesions in one slice cannot be right"):
         open_dataset("segmentation", tmp_path, min_area=0)[0]
     assert not check_dataset(tmp_path).ok
 
