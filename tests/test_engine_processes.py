@@ -127,7 +127,8 @@ def test_module_s_learns_the_same_from_two_processes_as_from_one(tmp_path: Path)
     assert alone.last is not None
     one, two = read_weights(alone.last).tensors, read_weights(tmp_path / "two" / "last").tensors
     for key, value in one.items():
-        torch.testing.assert_close(two[key], value, rtol=1e-4, atol=1e-6)
+        # Adam divides by the gradient's size, so that rounding shows where the gradient is next to nothing.
+        torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-5)
     for first, second in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
         assert float(first["loss"]) == pytest.approx(float(second["loss"]), rel=1e-5)
 
