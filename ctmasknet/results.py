@@ -144,7 +144,7 @@ class Prediction:
         As `VolumePrediction.involvement`, but in pixels (``right_lung_px``, …) and, where the pixel spacing is known,
         in mm² (``right_lung_mm2``, …) in place of ml.
         """
-        if self.lungs is None or not self.has_segmentation:
+        if not self.has_segmentation or self.lungs is None:
             return None
         (counts,) = count_voxels(_label_map(self)[None], self.lungs[None], len(self.class_names))
         facts = involvement(counts, 1, self.class_names, "px")
@@ -544,10 +544,14 @@ class VolumePrediction:
             indices = indices or [row.index for row in self.slices if not row.error]
             parts = np.array_split(indices, min(most or REPORT_TILES, len(indices)))
             indices = [max(part, key=lambda index: (cm2[index], -abs(index - part[len(part) // 2]))) for part in parts]
-        captions = {
-            index: f"slice {index}" + (f": {cm2[index]:.1f} cm2 lesion" * bool(cm2[index])) for index in indices
-        }
-        return [(caption, self.image[index], labels[index]) for index, caption in captions.items()]
+        return [
+            (
+                f"slice {index}" + (f": {cm2[index]:.1f} cm2 lesion" if cm2[index] else ""),
+                self.image[index],
+                labels[index],
+            )
+            for index in indices
+        ]
 
     def save(self, directory: PathLike, name: str | None = None, *, dicom: bool = False) -> list[Path]:
         """Write masks, tables, pictures and record into `directory`, made if missing; the paths, the mask's first.
@@ -590,10 +594,18 @@ class VolumePrediction:
         segmenter = self.models.get("segmenter")
         if segmenter is None:
             raise InputError(f"{self.source}: no segmenter ran, so there are no lesions to write as DICOM")
-        digest, slices = segmenter["sha256"], [row.index for row in self.slices if not row.error]
-        parameters = {"weights_sha256": digest, "score_threshold": str(self.score_threshold)}
-        made_by = segmenter["variant"], digest, parameters
-        return dicom_files(LesionMask(self.volume, self.mask, self.class_names, slices, *made_by, self.involvement))
+        return dicom_files(
+            LesionMask(
+                volume=self.volume,
+                mask=self.mask,
+                class_names=self.class_names,
+                slices=[row.index for row in self.slices if not row.error],
+                variant=segmenter["variant"],
+                digest=segmenter["sha256"],
+                parameters={"weights_sha256": segmenter["sha256"], "score_threshold": str(self.score_threshold)},
+                involvement=self.involvement,
+            )
+        )
 
     def __repr__(self) -> str:
         size = " x ".join(map(str, self.volume.shape))
