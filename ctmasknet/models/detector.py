@@ -225,13 +225,22 @@ class Shareable:
         options = {"metrics": metrics, "dataset": dataset, "license": license, "dtype": dtype}
         return cast("Path", self.publisher.save_pretrained(self, folder, **options))
 
-    def push_to_hub(self, repository: str, *, private: bool = False, **options: Any) -> Any:
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        metrics: Mapping[str, Any] | None = None,
+        dataset: str | None = None,
+        license: str | None = None,
+        dtype: Literal["float32", "float16"] = "float32",
+        private: bool = False,
+    ) -> Any:
         """Write the model to a Hub repository, made if missing, in one commit.
 
         Args:
             repository: ``"owner/name"``.
+            metrics, dataset, license, dtype: as in `save_pretrained`.
             private: make a new repository private.
-            options: metrics, dataset, license, dtype, as in `save_pretrained`.
 
         Returns:
             A `Published`: what a manifest entry or a pinned ``"owner/name@commit"`` needs.
@@ -239,6 +248,7 @@ class Shareable:
         Raises:
             WeightsError: not a repository id, no permission (HF_TOKEN), no network.
         """
+        options = {"metrics": metrics, "dataset": dataset, "license": license, "dtype": dtype}
         return self.publisher.push_to_hub(self, repository, private=private, **options)
 
 

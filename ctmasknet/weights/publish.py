@@ -109,9 +109,16 @@ def write_pretrained(
         model = build(variant, config).eval()
     model.load_state_dict(stored)  # the golden outputs belong to the values as stored
     model.metadata = dict(metadata)
-    extras: dict[str, Any] = {"card": model_card(variant, metadata), "golden": golden_outputs(model)}
-    facts: dict[str, Any] = {"variant": variant.name, "config": config, "metadata": metadata}
-    return write_weights(folder, stored, dtype=_DTYPES[dtype], **facts, **extras)
+    return write_weights(
+        folder,
+        stored,
+        variant=variant.name,
+        config=config,
+        metadata=metadata,
+        card=model_card(variant, metadata),
+        golden=golden_outputs(model),
+        dtype=_DTYPES[dtype],
+    )
 
 
 def push_to_hub(model: Model, repository: str, *, private: bool = False, **options: Any) -> Published:
@@ -194,7 +201,7 @@ def still_true(model: Model) -> dict[str, Any]:
     What was set in `model.metadata` after the weights were loaded stays in any case, and so do the classes.
     """
     digest, said = model.loaded or (None, {})
-    if digest in (None, state_digest(model.state_dict())):
+    if digest is None or digest == state_digest(model.state_dict()):
         return dict(model.metadata)
     since = {key: value for key, value in model.metadata.items() if key == "classes" or value != said.get(key)}
     return inherited(said, model.variant.name) | since
