@@ -295,7 +295,9 @@ def _stamp(model: nn.Module) -> list[tuple[int, int]]:
     """Changes whenever a weight is replaced or written to (inference tensors keep no count of writes)."""
     return [
         (t.data_ptr(), 0 if t.is_inference() else t._version)
-        for t in itertools.chain(model.parameters(), model.buffers())
+        for module in model.modules()  # their own dictionaries, as parameters() takes a millisecond
+        for t in (*module._parameters.values(), *module._buffers.values())
+        if t is not None
     ]
 
 
@@ -491,10 +493,11 @@ def pool(
     """
     table, every = _table(features), torch.cat(boxes)
     image = torch.cat([torch.full_like(b[:, 0], number, dtype=torch.int64) for number, b in enumerate(boxes)])
+    axes = _axes(features, every, image, scales, pooler)
     step = _AT_ONCE.get(every.device.type, 512)
     for start in range(0, len(every), step):
         part = slice(start, min(start + step, len(every)))
-        cells, weights = _samples(features, every[part], image[part], scales, pooler)
+        cells, weights = _samples(*(axis[part] for axis in axes))
         bins = F.embedding_bag(cells, table, per_sample_weights=weights, mode="sum")
         yield part, bins.view(-1, pooler.output_size[0] ** 2, bins.shape[1])
 
@@ -516,7 +519,7 @@ class CPURoIAlign(MultiScaleRoIAlign):
         """(R, C, side, side), channels-last in memory."""
         features = [x[name] for name in self.featmap_names]
         image = torch.cat([torch.full((len(b),), i) for i, b in enumerate(boxes)])
-        cells, weights = _samples(features, torch.cat(boxes).detach(), image, self.scales, self)
+        cells, weights = _samples(*_axes(features, torch.cat(boxes).detach(), image, self.scales, self))
         bins = _WeightedRows.apply(_table(features), cells, weights)
         return bins.view(len(image), *self.output_size, bins.shape[1]).permute(0, 3, 1, 2)
 
@@ -544,21 +547,39 @@ class _WeightedRows(torch.autograd.Function):
         return table, None, None
 
 
-def _samples(
+def _axes(
     features: list[Tensor], boxes: Tensor, image: Tensor, scales: list[float], pooler: MultiScaleRoIAlign
 ) -> tuple[Tensor, Tensor]:
-    """(R * side * side, 4 * samples ** 2) cells of the `_table` that the bins of R boxes read, and their weights."""
+    """What the bins of R boxes read along y and x: cells and weights, (R, 2, side, 2 * samples) each.
+
+    A cell's row in the `_table` is the sum of its y and x. Weights average the samples.
+    """
     level, side, samples = fpn_levels(boxes, scales), pooler.output_size[0], pooler.sampling_ratio
     sizes = [f.shape[0] * f.shape[2] * f.shape[3] for f in features]
     heights, widths = (_of_level([f.shape[axis] for f in features], level) for axis in (2, 3))
-    scale = _of_level(scales, level)
-    y, y_weight = _axis(boxes[:, 1] * scale, boxes[:, 3] * scale, heights, side, samples)
-    x, x_weight = _axis(boxes[:, 0] * scale, boxes[:, 2] * scale, widths, side, samples)
     first = _of_level([0, *itertools.accumulate(sizes[:-1])], level) + image * heights * widths
-    rows = first[:, None, None] + y * widths[:, None, None]
-    cells = rows[:, :, None, :, None] + x[:, None, :, None, :]
-    weights = y_weight[:, :, None, :, None] * x_weight[:, None, :, None, :]
-    return cells.flatten(3).flatten(0, 2), weights.flatten(3).flatten(0, 2)
+    cells = torch.stack([heights, widths], dim=1)[:, :, None]
+    start, end = (boxes * _of_level(scales, level)[:, None]).view(-1, 2, 2).flip(2).unbind(1)
+    step = (end - start).clamp(min=1.0) / side
+    offsets = (torch.arange(side * samples, device=boxes.device) + 0.5) / samples
+    at = start[:, :, None] + step[:, :, None] * offsets
+    outside = (at < -1) | (at > cells)
+    at = at.clamp(min=0)
+    low = torch.minimum(at.to(torch.int64), cells - 1)
+    fraction = torch.where(low == cells - 1, torch.zeros_like(at), at - low)
+    weights = torch.stack([1 - fraction, fraction], dim=-1) / samples
+    read = torch.stack([low, torch.minimum(low + 1, cells - 1)], dim=-1)
+    read[:, 0] = first[:, None, None] + read[:, 0] * widths[:, None, None]
+    shape = len(boxes), 2, side, 2 * samples
+    return read.view(shape), weights.masked_fill(outside[..., None], 0.0).view(shape)
+
+
+def _samples(cells: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """(R * side * side, 4 * samples ** 2) cells that the bins read, and their weights, from those of `_axes`."""
+    (y, x), (y_weight, x_weight) = cells.unbind(1), weights.unbind(1)
+    both = y[:, :, None, :, None] + x[:, None, :, None, :]
+    weight = y_weight[:, :, None, :, None] * x_weight[:, None, :, None, :]
+    return both.flatten(3).flatten(0, 2), weight.flatten(3).flatten(0, 2)
 
 
 def _of_level(values: Sequence[float], level: Tensor) -> Tensor:
@@ -576,25 +597,7 @@ def _table(features: list[Tensor]) -> Tensor:
 
 def fpn_levels(boxes: Tensor, scales: list[float]) -> Tensor:
     """(N,) int64: the FPN level of each (N, 4) box by its size, 0 the finest (FPN paper, equation 1)."""
+    if len(scales) == 1:
+        return torch.zeros_like(boxes[:, 0], dtype=torch.int64)
     finest = -int(math.log2(scales[0]))
     return cast("Tensor", LevelMapper(finest, finest + len(scales) - 1)([boxes]))
-
-
-def _axis(start: Tensor, end: Tensor, cells: Tensor, side: int, samples: int) -> tuple[Tensor, Tensor]:
-    """Along one axis: the cells each bin reads, (R, side, 2 * samples), and their weights; they average the samples.
-
-    Boxes reach from `start` to `end`, (R,) in cells, on an axis of so many cells, (R,).
-    """
-    step = (end - start).clamp(min=1.0) / side
-    offsets = (torch.arange(side * samples, device=start.device) + 0.5) / samples
-    at = start[:, None] + step[:, None] * offsets
-    last = (cells - 1)[:, None]
-    outside = (at < -1) | (at > cells[:, None])
-    at = at.clamp(min=0)
-    low = torch.minimum(at.to(torch.int64), last)
-    fraction = torch.where(low == last, torch.zeros_like(at), at - low)
-    weight = torch.stack([1 - fraction, fraction], dim=-1) / samples
-    weight = weight.masked_fill(outside[..., None], 0.0)
-    index = torch.stack([low, torch.minimum(low + 1, last)], dim=-1)
-    shape = len(start), side, 2 * samples
-    return index.view(shape), weight.view(shape)
