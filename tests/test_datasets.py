@@ -399,13 +399,13 @@ def test_coco_small_annotations_and_images_without_any_are_kept_in_mind(tmp_path
     assert len(open_dataset("segmentation", path, min_area=99)[0].target["labels"]) == 1
 
 
-def test_coco_boxes_without_width_are_left_out_with_a_warning(tmp_path: Path):
+def test_coco_annotations_without_width_are_too_small(tmp_path: Path):
     good = {"segmentation": [rectangle(30, 10, 50, 30)], "bbox": [30, 10, 20, 20]}
     flat = {"segmentation": [rectangle(5, 5, 5, 30)], "bbox": [5, 5, 0, 25]}
     path = coco(tmp_path, [good, flat])
-    with pytest.warns(UserWarning, match=r"instances\.json: annotation 1: its box .* has no width or height"):
-        dataset = open_dataset("segmentation", path)
-    assert len(dataset[0].target["labels"]) == 1
+    for min_area in (0, 100):
+        target = open_dataset("segmentation", path, min_area=min_area)[0].target
+        assert target["boxes"].tolist() == [[30, 10, 50, 30]]
 
 
 @pytest.mark.parametrize(
@@ -425,7 +425,6 @@ def test_coco_boxes_without_width_are_left_out_with_a_warning(tmp_path: Path):
         ),
         ({"segmentation": {"size": [64, 64], "counts": "zzz"}}, "annotation 0: no usable mask"),
         ({"segmentation": [["a"] * 6]}, "annotation 0: no usable mask"),
-        ({"segmentation": [rectangle(0, 0, 20, 20)], "bbox": "wide"}, "annotation 0: its box wide is not"),
     ],
 )
 def test_coco_annotations_that_make_no_sense_are_named(tmp_path: Path, annotation: dict, message: str):

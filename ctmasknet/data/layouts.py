@@ -14,7 +14,6 @@ import json
 import math
 import os
 import re
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -141,15 +140,11 @@ _SPLIT_FOLDERS = {"train", "val", "valid", "validation", "test"}
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with a file, and the fix.
-
-    A list of names that leaves out the slice `name` leaves the problem out. `flat`: an annotation without extent.
-    """
+    """What is wrong with a file, and the fix; a list of names that leaves out the slice `name` leaves it out, too."""
 
     source: str
     reason: str
     name: str | None = None
-    flat: bool = False
 
     def __str__(self) -> str:
         return f"{self.source}: {self.reason}"
@@ -220,20 +215,15 @@ class Listing:
     records: list[Record] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
-    def report(self, source: PathLike, reason: str, name: str | None = None, flat: bool = False) -> None:
+    def report(self, source: PathLike, reason: str, name: str | None = None) -> None:
         """Add a problem."""
-        self.problems.append(Problem(os.fspath(source), reason, name, flat))
+        self.problems.append(Problem(os.fspath(source), reason, name))
 
     def require_complete(self) -> None:
-        """Raise a DataError for the first problem; annotations without extent are left out with a warning."""
-        flat = [problem for problem in self.problems if problem.flat]
-        if flat:
-            more = f" (and {len(flat) - 1} more)" if len(flat) > 1 else ""
-            warnings.warn(f"{flat[0]}; it is left out{more}", UserWarning, stacklevel=3)
-        serious = [problem for problem in self.problems if not problem.flat]
-        if serious:
-            more = f" (and {len(serious) - 1} more problems: `ctmasknet data check` lists them)"
-            raise DataError(f"{serious[0]}{more if len(serious) > 1 else ''}")
+        """Raise a DataError for the first problem."""
+        if self.problems:
+            more = f" (and {len(self.problems) - 1} more problems: `ctmasknet data check` lists them)"
+            raise DataError(f"{self.problems[0]}{more if len(self.problems) > 1 else ''}")
 
 
 def read_image(path: Path) -> Tensor:
@@ -365,8 +355,7 @@ def _list_coco(json_path: Path, min_area: int) -> Listing:
     """Match the images and annotations of a COCO file: instances as polygons or RLE.
 
     Categories are numbered from 1 in the order of their ids. Boxes are taken from the masks. Crowd regions (`iscrowd`)
-    are left out, and so are annotations whose `bbox` has no width or height. Images lie in the folder of the JSON file,
-    its `images` or `imgs`, or the same one folder up.
+    are left out. Images lie in the folder of the JSON file, its `images` or `imgs`, or the same one folder up.
     """
     found = Listing("segmentation", "COCO instances", [json_path], ("background",))
     of_image: dict[Any, list[tuple[Any, int, Any]]] = defaultdict(list)
@@ -386,7 +375,7 @@ def _list_coco(json_path: Path, min_area: int) -> Listing:
                 if annotation.get("iscrowd"):
                     continue
                 if reason := _annotation_problem(annotation, images, labels):
-                    found.report(f"{json_path}: annotation {identifier}", reason, flat=reason.endswith(NO_EXTENT))
+                    found.report(f"{json_path}: annotation {identifier}", reason)
                     continue
                 label = labels[annotation["category_id"]]
                 of_image[annotation["image_id"]].append((identifier, label, annotation["segmentation"]))
@@ -670,18 +659,9 @@ def _annotation_problem(annotation: Any, images: Container[Any], labels: Contain
         return f"belongs to image {annotation.get('image_id')}, which the file does not list"
     if annotation.get("category_id") not in labels:
         return f"has category {annotation.get('category_id')}, which the file does not list"
-    box = annotation.get("bbox")
-    if box is not None:
-        if not (isinstance(box, list) and len(box) == 4 and all(isinstance(side, int | float) for side in box)):
-            return f"its box {box} is not [x, y, width, height]"
-        if box[2] <= 0 or box[3] <= 0:
-            return f"its box {box} {NO_EXTENT}"
     if not annotation.get("segmentation"):
         return "has no segmentation; Mask R-CNN needs polygons or RLE, a box alone is not enough"
     return ""
-
-
-NO_EXTENT = "has no width or height"
 
 
 def decode_segmentation(segmentation: Any, size: tuple[int, int], source: str) -> np.ndarray:
