@@ -310,13 +310,13 @@ def test_a_corrupt_image_names_the_image(tmp_path: Path):
 def test_slices_without_lesions_open_but_cannot_be_trained_on(tmp_path: Path):
     dataset = open_dataset("segmentation", lesion_root(tmp_path, a=square(1), b=square(2, side=10)))
     assert [sample.target["boxes"].shape for sample in dataset] == [(0, 4), (0, 4)]
-    with pytest.raises(DataError, match=r"none of the 2 slices holds a lesion \(above min_area\); add"):
+    with pytest.raises(DataError, match=r"no sample of class lesion; add some, or lower min_area"):
         require_trainable(dataset)
 
 
 def test_a_lesion_class_without_a_sample_is_named(tmp_path: Path):
     dataset = open_dataset("segmentation", lesion_root(tmp_path, a=square(2)), classes="both")
-    with pytest.raises(DataError, match=r"no sample of class 2 \(consolidation\)"):
+    with pytest.raises(DataError, match=r"no sample of class consolidation; .*classes='merge'"):
         require_trainable(dataset)
 
 
@@ -554,7 +554,7 @@ def test_a_class_missing_from_the_data_is_named(tmp_path: Path):
     save(tmp_path / "covid" / "a.png", grey())
     save(tmp_path / "control" / "b.png", grey())
     dataset = open_dataset("classification", tmp_path)
-    with pytest.raises(DataError, match=r"train: no sample of class 1 \(pneumonia\); add some, or"):
+    with pytest.raises(DataError, match=r"train: no sample of class pneumonia; add some, or give class folders"):
         require_trainable(dataset, source="train")
 
 

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from ctmasknet.data.datasets import ClassificationSample, LabelledSlices, lacking
 from ctmasknet.data.layouts import (
-    ImageRecord,
     LesionClasses,
     LesionRecord,
     Listing,
     Names,
-    check_sizes,
     guess_task,
     list_slices,
     read_class_mask,
-    read_image,
     shared_patients,
 )
-from ctmasknet.errors import CTMaskNetError, MissingExtraError
+from ctmasknet.errors import DataError, InputError
 from ctmasknet.output import PathLike
 from ctmasknet.registry import Task
 
@@ -79,32 +76,24 @@ class DataReport:
         return {**asdict(self), "ok": self.ok}
 
     def table(self) -> str:
-        """The report for people: facts in two columns, then the problems, one per line."""
-        rows = [
-            ("data", ", ".join(self.sources)),
-            ("read as", f"{self.task}, {self.layout}"),
-            ("slices", str(self.slices)),
-            ("image sizes", _counts(self.image_sizes)),
-            ("classes", _counts(self.class_counts)),
-        ]
-        if self.task == "segmentation":
-            rows += [
-                ("slices without lesions", str(self.empty_slices)),
-                ("mask pixels by value", _counts(self.mask_values)),
-                (f"components <= {self.min_area} px", f"{self.dropped_instances} (not instances)"),
-                ("instance areas, px", _percentiles(self.instance_areas)),
-                ("instances per slice", _percentiles(self.instances_per_slice)),
-            ]
-        unknown = f", unknown for {self.slices_without_patient} slices" if self.slices_without_patient else ""
-        rows += [
-            ("patients", f"{self.patients}{unknown}"),
-            ("patients in both splits", ", ".join(self.shared_patients) or "none"),
-            ("images in both splits", str(len(self.shared_images))),
-            ("problems", str(len(self.problems))),
-        ]
-        width = max(len(label) for label, _ in rows)
-        lines = [f"{label:<{width}}  {value}" for label, value in rows]
+        """The report for people: a fact a line, by its name in `to_dict`, then the problems."""
+        facts = self.to_dict() | {"problems": len(self.problems)}
+        hidden = {"ok", *(_OF_MASKS if self.task == "classification" else ())}
+        lines = [f"{name.replace('_', ' '):<23} {_shown(value)}" for name, value in facts.items() if name not in hidden]
         return "\n".join([*lines, *(f"- {problem}" for problem in self.problems)])
+
+
+_OF_MASKS = (
+    "empty_slices", "mask_values", "min_area", "dropped_instances", "instance_areas", "instances_per_slice",
+)  # fmt: skip
+
+
+def _shown(value: Any) -> str:
+    """A fact in a line; of many things, the first eight."""
+    if not isinstance(value, list | dict):
+        return str(value)
+    items = [f"{key}: {number:.10g}" for key, number in value.items()] if isinstance(value, dict) else value
+    return ", ".join([*items[:8], *["…"] * (len(items) > 8)]) or "none"
 
 
 def check_dataset(
@@ -117,7 +106,7 @@ def check_dataset(
     min_area: int = 100,
     names: Names | None = None,
 ) -> DataReport:
-    """Read every file of a data set and report on it; a bad file is an entry of it, never an exception.
+    """Read every file of a data set and report on it; a slice that cannot be read is an entry of it, not an exception.
 
     Args:
         data, classes, min_area, names: as `open_dataset` takes them.
@@ -130,7 +119,8 @@ def check_dataset(
         MissingExtraError: scipy or the COCO decoder (extra ``train``) is needed and not installed.
     """
     task = task or guess_task(data)
-    found = list_slices(task, data, classes=classes, min_area=min_area, names=names)
+    # Instances of any size, for the small ones are counted, too; what is below 0 is refused there.
+    found = list_slices(task, data, classes=classes, min_area=min(min_area, 0), names=names)
     patients = [record.patient for record in found.records]
     report = DataReport(
         task,
@@ -149,17 +139,6 @@ def check_dataset(
     return report
 
 
-@contextmanager
-def _noted(report: DataReport) -> Iterator[None]:
-    """What is wrong with a file becomes an entry; that an extra is missing does not."""
-    try:
-        yield
-    except MissingExtraError:
-        raise
-    except CTMaskNetError as error:
-        report.problems.append(str(error))
-
-
 def _read_all(found: Listing, report: DataReport) -> None:
     """Read images and targets, and fill in what they hold."""
     sizes: Counter[str] = Counter()
@@ -167,42 +146,37 @@ def _read_all(found: Listing, report: DataReport) -> None:
     classes: Counter[int] = Counter()
     areas: list[int] = []
     per_slice: list[int] = []
-    for record in found.records:
-        image_size: tuple[int, ...] | None = None
-        with _noted(report):
-            image_size = tuple(read_image(record.image).shape[1:])
-            sizes[f"{image_size[1]}x{image_size[0]}"] += 1
-        if isinstance(record, ImageRecord):
-            classes[record.label] += 1
+    slices = LabelledSlices(found)
+    for index, record in enumerate(found.records):
+        try:
+            sample = slices[index]
+        except (InputError, DataError) as error:
+            report.problems.append(str(error))
             continue
-        with _noted(report):
-            target = replace(record, min_area=0).target()
-            if isinstance(record, LesionRecord):
-                values += np.bincount(read_class_mask(record.mask).ravel(), minlength=4)
-            here = target["masks"].flatten(1).sum(dim=1, dtype=torch.int64)
-            kept = here > report.min_area
-            report.dropped_instances += int((~kept).sum())
-            report.empty_slices += int(not kept.any())
-            areas += here[kept].tolist()
-            per_slice += [int(kept.sum())] if kept.any() else []
-            classes.update(target["labels"][kept].tolist())
-            if image_size is not None:
-                check_sizes(record, image_size, tuple(target["masks"].shape[1:]))
+        height, width = sample.image.shape[1:]
+        sizes[f"{width}x{height}"] += 1
+        if isinstance(sample, ClassificationSample):
+            classes[sample.label] += 1
+            continue
+        if isinstance(record, LesionRecord):
+            values += np.bincount(read_class_mask(record.mask).ravel(), minlength=4)
+        here = sample.target["masks"].flatten(1).sum(dim=1, dtype=torch.int64)
+        kept = here > report.min_area
+        report.dropped_instances += int((~kept).sum())
+        areas += here[kept].tolist()
+        per_slice.append(int(kept.sum()))
+        classes.update(sample.target["labels"][kept].tolist())
 
     report.image_sizes = dict(sizes.most_common())
     first = 1 if found.task == "segmentation" else 0
     report.class_counts = {name: classes[label] for label, name in enumerate(found.class_names) if label >= first}
-    report.instance_areas, report.instances_per_slice = _spread(areas), _spread(per_slice)
-    if any(isinstance(record, LesionRecord) for record in found.records):
+    report.empty_slices = per_slice.count(0)
+    report.instance_areas, report.instances_per_slice = _spread(areas), _spread(list(filter(None, per_slice)))
+    if values.any():
         report.mask_values = dict(enumerate(values.tolist()))
     missing = [name for name, count in report.class_counts.items() if count == 0]
-    reason = f"no sample of class {', '.join(missing)}; add some, or train without it"
-    if found.task == "segmentation" and len(missing) == len(report.class_counts):
-        reason = (
-            f"no slice holds a lesion of more than {report.min_area} px; add slices with lesions, or lower min_area"
-        )
     if found.records and missing:
-        report.problems.append(f"{', '.join(report.sources)}: {reason}")
+        report.problems.append(f"{', '.join(report.sources)}: {lacking(found.task, missing)}")
 
 
 def _compare(found: Listing, other: Listing, report: DataReport) -> None:
@@ -231,12 +205,3 @@ def _digest(path: Path) -> str:
 
 def _spread(values: list[int]) -> dict[str, float]:
     return {f"p{p}": float(np.percentile(values, p)) for p in PERCENTILES} if values else {}
-
-
-def _percentiles(spread: dict[str, float]) -> str:
-    return f"{spread['p0']:.0f} to {spread['p100']:.0f}, median {spread['p50']:.0f}" if spread else "none"
-
-
-def _counts(counts: dict[Any, int]) -> str:
-    shown = [f"{key}: {count}" for key, count in list(counts.items())[:6]]
-    return ", ".join(shown + ["…"] * (len(counts) > 6)) or "none"

@@ -126,22 +126,20 @@ def open_dataset(
 
 def require_trainable(dataset: SliceDataset[Any], *, source: str = "the training data") -> None:
     """Raise a DataError if a class of `dataset` has no sample; quick where every class has one early."""
-    wanted = set(range(1 if dataset.task == "segmentation" else 0, len(dataset.class_names)))
-    missing = set(wanted)
+    missing = set(range(1 if dataset.task == "segmentation" else 0, len(dataset.class_names)))
     for index in range(len(dataset)):
         missing -= set(dataset.labels_of(index))
         if not missing:
             return
-    if dataset.task == "segmentation" and missing == wanted:
-        raise DataError(
-            f"{source}: none of the {len(dataset)} slices holds a lesion (above min_area); "
-            "add slices with lesions, or lower min_area"
-        )
-    names = ", ".join(f"{label} ({dataset.class_names[label]})" for label in sorted(missing))
-    fix = "train on one class (classes='merge')"
-    if dataset.task == "classification":
-        fix = "give class folders names of your own, which are numbered as they come"
-    raise DataError(f"{source}: no sample of class {names}; add some, or {fix}")
+    raise DataError(f"{source}: {lacking(dataset.task, [dataset.class_names[label] for label in sorted(missing)])}")
+
+
+def lacking(task: Task, classes: Sequence[str]) -> str:
+    """What to say of `classes` that no slice shows."""
+    fix = "or lower min_area; classes='merge' makes GGO and consolidation one class"
+    if task == "classification":
+        fix = "or give class folders names of your own, which are numbered as they come"
+    return f"no sample of class {', '.join(classes)}; add some, {fix}"
 
 
 class CachedDataset(SliceDataset[Any]):
