@@ -497,15 +497,13 @@ def covidx(folder: Path) -> Path:
     return path
 
 
-def test_covidx_lists_bring_names_and_classes(tmp_path: Path):
-    path = covidx(tmp_path)
-    for dataset in (
-        open_dataset("classification", tmp_path, names=path),
-        open_dataset("classification", path),
-    ):
-        assert dataset.names == ["CP_1_2_0001", "a volume 7"]
-        assert labels(dataset) == [1, 2]
-        assert dataset.patients == ["1", None]
+@pytest.mark.parametrize("images", [".", "images"])
+def test_covidx_lists_bring_names_and_classes(tmp_path: Path, images: str):
+    path = covidx(tmp_path / images)
+    dataset = open_dataset("classification", path.rename(tmp_path / "train.txt"))
+    assert dataset.names == ["CP_1_2_0001", "a volume 7"]
+    assert labels(dataset) == [1, 2]
+    assert dataset.patients == ["1", None]
 
 
 @pytest.mark.parametrize(
@@ -521,7 +519,7 @@ def test_covidx_entries_that_make_no_sense_are_named(tmp_path: Path, line: str, 
     path = covidx(tmp_path)
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(DataError, match=message):
-        open_dataset("classification", tmp_path, names=path)
+        open_dataset("classification", path)
 
 
 def test_class_folders_known_by_word_keep_the_papers_numbers(tmp_path: Path):

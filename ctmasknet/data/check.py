@@ -124,7 +124,7 @@ def check_dataset(
     patients = [record.patient for record in found.records]
     report = DataReport(
         task,
-        found.layout,
+        " + ".join(found.layouts),
         [str(source) for source in found.sources],
         slices=len(found.records),
         min_area=min_area,

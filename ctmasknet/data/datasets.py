@@ -110,8 +110,7 @@ def open_dataset(
         min_area: smaller or equal instances join the background, pixels.
         names: restricts to these names, with or without folder and ending: a text file that lists them, one per
             line, or a sequence of them. The order stays that of the files. A name that several folders hold
-            selects all of them. For classification the file may be a COVIDx-CT list, which also brings the
-            classes; `data` are then the folders of its images.
+            selects all of them.
 
     Raises:
         DataError: nothing usable there, or incomplete: an image without mask, names that do not exist, …; the text

@@ -209,11 +209,20 @@ class Listing:
     """What is there, by names alone: usable `records`, `class_names`, and every problem on the way."""
 
     task: Task
-    layout: str
     sources: list[Path]
-    class_names: tuple[str, ...]
+    layouts: list[str] = field(default_factory=list)
+    class_names: tuple[str, ...] = ()
     records: list[Record] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+
+    def begin(self, layout: str, source: Path, class_names: tuple[str, ...]) -> None:
+        """Say what the next records come from; their classes must be those of the records before."""
+        self.layouts += [] if layout in self.layouts else [layout]
+        if not self.records:
+            self.class_names = class_names
+        elif class_names != self.class_names:
+            before = f"those of {self.sources[0]} {', '.join(self.class_names)}"
+            self.report(source, f"its classes are {', '.join(class_names)}, {before}; give both the same")
 
     def report(self, source: PathLike, reason: str, name: str | None = None) -> None:
         """Add a problem."""
@@ -300,14 +309,17 @@ def list_slices(
         raise ConfigError(f"unknown classes {classes!r}: use one of {', '.join(get_args(LesionClasses))}")
     if min_area < 0:
         raise ConfigError(f"min_area is {min_area}: it is an area in pixels, use 0 to keep every component")
-    paths = _as_paths(data)
-    with reading(", ".join(map(str, paths)), "data set", DataError):
-        if task == "segmentation":
-            parts = [_list_coco_or_folder(path, classes, min_area) for path in paths]
-            return _finish(_join(parts), names)
-        if isinstance(names, str | os.PathLike) and _tells_classes(Path(names)):
-            return _finish(_list_covidx(Path(names), paths))
-        return _finish(_list_classification(paths), names)
+    found = Listing(task, _as_paths(data))
+    with reading(", ".join(map(str, found.sources)), "data set", DataError):
+        if task == "classification":
+            _list_classification(found)
+        for path in found.sources if task == "segmentation" else ():
+            if json_path := _coco_file(path):
+                _list_coco(found, json_path, min_area)
+            else:
+                _list_lesion_folder(found, path, classes, min_area)
+        _finish(found, names)
+    return found
 
 
 def guess_task(data: PathLike | Sequence[PathLike]) -> Task:
@@ -317,22 +329,17 @@ def guess_task(data: PathLike | Sequence[PathLike]) -> Task:
     return "segmentation" if lesions else "classification"
 
 
-def _list_coco_or_folder(path: Path, classes: LesionClasses, min_area: int) -> Listing:
-    json_path = _coco_file(path)
-    return _list_lesion_folder(path, classes, min_area) if json_path is None else _list_coco(json_path, min_area)
-
-
-def _list_lesion_folder(root: Path, classes: LesionClasses, min_area: int) -> Listing:
+def _list_lesion_folder(found: Listing, root: Path, classes: LesionClasses, min_area: int) -> None:
     """Pair images `root/imgs/NAME.*` with masks of class codes `root/masks/NAME.png` (CNCB folders).
 
     Patients come from CNCB file names, else from an `index.csv` in the root or next to it (columns `name`, `patient`,
     optionally `split`, equal to the name of the root), else from names `PATIENT_SLICE` of two numbers, as the
     released lists have them.
     """
-    found = Listing("segmentation", "CNCB folders", [root], lesion_class_names(classes))
+    found.begin("CNCB folders", root, lesion_class_names(classes))
     if not _is_cncb(root):
         found.report(root, _wrong_layout(root, "segmentation"))
-        return found
+        return
     images = _by_stem(_image_files(root / "imgs"), found)
     masks = _by_stem(sorted((root / "masks").glob("*.png")), found)
     if not images and not masks:
@@ -348,23 +355,22 @@ def _list_lesion_folder(root: Path, classes: LesionClasses, min_area: int) -> Li
             released = _RELEASED_NAME.fullmatch(stem)
             patient = patient_of(stem) or patients.get(stem) or (released["patient"] if released else None)
             found.records.append(LesionRecord(stem, images[stem], patient, masks[stem], classes, min_area))
-    return found
 
 
-def _list_coco(json_path: Path, min_area: int) -> Listing:
+def _list_coco(found: Listing, json_path: Path, min_area: int) -> None:
     """Match the images and annotations of a COCO file: instances as polygons or RLE.
 
     Categories are numbered from 1 in the order of their ids. Boxes are taken from the masks. Crowd regions (`iscrowd`)
     are left out. Images lie in the folder of the JSON file, its `images` or `imgs`, or the same one folder up.
     """
-    found = Listing("segmentation", "COCO instances", [json_path], ("background",))
     of_image: dict[Any, list[tuple[Any, int, Any]]] = defaultdict(list)
     try:
         with reading(str(json_path), "COCO file", DataError), open_file(str(json_path)) as stream:
             content = json.load(stream)
             categories = {typed("category id", one["id"], int): str(one["name"]) for one in content["categories"]}
             labels = {identifier: label for label, identifier in enumerate(sorted(categories), start=1)}
-            found.class_names = ("background", *(categories[identifier] for identifier in labels))
+            names = ("background", *(categories[identifier] for identifier in labels))
+            found.begin("COCO instances", json_path, names)
             images = {}
             for entry in content["images"]:
                 size = (typed("height", entry["height"], int), typed("width", entry["width"], int))
@@ -381,7 +387,7 @@ def _list_coco(json_path: Path, min_area: int) -> Listing:
                 of_image[annotation["image_id"]].append((identifier, label, annotation["segmentation"]))
     except CTMaskNetError as error:
         found.report(json_path, str(error).removeprefix(f"{json_path}: "))
-        return found
+        return
 
     homes = (json_path.parent, Path(os.path.realpath(json_path)).parent.parent)
     folders = [folder for home in homes for folder in (home, home / "images", home / "imgs")]
@@ -393,12 +399,11 @@ def _list_coco(json_path: Path, min_area: int) -> Listing:
             found.report(json_path, reason, name)
         else:
             found.records.append(CocoRecord(name, image, patient_of(name), json_path, size, drawn, min_area))
-    return found
 
 
-def _list_file_names(root: Path) -> Listing:
+def _list_file_names(found: Listing, root: Path) -> None:
     """Take classes from CNCB names `[Class]_[PatientID]_[ScanNum]_[SliceNum]`, Class a number or a word."""
-    found = Listing("classification", "CNCB file names", [root], IMAGE_CLASSES)
+    found.begin("CNCB file names", root, IMAGE_CLASSES)
     files = _by_stem(_image_files(root), found)
     if not files:
         found.report(root, _wrong_layout(root, "classification"))
@@ -413,51 +418,43 @@ def _list_file_names(root: Path) -> Listing:
             found.report(path, reason, stem)
         else:
             found.records.append(ImageRecord(stem, path, patient_of(stem), label))
-    return found
 
 
-def _list_covidx(list_file: Path, roots: Sequence[Path]) -> Listing:
-    """Take names and classes from a COVIDx-CT list: `FILENAME CLASS XMIN YMIN XMAX YMAX`; the box is not used."""
-    found = Listing("classification", "COVIDx-CT list", list(roots), IMAGE_CLASSES)
-    by_stem: dict[str, list[Path]] = defaultdict(list)
-    for root in roots:
-        if not root.is_dir():
-            found.report(root, "there is no such folder")
-        for path in _image_files(root):
-            by_stem[path.stem].append(path)
+def _list_covidx(found: Listing, list_file: Path) -> None:
+    """Take names and classes from a COVIDx-CT list: `FILENAME CLASS XMIN YMIN XMAX YMAX`; the box is not used.
 
+    Its images lie in the folder `images` beside it or, without one, beside it.
+    """
+    found.begin("COVIDx-CT list", list_file, IMAGE_CLASSES)
+    root = list_file.parent / "images"
+    root = root if root.is_dir() else list_file.parent
+    by_stem = _by_stem(_image_files(root), found)
     listed: Counter[str] = Counter()
     for number, (file_name, label) in enumerate(_list_entries(list_file, found), start=1):
         source, name = f"{list_file}, entry {number}", slice_name(file_name)
-        below = [root / file_name for root in roots if (root / file_name).is_file()]
-        places = below or by_stem.get(name, [])
+        image = root / file_name if (root / file_name).is_file() else by_stem.get(name)
         listed[file_name] += 1
         if label is None or label >= len(IMAGE_CLASSES):
             found.report(source, f"{file_name} has no class 0, 1 or 2; write FILENAME CLASS XMIN YMIN XMAX YMAX")
-        elif not places:
-            where = ", ".join(map(str, roots))
-            found.report(source, f"{file_name} is not in {where}; correct the list or add the image")
-        elif len(places) > 1:
-            found.report(source, f"{file_name} may be {places[0]} or {places[1]}; keep one")
+        elif image is None:
+            found.report(source, f"{file_name} is not in {root}; correct the list or add the image")
         elif listed[file_name] > 1:
             found.report(source, f"{file_name} is listed twice; remove one")
         else:
-            found.records.append(ImageRecord(name, places[0], patient_of(name), label))
-    return found
+            found.records.append(ImageRecord(name, image, patient_of(name), label))
 
 
-def _list_class_folders(roots: Sequence[Path]) -> Listing:
+def _list_class_folders(found: Listing, roots: Sequence[Path]) -> None:
     """Take classes from folder names (`class_folder_names` numbers them); images lie at any depth below."""
     folders = [folder for root in roots for folder in _class_folders(root)]
     numbering, class_names = class_folder_names(folder.name for folder in folders)
-    found = Listing("classification", "class folders", list(roots), class_names)
+    found.begin("class folders", roots[0], class_names)
     for folder in folders:
         for path in _image_files(folder, deep=True):
             # A folder between class and image is a patient's; p1 of one class is not p1 of another.
             below = path.relative_to(folder).parts[:-1]
             patient = patient_of(path.stem) or (f"{folder.name}/{below[0]}" if below else None)
             found.records.append(ImageRecord(path.stem, path, patient, numbering[folder.name]))
-    return found
 
 
 def class_folder_names(folders: Iterable[str]) -> tuple[dict[str, int], tuple[str, ...]]:
@@ -477,40 +474,20 @@ def class_folder_names(folders: Iterable[str]) -> tuple[dict[str, int], tuple[st
     return {name: label for label, name in enumerate(names)}, tuple(names)
 
 
-def _list_classification(paths: list[Path]) -> Listing:
-    parts: list[Listing] = []
+def _list_classification(found: Listing) -> None:
     with_class_folders: list[Path] = []  # whose classes are numbered together
-    for path in paths:
+    for path in found.sources:
         if path.suffix == ".txt" and path.is_file():
-            images = path.parent / "images"
-            parts.append(_list_covidx(path, [images if images.is_dir() else path.parent]))
+            _list_covidx(found, path)
         elif not _image_files(path) and _class_folders(path):
             with_class_folders.append(path)
         else:
-            parts.append(_list_file_names(path))
+            _list_file_names(found, path)
     if with_class_folders:
-        parts.append(_list_class_folders(with_class_folders))
-    return _join(parts)
+        _list_class_folders(found, with_class_folders)
 
 
-def _join(parts: Sequence[Listing]) -> Listing:
-    """Several parts as one; their classes must be the same."""
-    first = parts[0]
-    found = Listing(first.task, " + ".join(dict.fromkeys(part.layout for part in parts)), [], first.class_names)
-    for part in parts:
-        found.sources += part.sources
-        found.records += part.records
-        found.problems += part.problems
-        if part.class_names != first.class_names and part.records and first.records:
-            reason = (
-                f"its classes are {', '.join(part.class_names)}, those of {first.sources[0]} "
-                f"{', '.join(first.class_names)}; give both the same"
-            )
-            found.report(part.sources[0], reason)
-    return found
-
-
-def _finish(found: Listing, names: Names | None = None) -> Listing:
+def _finish(found: Listing, names: Names | None) -> None:
     """Keep what `names` tells, make names unique, and see that something is left."""
     if names is not None:
         if isinstance(names, str | os.PathLike):
@@ -536,7 +513,6 @@ def _finish(found: Listing, names: Names | None = None) -> Listing:
         ]
     if not found.records and not found.problems:
         found.report(", ".join(map(str, found.sources)), "no slices found; is it the right folder?")
-    return found
 
 
 def _as_paths(data: PathLike | Sequence[PathLike]) -> list[Path]:
@@ -594,12 +570,6 @@ def _list_entries(list_file: Path, found: Listing) -> list[tuple[str, int | None
         match = re.fullmatch(r"(.+?)\s+(\d{1,9})(?:\s+-?\d+){4}", line) or re.fullmatch(r"(\S+)\s+(\d{1,9})", line)
         entries.append((match[1], int(match[2])) if match else (line, None))
     return entries
-
-
-def _tells_classes(list_file: Path) -> bool:
-    """Whether a list has classes beside the names."""
-    entries = _list_entries(list_file, Listing("classification", "", [], ()))
-    return any(label is not None for _, label in entries)
 
 
 def _patient_index(root: Path, found: Listing) -> dict[str, str]:
