@@ -357,9 +357,8 @@ def test_a_text_file_named_png_is_no_image(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["gif", "bmp", "jp2"])
-def test_other_picture_formats_are_refused_by_name(tmp_path: Path, grey: np.ndarray, suffix: str) -> None:
-    path = save(Image.fromarray(grey), tmp_path / f"slice.{suffix}")
-    refused(path, {"gif": "GIF", "bmp": "BMP", "jp2": "JPEG 2000"}[suffix], "not supported", "PNG")
+def test_other_picture_formats_are_refused(tmp_path: Path, grey: np.ndarray, suffix: str) -> None:
+    refused(save(Image.fromarray(grey), tmp_path / f"slice.{suffix}"), "unknown format", "Give a PNG")
 
 
 @pytest.mark.parametrize("kind", ["tiff", "png", "webp"])

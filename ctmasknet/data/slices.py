@@ -68,15 +68,6 @@ DECODERS = {  # transfer syntax: pydicom's plugin, the module it needs, and what
     "1.2.840.10008.1.2.4.91": ("pylibjpeg", "openjpeg", ()),
 }
 
-REFUSED_MAGIC = {
-    b"GIF8": "GIF",
-    b"BM": "BMP",
-    b"\x00\x00\x00\x0cjP  ": "JPEG 2000",
-    b"%PDF": "PDF",
-    b"PK\x03\x04": "ZIP",
-    b"\x1f\x8b": "gzip",
-}
-
 NIFTI_SUFFIXES = (".nii", ".nii.gz", ".hdr", ".img")
 NIFTI_MAGIC = (b"\x5c\x01\0\0", b"\0\0\x01\x5c", b"\x1c\x02\0\0", b"\0\0\x02\x1c")  # sizes of its two headers
 
@@ -201,12 +192,11 @@ def _kind_of(head: bytes, name: str) -> str:
         return "dicom"
     if name.lower().endswith(NIFTI_SUFFIXES) or head.startswith(NIFTI_MAGIC):
         raise InputError(f"{name}: NIfTI holds a whole scan, not a slice. Predict it as one: Predictor.volume(path).")
-    known = next((refused for magic, refused in REFUSED_MAGIC.items() if head.startswith(magic)), None)
     suffix = Path(name).suffix.lower()
     missing = f"{suffix[1:].upper()} header missing" if suffix in (*PICTURE_SUFFIXES, ".dcm") else "unknown format"
     raise InputError(
-        f"{name}: not a readable image ({f'{known} files are not supported' if known else missing}). Give a PNG, JPEG, "
-        "WebP, TIFF or DICOM file; a DICOM file without preamble must be named .dcm."
+        f"{name}: not a readable image ({missing}). Give a PNG, JPEG, WebP, TIFF or DICOM file; a DICOM file without "
+        "preamble must be named .dcm."
     )
 
 
