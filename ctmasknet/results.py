@@ -449,7 +449,7 @@ class VolumePrediction:
             "shape": list(self.volume.shape),
             "spacing_mm": list(self.volume.spacing),
             "affine": self.affine.tolist(),
-            "axial_axis": self.volume.axial_axis,
+            "axial_axis": self.volume.axes[0],
             "classes": list(self.class_names),
             "has_segmentation": self.has_segmentation,
             "score_threshold": self.score_threshold,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +43,10 @@ class Plane(NamedTuple):
     directions: Floats  # (2, 3): along a row (rising column), along a column (rising row)
     number: int
 
+    @property
+    def normal(self) -> Floats:
+        return np.cross(*self.directions)
+
 
 class Group(NamedTuple):
     """Frames of one series that share size, pixel spacing and directions."""
@@ -55,12 +60,8 @@ class Group(NamedTuple):
     caveat: str | None
 
     @property
-    def normal(self) -> Floats:
-        return np.cross(*self.planes[0].directions)
-
-    @property
     def is_axial(self) -> bool:
-        return int(np.abs(self.normal).argmax()) == 2
+        return int(np.abs(self.planes[0].normal).argmax()) == 2
 
     def __str__(self) -> str:
         return f"series {self.series or 'without a UID'} ({len(self.planes)} slices)"
@@ -70,10 +71,8 @@ def find_series(name: str, units: str | None, series: str | None, dataset: Any) 
     """The axial frames to take from a folder, or from one `dataset`, and every problem with the others."""
     groups: list[Group] = []
     problems: list[str] = []
-    try:
+    with reading(name, "folder"):
         files = [name] if dataset is not None else sorted(entry.path for entry in os.scandir(name))
-    except OSError as error:
-        raise InputError(f"{name}: cannot be listed ({error.strerror}). Change its permissions or copy it.") from error
     others = 0
     for file in files:
         if dataset is None and not is_dicom(Path(file)):
@@ -93,8 +92,6 @@ def find_series(name: str, units: str | None, series: str | None, dataset: Any) 
 
 def _sort_in(groups: list[Group], header: Any, file: str, units: str | None) -> None:
     """Sort every frame of a header into its group."""
-    if "Rows" not in header or "Columns" not in header:
-        raise InputError(f"{file}: no image in this DICOM file, left out")
     if is_localizer(header):
         raise InputError(f"{file}: a localizer (scout view), left out")
     frames = int(header.get("NumberOfFrames") or 1)
@@ -174,26 +171,17 @@ def place(
     """The frames of a group by their places on an even grid, and its affine (indices -> mm, RAS+)."""
     between_rows_columns = group.pixel_spacing or (spacing and (spacing[1], spacing[0]))
     if between_rows_columns is None:
-        raise InputError(
-            f"{name}: pixel spacing is missing or zero, so sizes are unknown. Pass spacing=(x, y, z) in mm "
-            "(--spacing), or export the series again."
-        )
+        raise InputError(f"{name}: pixel spacing is missing or zero. Pass spacing=(x, y, z) in mm (--spacing).")
     if group.pixel_spacing is None:
         problems.append(f"{name}: pixel spacing is missing or zero, taken as given")
-    normal = group.normal
+    normal = group.planes[0].normal
     by_height = sorted(group.planes, key=lambda plane: (float(plane.position @ normal), plane.number, plane.name))
-    planes, duplicates = by_height[:1], []
-    for plane in by_height[1:]:
-        if (plane.position - planes[-1].position) @ normal < SAME_POSITION:
-            duplicates.append(plane)
-        else:
-            planes.append(plane)
-    if duplicates:
-        problems.append(
-            f"{name}: slices left out because another lies in the same place: {len(duplicates)}, "
-            f"first {Path(duplicates[0].name).name}"
-        )
-    places, step = _even_grid(planes, normal, group, spacing, problems, name)
+    own = np.diff([plane.position @ normal for plane in by_height], prepend=-np.inf) >= SAME_POSITION
+    planes = list(compress(by_height, own))
+    if not own.all():
+        count, first = np.count_nonzero(~own), Path(by_height[int(own.argmin())].name).name
+        problems.append(f"{name}: slices left out because another lies in the same place: {count}, first {first}")
+    places, step = _even_grid(planes, group.slice_distance or (spacing and spacing[2]), problems, name)
     (across, down), (between_rows, between_columns) = planes[0].directions, between_rows_columns
     affine = np.eye(4)
     affine[:3] = np.stack([across * between_columns, down * between_rows, step, planes[0].position], axis=1)
@@ -202,23 +190,13 @@ def place(
     return dict(zip(places, planes, strict=True)), affine
 
 
-def _even_grid(
-    planes: list[Plane],
-    normal: Floats,
-    group: Group,
-    spacing: tuple[float, float, float] | None,
-    problems: list[str],
-    name: str,
-) -> tuple[list[int], Floats]:
+def _even_grid(planes: list[Plane], depth: float | None, problems: list[str], name: str) -> tuple[list[int], Floats]:
     """Place of each plane on an even grid, and the step from one place to the next (LPS, mm)."""
+    normal = planes[0].normal
     if len(planes) == 1:
-        distance = group.slice_distance or (spacing[2] if spacing else None)
-        if distance is None:
-            raise InputError(
-                f"{name}: one slice, whose thickness is missing or zero. Pass spacing=(x, y, z) in mm (--spacing), "
-                "or predict it as a single slice."
-            )
-        return [0], normal * distance
+        if depth is None:
+            raise InputError(f"{name}: one slice of unknown thickness. Pass spacing=(x, y, z) in mm (--spacing).")
+        return [0], normal * depth
     positions = np.stack([plane.position for plane in planes])
     heights = (positions - positions[0]) @ normal
     jumps = np.maximum(np.rint(np.diff(heights) / np.median(np.diff(heights))), 1).astype(int)
@@ -238,8 +216,6 @@ def _even_grid(
     if sideways.max() > 1:
         problems.append(f"{name}: slices are shifted against each other by up to {sideways.max():.1f} mm")
     for before in np.flatnonzero(jumps > 1):
-        problems.append(
-            f"{name}: slices missing after {Path(planes[before].name).name}: {jumps[before] - 1}; "
-            "left empty, not counted in volumes"
-        )
+        after = f"{Path(planes[before].name).name}: {jumps[before] - 1}"
+        problems.append(f"{name}: slices missing after {after}; left empty, not counted in volumes")
     return places.tolist(), step

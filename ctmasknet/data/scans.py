@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from ctmasknet.data.dicom import Floats, find_series, is_dicom, place
 from ctmasknet.data.slices import (
+    LUNG_WINDOW,
     NIFTI_MAGIC,
     NIFTI_SUFFIXES,
     Slice,
@@ -65,7 +66,7 @@ class Volume:
             the normal of the slices; NIfTI: as stored.
         affine: (4, 4) float64, voxel indices -> mm, rising left-to-right, back-to-front
             and foot-to-head (RAS+, as in NIfTI).
-        names: index of a slice along `axial_axis` -> what it was read from. Positions of the grid that have no
+        names: index of a slice along `axes[0]` -> what it was read from. Positions of the grid that have no
             slice (gaps of a DICOM series) are absent.
         problems: what is wrong with the scan, one line each: gaps, duplicates, files left out.
         header: the NIfTI header it was read with; None for DICOM.
@@ -84,17 +85,6 @@ class Volume:
     units: str | None
     plane: Callable[[int], npt.NDArray[np.float32]] = field(repr=False)
     frames: dict[int, tuple[str, int]] = field(default_factory=dict, repr=False)
-
-    @cached_property
-    def orientation(self) -> npt.NDArray[np.intp]:
-        """(3, 2): for each axis of the grid the axis of the patient (0 right, 1 front, 2 head) and its sign."""
-        nibabel = import_extra("nibabel", "io", "reading whole scans")
-        return np.asarray(nibabel.orientations.io_orientation(self.affine)).astype(np.intp)
-
-    @property
-    def axial_axis(self) -> int:
-        """The axis of the grid that runs along the body: slices lie across it."""
-        return self.axes[0]
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -115,13 +105,13 @@ class Volume:
     def height_mm(self, index: int) -> float:
         """How far towards the head the middle of a slice lies, in mm of the scan's coordinates."""
         voxel = [(length - 1) / 2 for length in self.shape]
-        voxel[self.axial_axis] = index
+        voxel[self.axes[0]] = index
         return float((self.affine @ [*voxel, 1.0])[2])
 
     def read(self, index: int) -> Slice:
-        """The slice at `index` along `axial_axis`, patient's left at the right, back below; threads may share this."""
+        """The slice at `index` along `axes[0]`, patient's left at the right, back below; threads may share this."""
         name = self.names[index]
-        (pixels,) = self.stack(np.expand_dims(self.plane(index), self.axial_axis))
+        (pixels,) = self.stack(np.expand_dims(self.plane(index), self.axes[0]))
         require_size(pixels.shape, name)
         down, across = np.linalg.norm(self.stack_steps[:, 1:], axis=0).tolist()
         return Slice(np.ascontiguousarray(pixels, np.float32), name, self.kind, self.units, (down, across))
@@ -138,7 +128,7 @@ class Volume:
         yield from read_ahead(read, sorted(self.names), threads=READERS, depth=READ_AHEAD)
 
     def stack(self, grid: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """A view of an array over the grid as (S, H, W): slices along `axial_axis`, turned as `read` turns them."""
+        """A view of an array over the grid as (S, H, W): slices along `axes[0]`, turned as `read` turns them."""
         return np.flip(grid.transpose(self.axes), self._flipped)
 
     def grid(self, stack: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -153,13 +143,13 @@ class Volume:
 
     @cached_property
     def axes(self) -> tuple[int, ...]:
-        """The axes of the grid in the order of a stack: along the body, from front to back, from side to side."""
-        return tuple(np.argsort(-self.orientation[:, 0]).tolist())
+        """The axes of the grid in the order of a stack: along the body, across slices; front to back; side to side."""
+        return tuple(np.argsort(-_orientation(self.affine)[:, 0]).tolist())
 
     @cached_property
     def _flipped(self) -> tuple[int, ...]:
         """Axes of a stack to reverse: rows run to the back, columns to the patient's left."""
-        return tuple(axis for axis in (1, 2) if self.orientation[self.axes[axis], 1] > 0)
+        return tuple(axis for axis in (1, 2) if _orientation(self.affine)[self.axes[axis], 1] > 0)
 
     def mask_image(self, mask: npt.NDArray[Any]) -> Any:
         """Whole numbers over the grid as a nibabel image with this scan's geometry, bit for bit for NIfTI."""
@@ -182,6 +172,12 @@ class Volume:
         two = isinstance(header, nibabel.Nifti2Header)
         # affine=None leaves the header's own forms alone, to the last bit.
         return (nibabel.Nifti2Image if two else nibabel.Nifti1Image)(mask, None, header)
+
+
+def _orientation(affine: Floats) -> Floats:
+    """(3, 2): for each axis of a grid the axis of the patient (0 right, 1 front, 2 head) and its sign."""
+    nibabel = import_extra("nibabel", "io", "reading whole scans")
+    return np.asarray(nibabel.orientations.io_orientation(affine))
 
 
 def _caveats(volume: Volume) -> Iterator[str]:
@@ -330,7 +326,7 @@ def _open_nifti(name: str, image: Any, units: str | None, spacing: Spacing | Non
         header = image.header.copy()
         grid = _bounded((int(shape[0]), int(shape[1]), int(shape[2]) if len(shape) > 2 else 1), name)
         header.set_data_shape(grid)
-        axis = int(np.flatnonzero(nibabel.orientations.io_orientation(affine)[:, 0] == 2)[0])
+        axis = int(_orientation(affine)[:, 0].argmax())
         require_size(np.delete(grid, axis).tolist(), name)
         if in_memory:
             stored, slope, inter = np.asanyarray(image.dataobj).reshape(grid), 1.0, 0.0
@@ -354,24 +350,19 @@ def _open_nifti(name: str, image: Any, units: str | None, spacing: Spacing | Non
         require_chest_hu(values.ravel(), values, name, False)
         return 0.0
 
-    extremes: list[float] = []
     offset = 0.0
     if units == "range":
+        extremes: list[float] = []
         for index in range(grid[axis]):
             with contextlib.suppress(InputError):  # reported when its turn comes
                 values = values_of(index)
                 extremes += [float(values.min()), float(values.max())]
         if not extremes:
             raise InputError(not_hu(name, "no slice can be read"))
+        low, high = min(extremes), max(extremes)
     else:
         offset = of_the_middle(grid[axis], offset_of)
-
-    def plane_of(index: int) -> npt.NDArray[np.float32]:
-        values = values_of(index)
-        if units == "range":
-            low, high = min(extremes), max(extremes)
-            return np.clip((values - low) / ((high - low) or 1), 0, 1).astype(np.float32)
-        return window(values - offset)
+        low, high = (limit + offset for limit in LUNG_WINDOW)
 
     return Volume(
         source=name,
@@ -382,7 +373,7 @@ def _open_nifti(name: str, image: Any, units: str | None, spacing: Spacing | Non
         problems=tuple(problems),
         header=header,
         units=taken_for(units, offset),
-        plane=plane_of,
+        plane=lambda index: window(values_of(index), low, high),
     )
 
 

@@ -48,11 +48,11 @@ PHOTOMETRIC_TAG = 262  # TIFF 6.0; 0 is white-is-zero, which Pillow inverts at 8
 LUMINANCE = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, Pillow's weights for mode "L"
 
 # The plugins are called directly, since Image.open checks the size by warnings and before we can.
-IMAGE_PLUGINS: dict[str, type[ImageFile.ImageFile]] = {
-    "png": PngImageFile,
-    "jpeg": JpegImageFile,
-    "webp": WebPImageFile,
-    "tiff": TiffImageFile,
+PICTURES: dict[str, tuple[type[ImageFile.ImageFile], tuple[bytes, ...]]] = {  # and the first bytes of their files
+    "png": (PngImageFile, (b"\x89PNG\r\n\x1a\n",)),
+    "jpeg": (JpegImageFile, (b"\xff\xd8\xff",)),
+    "webp": (WebPImageFile, (b"RIFF",)),
+    "tiff": (TiffImageFile, (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")),
 }
 
 DEFLATED = "1.2.840.10008.1.2.1.99"
@@ -134,9 +134,7 @@ def read_slice(source: Source, *, units: str | None = None) -> Slice:
         return _read_array(source, "array", "array", units)
     if isinstance(source, str | os.PathLike):
         return _read_file(os.fsdecode(source), units)
-    raise InputError(
-        f"{type(source).__name__}: not a slice. Give a path, a PIL image, a numpy array or a torch tensor."
-    )
+    raise InputError(f"{type(source).__name__}: not a slice. Give a path, a PIL image, an array or a tensor.")
 
 
 def check_units(units: str | None) -> None:
@@ -145,10 +143,11 @@ def check_units(units: str | None) -> None:
         raise ConfigError(f'units={units!r} is unknown. Use None, "hu" or "range".')
 
 
-def window(hu: np.ndarray) -> np.ndarray:
-    """HU of any shape -> float32: 0 at -1350 HU and below, 1 at 150 HU and above, linear between."""
-    low, high = LUNG_WINDOW
-    return np.clip((np.asarray(hu, np.float64) - low) / (high - low), 0.0, 1.0).astype(np.float32)
+def window(values: np.ndarray, low: float = LUNG_WINDOW[0], high: float = LUNG_WINDOW[1]) -> np.ndarray:
+    """Values of any shape -> float32: 0 up to `low`, 1 from `high` on, linear between; all 0 if the two are one."""
+    # Halves first: the difference of two large floats may overflow.
+    span = high / 2 - low / 2 or 1.0
+    return np.clip((np.asarray(values, np.float64) / 2 - low / 2) / span, 0.0, 1.0).astype(np.float32)
 
 
 def _read_file(name: str, units: str | None) -> Slice:
@@ -180,14 +179,9 @@ def open_file(name: str) -> BinaryIO:
 
 def _kind_of(head: bytes, name: str) -> str:
     """The format by the first bytes; `name` decides only for DICOM files without preamble."""
-    if head.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "png"
-    if head.startswith(b"\xff\xd8\xff"):
-        return "jpeg"
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        return "webp"
-    if head[:4] in (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+") and head[128:132] != b"DICM":
-        return "tiff"
+    for kind, (_, beginnings) in PICTURES.items():
+        if head.startswith(beginnings) and head[128:132] != b"DICM":  # whose preamble may be a TIFF's head
+            return kind
     if is_dicom_head(head, name):
         return "dicom"
     if name.lower().endswith(NIFTI_SUFFIXES) or head.startswith(NIFTI_MAGIC):
@@ -208,7 +202,7 @@ def _open_image(stream: BinaryIO, kind: str, name: str) -> Image.Image:
         raise InputError(f"{name}: a JPEG of more than {MAX_SCANS} scans is not one slice. Save it again.")
     stream.seek(0)
     with reading(name, kind.upper()):
-        image = IMAGE_PLUGINS[kind](stream)
+        image = PICTURES[kind][0](stream)
         require_size((image.height, image.width), name)
         if kind == "png":
             image.verify()  # checksums, at which decoding does not look; uses the image up
@@ -227,16 +221,12 @@ def _read_image(image: Image.Image, source: str, kind: str, units: str | None) -
         image.load()
     if image.mode in ("L", "LA", "RGB", "RGBX", "RGBA", "P", "PA"):
         if units == "hu":
-            raise InputError(
-                f"{source}: 8-bit pixels cannot hold Hounsfield units. Leave units out, or give the DICOM file."
-            )
+            raise InputError(f"{source}: 8-bit pixels cannot hold Hounsfield units. Leave units out.")
         # Going to RGBA looks palette colours up and leaves them alone, so alpha is never blended in.
         values = np.asarray(image.convert("RGBA") if image.mode in ("P", "PA") else image)
         return _read_array(values[..., 0] if image.mode == "LA" else values, source, kind, units)
     if not (image.mode in ("I", "F") or image.mode.startswith("I;16")):
-        raise InputError(
-            f"{source}: colour mode {image.mode} is not supported. Save it as 8-bit grey or RGB, or 16-bit grey."
-        )
+        raise InputError(f"{source}: colour mode {image.mode} is not supported. Save it as grey or RGB.")
     if isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC_TAG) == 0:
         raise InputError(f"{source}: white-is-zero TIFF of more than 8 bits. Save it as black-is-zero.")
     values = np.asarray(image)
@@ -267,9 +257,7 @@ def _read_array(values: np.ndarray, source: str, kind: str, units: str | None) -
     if values.ndim == 3 and shape[-1] not in (1, 3, 4) and shape[0] in (1, 3):
         values = np.moveaxis(values, 0, -1)
     if values.ndim != 2 and not (values.ndim == 3 and values.shape[-1] in (1, 3, 4)):
-        raise InputError(
-            f"{source}: shape {shape} is not one slice. Give (H, W), (H, W, 1|3|4), (1, H, W) or (3, H, W)."
-        )
+        raise InputError(f"{source}: shape {shape} is no slice. Give (H, W), (H, W, 1|3|4), (1, H, W) or (3, H, W).")
     require_size(values.shape[:2], source)
     if values.dtype.kind not in "uif":
         raise InputError(f"{source}: dtype {values.dtype} is not an image. Give uint8, or float in 0..1.")
@@ -277,20 +265,16 @@ def _read_array(values: np.ndarray, source: str, kind: str, units: str | None) -
     grey, low, high = _grey(values), float(values.min()), float(values.max())
     if units is None and values.dtype == np.uint8:
         grey /= 255
-    elif units is None and values.dtype.kind != "f":
+    elif units is None and (values.dtype.kind != "f" or low < -FLOAT_SLACK or high > 1 + FLOAT_SLACK):
         raise InputError(
-            f'{source}: dtype {values.dtype} does not tell its units. Pass units="hu" for Hounsfield units, '
-            'units="range" to stretch the values to 0..1, or give uint8.'
-        )
-    elif units is None and (low < -FLOAT_SLACK or high > 1 + FLOAT_SLACK):
-        raise InputError(
-            f"{source}: values from {low:g} to {high:g} are outside 0..1. "
-            'Pass units="hu" for Hounsfield units, units="range" to stretch them to 0..1, or scale them.'
+            f"{source}: {values.dtype} from {low:g} to {high:g} does not tell its units, as uint8 and 0..1 do. "
+            'Pass units="hu" for Hounsfield units, or units="range" to stretch the values to 0..1.'
         )
     if units == "hu":
         offset = hu_offset(grey, source)
         return Slice(window(grey - offset), source, kind, taken_for(units, offset))
-    return Slice(_stretch(grey) if units else np.clip(grey, 0, 1).astype(np.float32), source, kind, units)
+    low, high = (grey.min(), grey.max()) if units else (0.0, 1.0)
+    return Slice(window(grey, low, high), source, kind, units)
 
 
 def _grey(values: np.ndarray) -> np.ndarray:
@@ -298,14 +282,6 @@ def _grey(values: np.ndarray) -> np.ndarray:
     if values.ndim == 3:
         values = values[..., 0] if values.shape[-1] == 1 else values[..., :3] @ LUMINANCE
     return values.astype(np.float64)
-
-
-def _stretch(values: np.ndarray) -> np.ndarray:
-    """Values -> float32, their own minimum..maximum to 0..1; constant ones become 0."""
-    low, high = values.min(), values.max()
-    # Halves first: the difference of two large floats may overflow.
-    span = high / 2 - low / 2
-    return ((values / 2 - low / 2) / span if span > 0 else np.zeros_like(values)).astype(np.float32)
 
 
 def taken_for(units: str | None, offset: float) -> str | None:
@@ -316,13 +292,9 @@ def taken_for(units: str | None, offset: float) -> str | None:
 def _read_dicom(name: str, units: str | None) -> Slice:
     with reading(name, "DICOM"):
         header = read_dicom(name, stop_before_pixels=True)
-        if "Rows" not in header or "Columns" not in header:
-            raise InputError(f"{name}: no image in this DICOM file (or no DICOM file at all). Give an image file.")
         frames = int(header.get("NumberOfFrames") or 1)
         if frames > 1:
-            raise InputError(
-                f"{name}: {frames} frames, one slice is expected. Predict it as a scan: Predictor.volume(path)."
-            )
+            raise InputError(f"{name}: {frames} frames are no slice. Predict it as a scan: Predictor.volume(path).")
         require_dicom_slice(header, name, units)
         pixels, offset = pixels_of_frame(read_dicom(name), name, units)
         return Slice(pixels, name, "dicom", taken_for(units, offset), _steps_of(header))
@@ -359,7 +331,9 @@ def is_dicom_head(head: bytes, name: str) -> bool:
 
 
 def require_dicom_slice(header: Any, name: str, units: str | None, frame: int = 0) -> None:
-    """Refuse, by the header alone, what is too large, in colour, or (without `units`) not a CT slice in HU."""
+    """Refuse, by the header alone, what is no image, too large, in colour, or (without `units`) no CT slice in HU."""
+    if "Rows" not in header or "Columns" not in header:
+        raise InputError(f"{name}: no image in this DICOM file (or no DICOM file at all). Give an image file.")
     require_size((int(header.Rows), int(header.Columns)), name)
     is_monochrome1(header, name)
     if units is not None:
@@ -400,16 +374,16 @@ def pixels_of_frame(
     padding = _padding_of(dataset, stored)
     if padding.all():
         raise InputError(f"{name}: every pixel is padding, there is no slice. Export it again.")
+    image = values[~padding]
     if units == "range":
-        stretched = _stretch(np.where(padding, values[~padding].min(), values))
-        if inverted and stretched.any():
-            stretched = np.where(padding, np.float32(0), 1 - stretched)
-        return stretched, 0.0
+        low, high = image.min(), image.max()
+        shown = window(values, low, high)
+        return np.where(padding, np.float32(0), 1 - shown if inverted and low < high else shown), 0.0
     if units is None:
-        require_chest_hu(values[~padding], values, name, inverted)
+        require_chest_hu(image, values, name, inverted)
         offset = 0.0
     elif offset is None:
-        offset = hu_offset(values[~padding], name)
+        offset = hu_offset(image, name)
     values -= offset
     # Padding written with the value of air (stored 0, -1024 HU) cannot be told from air, nor need it be.
     return window(np.where(padding & (values > AIR_BELOW), LUNG_WINDOW[0], values)), offset
@@ -418,9 +392,7 @@ def pixels_of_frame(
 def is_monochrome1(header: Any, name: str) -> bool:
     photometric = str(header.get("PhotometricInterpretation") or "MONOCHROME2")
     if photometric not in ("MONOCHROME1", "MONOCHROME2") or int(header.get("SamplesPerPixel") or 1) != 1:
-        raise InputError(
-            f"{name}: {photometric} pixels, so not a CT slice. Give the original CT slice, or save it as PNG."
-        )
+        raise InputError(f"{name}: {photometric} pixels, so not a CT slice. Give the original, or save it as PNG.")
     return photometric == "MONOCHROME1"
 
 
@@ -595,9 +567,7 @@ def require_size(size: Sequence[int], source: str) -> None:
     height, width = size
     if min(height, width) < MIN_SIDE or max(height, width) > MAX_SIDE:
         wrong = "small" if min(height, width) < MIN_SIDE else "large"
-        raise InputError(
-            f"{source}: {width} x {height} pixels is too {wrong}. A slice has {MIN_SIDE} to {MAX_SIDE} on each side."
-        )
+        raise InputError(f"{source}: {width} x {height} pixels is too {wrong}. A side has {MIN_SIDE} to {MAX_SIDE}.")
 
 
 def require_finite(values: np.ndarray, source: str) -> None:
