@@ -481,7 +481,7 @@ def test_imported_probabilities(slices: Path, tmp_path: Path) -> None:
         ({"score": float("nan")}, "prediction 0: score=nan: a finite number is needed"),
         ({"segmentation": None}, "prediction 0: no segmentation"),
         ({"bbox": [1, 2, 3]}, "prediction 0: bbox .* is not"),
-        ({"segmentation": {"size": [4, 4], "counts": [16]}}, "prediction 0: no usable mask"),
+        ({"segmentation": {"size": [4, 4], "counts": [16]}}, "prediction 0: not a readable mask"),
     ],
 )
 def test_a_bad_prediction_is_named(

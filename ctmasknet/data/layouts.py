@@ -15,7 +15,8 @@ import math
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -27,7 +28,7 @@ from torch import Tensor
 from torchvision.ops import masks_to_boxes
 
 from ctmasknet.data.slices import PICTURE_SUFFIXES, open_file, read_slice, reading, require_size
-from ctmasknet.errors import ConfigError, CTMaskNetError, DataError, MissingExtraError, import_extra, typed
+from ctmasknet.errors import ConfigError, CTMaskNetError, DataError, import_extra, typed
 from ctmasknet.output import PathLike
 from ctmasknet.registry import IMAGE_CLASSES, LESION_CLASSES, Task
 
@@ -133,6 +134,7 @@ IMAGE_CLASS_WORDS = {
 }  # fmt: skip
 """Words in file and folder names, lower case without punctuation, and the image class they mean."""
 
+_CNCB = "[Class]_[PatientID]_[ScanNum]_[SliceNum]"
 _CNCB_NAME = re.compile(r"(?P<image_class>[^_]+)_(?P<patient>[^_]+)_(?P<scan>[^_]+)_(?P<slice>[^_]+)")
 _RELEASED_NAME = re.compile(r"(?P<patient>\d+)_\d+")
 _SPLIT_FOLDERS = {"train", "val", "valid", "validation", "test"}
@@ -168,9 +170,8 @@ class LesionRecord(_Record):
     min_area: int
 
     def target(self) -> dict[str, Tensor]:
-        return instances(
-            read_class_mask(self.mask), classes=self.classes, min_area=self.min_area, source=str(self.mask)
-        )
+        codes = read_class_mask(self.mask)
+        return instances(codes, classes=self.classes, min_area=self.min_area, source=str(self.mask))
 
 
 @dataclass(frozen=True)
@@ -228,6 +229,15 @@ class Listing:
         """Add a problem."""
         self.problems.append(Problem(os.fspath(source), reason, name))
 
+    @contextmanager
+    def reading(self, path: Path, what: str) -> Iterator[None]:
+        """Read a file; one that cannot be read is a problem, and the listing goes on without it."""
+        try:
+            with reading(str(path), what, DataError):
+                yield
+        except CTMaskNetError as error:
+            self.report(path, str(error).removeprefix(f"{path}: "))
+
     def require_complete(self) -> None:
         """Raise a DataError for the first problem."""
         if self.problems:
@@ -267,11 +277,9 @@ def read_class_mask(path: Path) -> np.ndarray:
 def check_sizes(record: LesionRecord | CocoRecord, image_size: tuple[int, ...], mask_size: tuple[int, ...]) -> None:
     """Raise a DataError that names both files where the (H, W) of image and mask differ."""
     if image_size != mask_size:
-        sizes = [f"{width}x{height}" for height, width in (image_size, mask_size)]
+        one, two = (f"{width}x{height}" for height, width in (image_size, mask_size))
         other = f"mask {record.mask}" if isinstance(record, LesionRecord) else f"its entry in {record.source}"
-        raise DataError(
-            f"{record.image}: the image is {sizes[0]} pixels but {other} is {sizes[1]}; export both from the same slice"
-        )
+        raise DataError(f"{record.image}: the image is {one} pixels but {other} is {two}; export both from one slice")
 
 
 def patient_of(name: str) -> str | None:
@@ -303,10 +311,8 @@ def list_slices(
     names: Names | None = None,
 ) -> Listing:
     """As `open_dataset`, but names what is wrong in `problems` instead of raising the first."""
-    if task not in get_args(Task):
-        raise ConfigError(f"unknown task {task!r}: use 'segmentation' or 'classification'")
-    if classes not in get_args(LesionClasses):
-        raise ConfigError(f"unknown classes {classes!r}: use one of {', '.join(get_args(LesionClasses))}")
+    typed("task", task, Task)
+    typed("classes", classes, LesionClasses)
     if min_area < 0:
         raise ConfigError(f"min_area is {min_area}: it is an area in pixels, use 0 to keep every component")
     found = Listing(task, _as_paths(data))
@@ -364,41 +370,34 @@ def _list_coco(found: Listing, json_path: Path, min_area: int) -> None:
     are left out. Images lie in the folder of the JSON file, its `images` or `imgs`, or the same one folder up.
     """
     of_image: dict[Any, list[tuple[Any, int, Any]]] = defaultdict(list)
-    try:
-        with reading(str(json_path), "COCO file", DataError), open_file(str(json_path)) as stream:
-            content = json.load(stream)
-            categories = {typed("category id", one["id"], int): str(one["name"]) for one in content["categories"]}
-            labels = {identifier: label for label, identifier in enumerate(sorted(categories), start=1)}
-            names = ("background", *(categories[identifier] for identifier in labels))
-            found.begin("COCO instances", json_path, names)
-            images = {}
-            for entry in content["images"]:
-                size = (typed("height", entry["height"], int), typed("width", entry["width"], int))
-                require_size(size, f"{json_path}: image {entry['file_name']}")
-                images[entry["id"]] = (str(entry["file_name"]), size)
-            for annotation in content["annotations"]:
-                identifier = annotation.get("id")
-                if annotation.get("iscrowd"):
-                    continue
-                if reason := _annotation_problem(annotation, images, labels):
-                    found.report(f"{json_path}: annotation {identifier}", reason)
-                    continue
-                label = labels[annotation["category_id"]]
-                of_image[annotation["image_id"]].append((identifier, label, annotation["segmentation"]))
-    except CTMaskNetError as error:
-        found.report(json_path, str(error).removeprefix(f"{json_path}: "))
-        return
+    with found.reading(json_path, "COCO file"), open_file(str(json_path)) as stream:
+        content = json.load(stream)
+        categories = {typed("category id", one["id"], int): str(one["name"]) for one in content["categories"]}
+        labels = {identifier: label for label, identifier in enumerate(sorted(categories), start=1)}
+        found.begin("COCO instances", json_path, ("background", *(categories[identifier] for identifier in labels)))
+        images = {}
+        for entry in content["images"]:
+            size = (typed("height", entry["height"], int), typed("width", entry["width"], int))
+            require_size(size, f"{json_path}: image {entry['file_name']}")
+            images[entry["id"]] = (str(entry["file_name"]), size)
+        for annotation in content["annotations"]:
+            number, image_id, category = (annotation.get(key) for key in ("id", "image_id", "category_id"))
+            if image_id not in images or category not in labels:
+                reason = f"is of image {image_id} and category {category}, which are not both in the file"
+                found.report(f"{json_path}: annotation {number}", reason)
+            elif not annotation.get("iscrowd"):
+                of_image[image_id].append((number, labels[category], annotation.get("segmentation")))
 
-    homes = (json_path.parent, Path(os.path.realpath(json_path)).parent.parent)
-    folders = [folder for home in homes for folder in (home, home / "images", home / "imgs")]
-    for identifier, (file_name, size) in images.items():
-        name, drawn = slice_name(file_name), tuple(of_image[identifier])
-        image = next((folder / file_name for folder in folders if (folder / file_name).is_file()), None)
-        if image is None:
-            reason = f"image {file_name} is not in {folders[0]}; put the images there, or into images/"
-            found.report(json_path, reason, name)
-        else:
-            found.records.append(CocoRecord(name, image, patient_of(name), json_path, size, drawn, min_area))
+        homes = (json_path.parent, Path(os.path.realpath(json_path)).parent.parent)
+        folders = [folder for home in homes for folder in (home, home / "images", home / "imgs")]
+        for image_id, (file_name, size) in images.items():
+            name, drawn = slice_name(file_name), tuple(of_image[image_id])
+            image = next((folder / file_name for folder in folders if (folder / file_name).is_file()), None)
+            if image is None:
+                reason = f"image {file_name} is not in {folders[0]}; put the images there, or into images/"
+                found.report(json_path, reason, name)
+            else:
+                found.records.append(CocoRecord(name, image, patient_of(name), json_path, size, drawn, min_area))
 
 
 def _list_file_names(found: Listing, root: Path) -> None:
@@ -411,11 +410,7 @@ def _list_file_names(found: Listing, root: Path) -> None:
         match = _CNCB_NAME.fullmatch(stem)
         label = image_class_of(match["image_class"]) if match else None
         if label is None:
-            reason = (
-                "the name does not tell the class; name it [Class]_[PatientID]_[ScanNum]_[SliceNum] with "
-                "Class 0 control, 1 pneumonia, 2 COVID-19, or sort the images into class folders"
-            )
-            found.report(path, reason, stem)
+            found.report(path, f"the name does not tell the class; name it {_CNCB}, or use class folders", stem)
         else:
             found.records.append(ImageRecord(stem, path, patient_of(stem), label))
 
@@ -555,13 +550,10 @@ def _class_folders(root: Path) -> list[Path]:
 
 def _list_entries(list_file: Path, found: Listing) -> list[tuple[str, int | None]]:
     """File names of a list and, where it says them, classes. Empty lines and comments (#) are skipped."""
-    try:
-        with open_file(str(list_file)) as stream:
-            # A name that is no Unicode is a name all the same.
-            lines = stream.read().decode("utf-8", errors="surrogateescape").splitlines()
-    except CTMaskNetError as error:
-        found.report(list_file, f"not a readable list of names ({error})")
-        return []
+    lines: list[str] = []
+    with found.reading(list_file, "list of names"), open_file(str(list_file)) as stream:
+        # A name that is no Unicode is a name all the same.
+        lines = stream.read().decode("utf-8", errors="surrogateescape").splitlines()
     entries: list[tuple[str, int | None]] = []
     for line in map(str.strip, lines):
         if not line or line.startswith("#"):
@@ -578,12 +570,9 @@ def _patient_index(root: Path, found: Listing) -> dict[str, str]:
     path = next((path for path in (home / "index.csv", home.parent / "index.csv") if path.is_file()), None)
     if path is None:
         return {}
-    try:
-        with reading(str(path), "index of patients", DataError), path.open(newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if row.get("name") and row.get("patient")]
-    except DataError as error:
-        found.report(path, str(error).removeprefix(f"{path}: "))
-        return {}
+    rows: list[dict[str, str]] = []
+    with found.reading(path, "index of patients"), path.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("name") and row.get("patient")]
     of_split = [row for row in rows if row.get("split") == home.name]
     nobody = {"unknown", "none", "nan", "-", "?"}
     return {slice_name(row["name"]): row["patient"] for row in of_split or rows if row["patient"].lower() not in nobody}
@@ -617,21 +606,7 @@ def _wrong_layout(root: Path, task: Task) -> str:
         return "no CNCB folders (imgs/ and masks/) and no COCO .json in it"
     if "masks" in inside:
         return "holds lesion masks, which train a segmentation variant; classification needs an image class"
-    return (
-        "no images in it; classification takes images named [Class]_[PatientID]_[ScanNum]_[SliceNum], "
-        "class folders, or a COVIDx-CT list"
-    )
-
-
-def _annotation_problem(annotation: Any, images: Container[Any], labels: Container[Any]) -> str:
-    """What is wrong with an annotation, "" if nothing is."""
-    if annotation.get("image_id") not in images:
-        return f"belongs to image {annotation.get('image_id')}, which the file does not list"
-    if annotation.get("category_id") not in labels:
-        return f"has category {annotation.get('category_id')}, which the file does not list"
-    if not annotation.get("segmentation"):
-        return "has no segmentation; Mask R-CNN needs polygons or RLE, a box alone is not enough"
-    return ""
+    return f"no images in it; give images named {_CNCB}, class folders, or a COVIDx-CT list"
 
 
 def decode_segmentation(segmentation: Any, size: tuple[int, int], source: str) -> np.ndarray:
@@ -642,7 +617,9 @@ def decode_segmentation(segmentation: Any, size: tuple[int, int], source: str) -
         MissingExtraError: polygons need pycocotools (extra ``train``).
     """
     height, width = size
-    try:
+    with reading(source, "mask", DataError):
+        if not segmentation:
+            raise ValueError("it has no segmentation; a box alone is not enough")
         if not isinstance(segmentation, dict):
             for polygon in segmentation:
                 corners = np.array(polygon, np.float64).reshape(-1, 2)
@@ -660,11 +637,6 @@ def decode_segmentation(segmentation: Any, size: tuple[int, int], source: str) -
         if ((runs < 0) | (runs > height * width)).any() or runs.sum() != height * width:
             raise ValueError(f"its RLE covers {runs.sum()} of {height * width} pixels")
         return np.repeat(np.arange(len(runs), dtype=np.uint8) % 2, runs).reshape(width, height).T
-    except MissingExtraError:
-        raise
-    except Exception as error:
-        what = " ".join(str(error).split())[:120]
-        raise DataError(f"{source}: no usable mask ({what}); draw it again or remove it") from error
 
 
 def _run_lengths(text: str) -> list[int]:
