@@ -14,7 +14,8 @@ from torchvision.ops import masks_to_boxes
 from ctmasknet.data.augment import Augmentation, augment, sample_generator
 from ctmasknet.errors import ConfigError
 
-NONE = Augmentation.none()
+AMOUNTS = ("flip", "rotate", "translate", "shear", "brightness", "contrast", "gamma", "noise")
+NONE = Augmentation(**dict.fromkeys(AMOUNTS, 0.0), scale=(1.0, 1.0), min_visible=0)
 
 
 @pytest.fixture(scope="module")

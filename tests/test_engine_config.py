@@ -102,7 +102,7 @@ def test_files_of_both_kinds_are_read(tmp_path: Path, name: str) -> None:
         ("data", 5, "text or a list"),
         ("data", ["a", 5], "text"),
         ("model", "resnet99", "resnet99"),
-        ("recipe", "slow", "paper or fast"),
+        ("recipe", "slow", "'fast' or 'paper'"),
         ("model_options", {"box_nms": 0.5}, "box_nms_thresh"),
         ("model_options", [1], "mapping"),
         ("augmentation", {"rotation": 5}, "rotate"),

@@ -578,6 +578,16 @@ def test_a_patient_in_both_splits_is_named(classes: Path, tmp_path: Path, caplog
         assert ("are in both (p1)" in caplog.text) is said
 
 
+def test_a_validation_slice_may_have_a_name_that_is_no_unicode(classes: Path, tmp_path: Path) -> None:
+    val = class_folder(tmp_path / "val", 2)
+    try:
+        (val / "2_p2_1_1.png").rename(val / os.fsdecode(b"2_p2_1_\xff.png"))
+    except OSError:
+        pytest.skip("the file system takes Unicode only")
+    result = train(classifier_config(classes, tmp_path / "run", val=val, epochs=1))
+    assert result.history[0]["val_loss_image"] > 0
+
+
 def test_too_many_in_a_row_stop_the_run_with_file_names_and_the_last_good_checkpoint(
     classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

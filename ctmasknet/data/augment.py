@@ -8,6 +8,7 @@ passed, so that a resumed run draws what an uninterrupted one would have drawn.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,22 +52,13 @@ class Augmentation:
     min_visible: int = 20
 
     def __post_init__(self) -> None:
-        for name in ("flip", "translate", "brightness", "contrast"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"augmentation {name}={getattr(self, name)}: use a value from 0 to 1")
-        for name in ("rotate", "shear", "gamma", "noise", "min_visible"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"augmentation {name}={getattr(self, name)}: use 0 or more")
-        if self.shear >= 90:
-            raise ConfigError(f"augmentation shear={self.shear}: use less than 90 degrees")
+        most = dict.fromkeys(("flip", "translate", "brightness", "contrast"), 1.0) | {"shear": 89.0}
+        for name in (*most, "rotate", "gamma", "noise", "min_visible"):
+            value, limit = getattr(self, name), most.get(name, math.inf)
+            if not 0 <= value <= limit:
+                raise ConfigError(f"augmentation {name}={value}: use a value from 0 to {limit:g}")
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
             raise ConfigError(f"augmentation scale={self.scale}: use (smallest, largest), both above 0")
-
-    @classmethod
-    def none(cls) -> Augmentation:
-        """Settings that change nothing."""
-        amounts = ("flip", "rotate", "translate", "shear", "brightness", "contrast", "gamma", "noise")
-        return cls(**dict.fromkeys(amounts, 0.0), scale=(1.0, 1.0), min_visible=0)
 
 
 def augment(

@@ -36,6 +36,11 @@ class ClassificationSample(NamedTuple):
     label: int
     name: str
 
+    @property
+    def target(self) -> dict[str, Any]:
+        """The label as a classifier's training takes it."""
+        return {"image_label": self.label}
+
 
 AnySample = SegmentationSample | ClassificationSample
 Sample = TypeVar("Sample", SegmentationSample, ClassificationSample)
@@ -159,8 +164,7 @@ class CachedDataset(SliceDataset[Any]):
             return _unpacked(self._kept[index])
         sample: AnySample = self.source[index]
         kept = _packed(sample)
-        tensors = [kept.image, *(kept.target.values() if isinstance(kept, SegmentationSample) else ())]
-        nbytes = sum(tensor.nbytes for tensor in tensors)
+        nbytes = bytes_of(kept)
         if self.limit is None or self.nbytes + nbytes <= self.limit:
             self._kept[index] = kept
             self.nbytes += nbytes
@@ -176,6 +180,11 @@ class CachedDataset(SliceDataset[Any]):
             if index not in self._kept:
                 break
         return self
+
+
+def bytes_of(sample: AnySample) -> int:
+    """How much memory the tensors of a sample take."""
+    return sum(value.nbytes for value in (sample.image, *sample.target.values()) if isinstance(value, Tensor))
 
 
 def _packed(sample: AnySample) -> AnySample:

@@ -109,9 +109,9 @@ TrainingSample = tuple[Tensor, dict[str, Any], str]
 
 
 class TrainingSlices(Dataset[TrainingSample]):
-    """Augmented slices of a data set, indexed by (epoch, index)."""
+    """Slices of a data set, augmented if there are settings, indexed by (epoch, index)."""
 
-    def __init__(self, source: SliceDataset[Any] | list[Any], settings: Augmentation, seed: int) -> None:
+    def __init__(self, source: SliceDataset[Any] | list[Any], settings: Augmentation | None, seed: int) -> None:
         self.source, self.settings, self.seed = source, settings, seed
 
     def __len__(self) -> int:
@@ -119,16 +119,11 @@ class TrainingSlices(Dataset[TrainingSample]):
 
     def __getitem__(self, key: tuple[int, int]) -> TrainingSample:
         epoch, index = key
-        image, target, name = as_target(self.source[index])
-        image, target = augment(image, target, sample_generator(self.seed, epoch, index), self.settings)
-        return image, target, name
-
-
-def as_target(sample: AnySample) -> TrainingSample:
-    """A data set's sample as training takes it."""
-    if isinstance(sample, ClassificationSample):
-        return sample.image, {"image_label": sample.label}, sample.name
-    return sample.image, sample.target, sample.name
+        sample = self.source[index]
+        image, target = sample.image, sample.target
+        if self.settings is not None:
+            image, target = augment(image, target, sample_generator(self.seed, epoch, index), self.settings)
+        return image, target, sample.name
 
 
 def on_device(source: SliceDataset[Any], device: torch.device) -> list[AnySample]:

@@ -131,9 +131,8 @@ class TrainConfig:
         seed: fixes order, augmentation and sampling.
         device: any torch device; None: a GPU if there is one. Of several processes each takes a GPU of its own.
         workers: processes that read and augment slices; 0 does it in the training process.
-        cache: where decoded slices are kept: ``"ram"``, ``"device"``, or ``"auto"``: on a GPU that holds them in a
-            quarter of its free memory, else in RAM.
-        cache_gb: limit of the cache in RAM, GB per process; 0 keeps nothing.
+        cache_gb: decoded slices are kept in so many GB of RAM per process; but, without `workers`, on a GPU that holds
+            them in a quarter of its free memory.
         resume: ``"auto"`` continues a run that `out` holds and starts one otherwise; False starts only in a folder
             without a run; a path continues from that checkpoint or run folder.
         checkpoint_minutes: write a checkpoint at least this often; one is written after every epoch anyway. Two are
@@ -163,7 +162,7 @@ class TrainConfig:
     partial_weights: bool = False
     weights_backbone: PathLike | bool = _FROM_RECIPE
     model_options: dict[str, Any] = field(default_factory=dict)
-    recipe: str = "fast"
+    recipe: Literal["fast", "paper"] = "fast"
     optimizer: Literal["adamw", "adam"] = _FROM_RECIPE
     lr: float = _FROM_RECIPE
     weight_decay: float = _FROM_RECIPE
@@ -185,7 +184,6 @@ class TrainConfig:
     seed: int = 0
     device: str | None = None
     workers: int = 0
-    cache: Literal["auto", "ram", "device"] = "auto"
     cache_gb: float = 4.0
     resume: PathLike | bool = "auto"
     checkpoint_minutes: float = 10.0
@@ -209,8 +207,6 @@ class TrainConfig:
                 object.__setattr__(self, name, typed(name, getattr(self, name), kind))
         variant = get_variant(self.model)
         recipes = RECIPES[variant.task]
-        if self.recipe not in recipes:
-            raise ConfigError(f"recipe={self.recipe!r}: use {' or '.join(recipes)}")
         for name, value in recipes[self.recipe].items():
             if name == "model_options":
                 object.__setattr__(self, name, {**value, **self.model_options})
@@ -226,9 +222,9 @@ class TrainConfig:
         return get_variant(self.model).task
 
     @property
-    def settings(self) -> Augmentation:
-        """How training slices are changed."""
-        return _augmentation(self.augmentation) if self.augment else Augmentation.none()
+    def settings(self) -> Augmentation | None:
+        """How training slices are changed; None: not at all."""
+        return _augmentation(self.augmentation) if self.augment else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `TrainConfig.from_dict` takes them back."""
@@ -296,8 +292,6 @@ def _check_ranges(config: TrainConfig) -> None:
         raise ConfigError(f"cache_rois is for classifiers; {config.model} is a segmenter")
     if config.weights_backbone not in (False, "auto") and config.weights is not None:
         raise ConfigError("give weights or weights_backbone, not both: weights include a body")
-    if config.cache == "device" and config.workers:
-        raise ConfigError('cache="device" needs workers=0: worker processes cannot share what is on a GPU')
     try:
         torch.device(config.device or "cpu")
     except RuntimeError as error:

@@ -107,9 +107,8 @@ class Record:
         metadata |= (
             {"operating_point": state.operating_point} if config.task == "segmentation" else state.operating_point
         )
-        for key in ("dataset", "license", "note", "caveat"):
-            if getattr(config, key) is not None:
-                metadata[key] = getattr(config, key)
+        said = {key: getattr(config, key) for key in ("dataset", "license", "note", "caveat")}
+        metadata |= {key: text for key, text in said.items() if text is not None}
         options = model.config.to_dict()
         if state.finished:
             return write_pretrained(folder, tensors, variant=model.variant, config=options, metadata=metadata)
@@ -123,7 +122,6 @@ class Record:
             "config": self.config.to_dict(),
             "versions": self.versions,
             **self._facts,
-            "threads": torch.get_num_threads(),
             "steps_per_epoch": self.batches.steps,
             "seconds": state.seconds,
             "minutes": state.seconds / 60,

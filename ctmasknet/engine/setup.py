@@ -17,9 +17,9 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ctmasknet.data.datasets import CachedDataset, SliceDataset, open_dataset, require_trainable
+from ctmasknet.data.datasets import CachedDataset, SliceDataset, bytes_of, open_dataset, require_trainable
 from ctmasknet.data.layouts import shared_patients
-from ctmasknet.engine.batches import ModuleSOnRoIs, RoIViews, TrainingSlices, as_target, balanced, on_device
+from ctmasknet.engine.batches import ModuleSOnRoIs, RoIViews, TrainingSlices, balanced, on_device
 from ctmasknet.engine.config import PAPER_SAMPLING, TrainConfig
 from ctmasknet.engine.validation import ClassifierValidation, SegmenterValidation, Validation
 from ctmasknet.errors import ConfigError, WeightsError, import_extra
@@ -27,7 +27,7 @@ from ctmasknet.models import Model
 from ctmasknet.models.inference import CPURoIAlign, feature_scales
 from ctmasknet.registry import get_variant
 from ctmasknet.weights.assemble import load_backbone
-from ctmasknet.weights.files import CONFIG_NAME, inherited
+from ctmasknet.weights.files import inherited
 from ctmasknet.zoo import choose_device, create_model, open_model
 
 log = logging.getLogger(__name__)
@@ -99,11 +99,8 @@ def _open(config: TrainConfig) -> tuple[SliceDataset[Any], SliceDataset[Any] | N
     if shared:
         named = textwrap.shorten(", ".join(shared), 60, placeholder=", ...")
         log.warning(
-            "%s and %s: %d patients are in both (%s), so validation flatters the model; keep each in one",
-            config.data,
-            config.val,
-            len(shared),
-            named,
+            f"{config.data} and {config.val}: {len(shared)} patients are in both ({named}), so validation flatters the "
+            "model; keep each in one"
         )
     if held_out.class_names != data.class_names:
         raise ConfigError(
@@ -114,8 +111,8 @@ def _open(config: TrainConfig) -> tuple[SliceDataset[Any], SliceDataset[Any] | N
 
 
 def _kept(data: SliceDataset[Any], config: TrainConfig, device: torch.device) -> Any:
-    """`data`, read once and kept where the config wants it."""
-    if config.cache == "device" or (config.cache == "auto" and not config.workers and _fits(data, device)):
+    """`data`, read once and kept: on a GPU that holds them, which worker processes could not share, else in RAM."""
+    if not config.workers and _fits(data, device):
         return on_device(data, device)
     kept = CachedDataset(data, int(config.cache_gb * 1e9))
     # Workers are copies of this process and cannot fill its cache later.
@@ -127,8 +124,7 @@ def _fits(data: SliceDataset[Any], device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     chosen = [data[index] for index in range(0, len(data), -(-len(data) // 8))]
-    tensors = [value for image, target, _ in map(as_target, chosen) for value in (image, *target.values())]
-    held = sum(value.nbytes for value in tensors if isinstance(value, Tensor))
+    held = sum(map(bytes_of, chosen))
     return held / len(chosen) * len(data) < torch.cuda.mem_get_info(device)[0] / 4
 
 
@@ -168,10 +164,7 @@ def initial_model(config: TrainConfig, class_names: tuple[str, ...]) -> Model:
     if config.weights is None:
         return _start_body(create_model(config.model, **options), config.weights_backbone)
     weights = str(config.model if config.weights == "default" else config.weights)
-    if weights.endswith(".safetensors") and not Path(weights).with_name(CONFIG_NAME).exists():
-        donor = create_model(config.model, weights=weights, **options)
-    else:
-        donor = open_model(weights, device="cpu")
+    donor = open_model(weights, device="cpu")
     stored, tensors, holder = donor.config.to_dict(), donor.state_dict(), donor.variant.name
     # How training samples is the recipe's business; another variant's thresholds and RoI counts are not this one's.
     taken = set(stored) - set(PAPER_SAMPLING) if holder == config.model else _SHARED
@@ -196,14 +189,8 @@ def initial_model(config: TrainConfig, class_names: tuple[str, ...]) -> Model:
     new = Counter(".".join(key.split(".")[:3]) for key in expected if key not in fitting)
     if new:
         said = ", ".join(f"{name} ({count})" for name, count in sorted(new.items()))
-        log.warning(
-            "%s: %d of %d tensors come from %s; from random values start %s",
-            config.model,
-            len(fitting),
-            len(expected),
-            config.weights,
-            said,
-        )
+        came = f"{len(fitting)} of {len(expected)} tensors come from {config.weights}"
+        log.warning(f"{config.model}: {came}; from random values start {said}")
     return model
 
 
@@ -217,10 +204,8 @@ def _start_body(model: Model, source: str | Path | bool) -> Model:
         if source != "auto":
             raise
         log.warning(
-            "%s: the body starts from random values: ImageNet weights could not be had (%s). Give a file of them as "
-            "weights_backbone, or weights_backbone=False (--set weights_backbone=false) to start so on purpose",
-            model.variant.name,
-            error,
+            f"{model.variant.name}: the body starts from random values: ImageNet weights could not be had ({error}). "
+            "Give a file of them, or weights_backbone=False (--set weights_backbone=false) to start so on purpose"
         )
     else:
         # For the card. Folders of this machine are nobody's business.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ctmasknet.engine.batches import Batch, as_target, model_input
+from ctmasknet.engine.batches import Batch, model_input
 from ctmasknet.engine.config import TrainConfig
 from ctmasknet.errors import import_extra
 from ctmasknet.evaluation.evaluate import gather
@@ -71,10 +72,10 @@ class Validation:
             if isinstance(module, _BatchNorm):
                 module.eval()
         with torch.random.fork_rng():
-            for image, target, name in map(as_target, self._share()):
+            for sample in self._share():
                 # The RoIs that the losses sample depend on the slice, not on what was drawn before.
-                torch.manual_seed(zlib.crc32(name.encode()))
-                batch = Batch([image], [target], [name]).to(device)
+                torch.manual_seed(zlib.crc32(os.fsencode(sample.name)))
+                batch = Batch([sample.image], [sample.target], [sample.name]).to(device)
                 for key, value in model(batch.images, batch.targets).items():
                     sums[key] = sums.get(key, 0.0) + float(value)
         model.eval()
