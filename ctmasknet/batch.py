@@ -17,7 +17,6 @@ import itertools
 import json
 import os
 import platform
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -48,6 +47,7 @@ LEFT_OUT = "left out"
 FAILURES_LISTED = 10_000
 WRITERS = 2
 READERS = 4
+_ELSEWHERE = "Choose another folder, or delete this one to start again."
 _ONE_FILE_ONLY = (errno.ENAMETOOLONG, errno.EISDIR)  # the next file may still be written
 
 
@@ -166,9 +166,7 @@ def predict_files(
     keep: Keep = "all",
     format: Format = "files",
     slices: bool = False,
-    readers: int = READERS,
     shard: tuple[int, int] = (0, 1),
-    restart: bool = False,
     progress: bool = False,
     on_result: Callable[[FileResult], None] | None = None,
 ) -> RunSummary:
@@ -185,9 +183,7 @@ def predict_files(
             scan's files, and takes DICOM scans only (extra ``dicom``); ``"jsonl"`` writes the lines alone (scans get
             their files all the same); ``"coco"`` also writes COCO results at the end.
         slices: take DICOM files in folders as single slices, not as scans.
-        readers: threads that read ahead of the model.
         shard: (i, n): do every n-th file from the i-th on. `process_shard` takes it from torchrun's environment.
-        restart: discard an earlier run in `out`, and start again.
         progress: show a bar on a terminal.
         on_result: called with every result, in order.
 
@@ -202,8 +198,6 @@ def predict_files(
     rank, world = shard
     if not 0 <= rank < world:
         raise ConfigError(f"shard={rank}/{world}: the first number runs from 0 to the second minus 1")
-    if readers < 1:
-        raise ConfigError(f"readers={readers}: must be at least 1")
     if format not in get_args(Format):
         raise ConfigError(f"format={format!r}: use 'files', 'dicom', 'jsonl' or 'coco'")
     if format == "dicom":
@@ -212,8 +206,6 @@ def predict_files(
             raise ConfigError('format="dicom" writes lesions, but no model looks for them. Give a segmenter.')
     if predictor.score_map and format != "files":
         raise ConfigError(f'score_map=True: a map is a file per slice, which needs format="files", not {format!r}')
-    if restart and world > 1:
-        raise ConfigError(f"several processes cannot restart together: delete {os.fspath(out)} first")
     folder = Path(out)
     summary = RunSummary(
         settings=_settings(predictor, format, units=units, spacing=spacing, series=series, keep=keep),
@@ -230,13 +222,11 @@ def predict_files(
             work.append(one)
     summary.list_digest = digest.hexdigest()
     # A single slice or scan needs no record of what is done: it is predicted anew each time.
-    several = len(work) > 1 or names is not None or world > 1 or format not in ("files", "dicom") or restart
+    several = len(work) > 1 or names is not None or world > 1 or format not in ("files", "dicom")
     with contextlib.ExitStack() as closing:
         log = None
         if several or any(path.exists() for path in _logs(folder)):
             log = closing.enter_context(Log(_part(folder, PREDICTIONS, shard)))
-        if log is not None and restart:
-            _forget(folder, log)
         done = set() if log is None else {line["source"] for line in read_logs(_logs(folder))}
         summary.root = common_root(given)
         if done:
@@ -250,7 +240,7 @@ def predict_files(
         reading = {"units": units, "spacing": spacing, "series": series}
         write = partial(_write, out=folder, root=summary.root, format=format)
         try:
-            predicted = _predicted(predictor, todo, reading, keep, format, readers, bar)
+            predicted = _predicted(predictor, todo, reading, keep, format, bar)
             for _, result in read_ahead(write, predicted, threads=WRITERS, depth=2 * WRITERS):
                 if log is not None and result.record is not None:
                     log.append(result.record)
@@ -418,7 +408,6 @@ def _predicted(
     reading: Mapping[str, Any],
     keep: Keep,
     format: Format,
-    readers: int,
     bar: Any,
 ) -> Iterator[tuple[Work, Prediction | VolumePrediction | CTMaskNetError]]:
     """Read ahead and predict, in the order of `todo`."""
@@ -438,7 +427,7 @@ def _predicted(
     def show(done: int, total: int) -> None:
         bar.set_postfix_str(f"slice {done} of {total}" if done < total else "")
 
-    reads = read_ahead(read, todo, threads=readers, depth=2 * max(predictor.batch_size, readers))
+    reads = read_ahead(read, todo, threads=READERS, depth=2 * max(predictor.batch_size, READERS))
     for one, result in predictor.stream(reads):
         if isinstance(result, Prediction | CTMaskNetError):
             yield one, result
@@ -529,22 +518,6 @@ def _logs(out: Path) -> list[Path]:
     return [out / PREDICTIONS, *sorted((out / "parts").glob("predictions-*.jsonl"))]
 
 
-def _forget(out: Path, log: Log) -> None:
-    """Delete what is left of an earlier run, unless another process is writing it."""
-    with contextlib.ExitStack() as others:
-        for path in _logs(out)[1:]:
-            others.enter_context(Log(path))
-        log.clear()
-        try:
-            for name in (RUN, SCANS, COCO_RESULTS, COCO_IMAGES):
-                (out / name).unlink(missing_ok=True)
-            if (out / "parts").is_dir():
-                shutil.rmtree(out / "parts")
-        except OSError as error:
-            reason = f"cannot be removed ({error.strerror}): choose another folder"
-            raise OutputError(f"{error.filename}: {reason}") from error
-
-
 def _runs(out: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     for path in (out / RUN, *sorted((out / "parts").glob("run-*.json"))):
         try:
@@ -552,8 +525,7 @@ def _runs(out: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:
-            fix = "Choose another folder, or pass restart=True."
-            raise ConfigError(f"{path}: cannot be read ({error}). {fix}") from None
+            raise ConfigError(f"{path}: cannot be read ({error}). Choose another folder.") from None
 
 
 def _go_on(out: Path, summary: RunSummary) -> None:
@@ -564,15 +536,10 @@ def _go_on(out: Path, summary: RunSummary) -> None:
         if began and summary.root and Path(summary.root).is_relative_to(began):
             summary.root = began
         if differs:
-            raise ConfigError(
-                f"{path}: a run with another {' and '.join(differs)}. "
-                "Choose another folder, or start again: restart=True"
-            )
+            raise ConfigError(f"{path}: a run with another {' and '.join(differs)}. {_ELSEWHERE}")
         if began != summary.root:
-            raise ConfigError(
-                f"{path}: a run of files below {began or 'the current folder'}, where these are not. "
-                "Choose another folder, or start again: restart=True"
-            )
+            below = began or "the current folder"
+            raise ConfigError(f"{path}: a run of files below {below}, where these are not. {_ELSEWHERE}")
 
 
 def _join(out: Path, summary: RunSummary, world: int) -> bool:

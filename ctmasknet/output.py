@@ -159,13 +159,6 @@ class Log(contextlib.AbstractContextManager["Log"]):
                 os.ftruncate(self._handle, before)
             raise cannot_write(self.path, error) from error
 
-    def clear(self) -> None:
-        """Forget every line."""
-        try:
-            os.ftruncate(self._handle, 0)
-        except OSError as error:
-            raise cannot_write(self.path, error) from error
-
     def close(self) -> None:
         """Write through to the disk and let go of the file."""
         if self._handle < 0:

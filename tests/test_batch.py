@@ -89,8 +89,6 @@ def test_the_same_command_again_does_only_what_is_missing(here, predictor):
     assert (summary.already_done, summary.predicted) == (4, 2)
     assert Path("out/predictions.jsonl").read_bytes().startswith(before)
     assert [line["source"] for line in lines(Path("out/predictions.jsonl"))] == [f"a/{k:04d}.png" for k in range(6)]
-    assert predict_files(predictor, ["a"], "out", format="jsonl", restart=True).predicted == 6
-    assert len(lines(Path("out/predictions.jsonl"))) == 6
 
 
 def test_other_settings_do_not_mix_into_a_run(here, predictor):
@@ -123,21 +121,6 @@ def test_another_configuration_of_the_same_weights_does_not_mix_into_a_run(here,
     monkeypatch.setattr(model, "config", dataclasses.replace(model.config, max_size=800))
     with pytest.raises(ConfigError, match="a run with another segmenter"):
         predict_files(predictor, ["a"], "out", format="jsonl")
-
-
-@pytest.mark.parametrize("held", ["predictions.jsonl", "parts/predictions-1-of-2.jsonl"])
-def test_restart_touches_nothing_that_another_process_is_writing(here, predictor, held):
-    write_slices(Path("a"), 2)
-    predict_files(predictor, ["a"], "out", format="jsonl")
-    with Log(Path("out", held)) as log:
-        log.append({"source": "theirs"})
-        before = {path: path.read_bytes() for path in Path("out").rglob("*.*")}
-        with pytest.raises(ConfigError, match="another run is writing here"):
-            predict_files(predictor, ["a"], "out", format="jsonl", restart=True)
-        assert {path: path.read_bytes() for path in Path("out").rglob("*.*")} == before
-    assert predict_files(predictor, ["a"], "out", format="jsonl", restart=True).predicted == 2
-    assert len(lines(Path("out/predictions.jsonl"))) == 2
-    assert not Path("out/parts").exists()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
@@ -483,7 +466,7 @@ def test_slow_readers_and_slow_models_give_the_same_lines(here, slow, monkeypatc
         monkeypatch.setattr(ctmasknet.batch, "read_slice", lambda *a, **k: (time.sleep(0.03), read(*a, **k))[1])
     if slow == "model":
         monkeypatch.setattr(predictor, "_predict", lambda *a: (time.sleep(0.1), forward(*a))[1])
-    predict_files(predictor, names, "out", format="jsonl", readers=3)
+    predict_files(predictor, names, "out", format="jsonl")
     written = lines(Path("out/predictions.jsonl"))
     assert [line["source"] for line in written] == names
     areas = [line["lesions"][0]["area_px"] for line in written]

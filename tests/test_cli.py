@@ -136,10 +136,10 @@ def test_a_mistyped_command_is_one_line(wrong, capsys):
 def test_errors_speak_of_flags(tmp_path, capsys):
     assert main(["predict", "x.png", "-o", str(tmp_path), "--score-threshold", "7"]) == 2
     assert "--score-threshold 7.0: must lie in 0..1" in capsys.readouterr().err
-    options = argparse.Namespace(units=None, restart=False, score_map=True, spacing=None)
+    options = argparse.Namespace(units=None, score_map=True, spacing=None)
     assert as_flags("spacing=(1.0, 1, 0.5): three", options) == "--spacing 1.0 1 0.5: three"
-    text = "a_1/units=2/x.tif: pass units=\"hu\" or units='range', or begin anew: restart=True; lr=3 stays"
-    expected = "a_1/units=2/x.tif: pass --units hu or --units range, or begin anew: --restart; lr=3 stays"
+    text = "a_1/units=2/x.tif: pass units=\"hu\" or units='range', or draw none: score_map=True; lr=3 stays"
+    expected = "a_1/units=2/x.tif: pass --units hu or --units range, or draw none: --score-map; lr=3 stays"
     assert as_flags(text, options) == expected
 
 

@@ -73,9 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="lungs: for scans, drop lesions outside the lungs (default: all)",
     )
     flag("--batch-size", type=int, metavar="N", help="slices per batch (default: 1 on a CPU, else 8)")
-    flag("--readers", type=int, metavar="N", help="threads that read ahead (default: 4)")
     flag("--shard", metavar="I/N", help="predict only every N-th input, starting with the I-th, counted from 0")
-    flag("--restart", action="store_true", help="discard an earlier run in DIR and start again")
     _model_flags(flag)
 
     flag = _command(commands, "demo", predicting.demo_command)
