@@ -26,14 +26,14 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.onnx.operators import shape_as_tensor
-from torchvision.ops import MultiScaleRoIAlign, nms, roi_align
+from torchvision.ops import nms
 
 from ctmasknet.data.slices import LUNG_WINDOW
 from ctmasknet.errors import ConfigError, CTMaskNetError, import_extra
 from ctmasknet.example import example_slice
 from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN, Model
 from ctmasknet.models.detector import Regions, rescale
-from ctmasknet.models.inference import Inference, Protocol, covered, feature_scales, fpn_levels, stretch, stretched
+from ctmasknet.models.inference import Inference, Protocol, covered, feature_scales, stretch, stretched
 from ctmasknet.output import require_writable, write_files
 from ctmasknet.registry import DISCLAIMER, LESION_CLASSES, __version__
 from ctmasknet.weights.files import state_digest
@@ -134,25 +134,9 @@ def describe(model: Model) -> dict[str, str]:
         "variant": model.variant.name,
         "task": model.variant.task,
         "classes": class_names(model),
-        "preprocessing": {
-            "channels": "grey, three times",
-            "range": [0, 1],
-            "window_hu": LUNG_WINDOW,
-            "in_the_file": {
-                "mean": config.image_mean,
-                "std": config.image_std,
-                "min_size": config.min_size,
-                "max_size": config.max_size,
-                "pad_to_multiple_of": _PAD,
-            },
-        },
-        "thresholds": {
-            "score": heads.score_thresh,
-            "nms": heads.nms_thresh,
-            "rpn_nms": model.rpn.nms_thresh,
-            "detections": heads.detections_per_img,
-            "roi_score": heads.roi_score,
-        },
+        "preprocessing": {"channels": "grey, three times", "range": [0, 1], "window_hu": LUNG_WINDOW},
+        "thresholds": {"score": heads.score_thresh, "nms": heads.nms_thresh},
+        "config": config.to_dict(),
         "weights_sha256": state_digest(model.state_dict()),
         "versions": {"ctmasknet": __version__, "torch": torch.__version__, "torchvision": torchvision.__version__},
         "notice": DISCLAIMER,
@@ -262,13 +246,13 @@ class Traceable(nn.Module):
         self.scales = feature_scales(model.variant)
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        features, size = self.features(image)
-        regions = self.regions(features, size)
+        features, size, padded = self.features(image)
+        regions = self.regions(features, size, padded)
         boxes = rescale(regions.boxes, size, _size(image))
         if isinstance(self.model, COVIDCTMaskNet):
             return self.classify(self.model, Regions(boxes, regions.scores, regions.labels, regions.deltas))
         heads = self.model.roi_heads
-        logits = heads.mask_predictor(heads.mask_head(self.pool(heads.mask_roi_pool, features, regions.boxes)))
+        logits = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(features, [regions.boxes], [padded])))
         chosen = logits.gather(1, regions.labels[:, None, None, None].expand(-1, -1, *logits.shape[-2:]))
         masks = chosen[:, 0].sigmoid() if heads.mask_score == "sigmoid" else chosen[:, 0]
         return boxes, regions.labels, regions.scores, paste(masks, boxes, _size(image))[:, None]
@@ -281,24 +265,28 @@ class Traceable(nn.Module):
         probabilities = (logits / model.temperature).softmax(-1)
         return logits, probabilities, batch.boxes, batch.scores, batch.labels, batch.deltas
 
-    def features(self, image: Tensor) -> tuple[list[Tensor], Tensor]:
-        """(3, H, W) in 0..1 -> feature maps of the resized image, finest first, and its size (h, w) before padding."""
+    def features(self, image: Tensor) -> tuple[dict[str, Tensor], Tensor, torch.Size]:
+        """(3, H, W) in 0..1 -> feature maps of the resized image, finest first; its size (h, w), and that when padded.
+
+        The last one serves torchvision's RoIAlign to see the scale of each map, which is the same for every image.
+        """
         transform = self.model.transform
         size = resized_size(_size(image), transform.min_size[-1], transform.max_size)
         resized = resize(transform.normalize(image), size)
         below, right = ((-size) % _PAD).unbind()
         padded = F.pad(resized, (0, cast("int", right), 0, cast("int", below)))
-        return list(self.model.backbone(padded[None]).values()), size
+        return self.model.backbone(padded[None]), size, padded.shape[-2:]
 
-    def proposals(self, features: Sequence[Tensor], size: Tensor) -> Tensor:
+    def proposals(self, features: list[Tensor], size: Tensor) -> Tensor:
         """(R, 4) boxes of the RPN, best first, in pixels of the resized image, clipped to it."""
         rpn = self.model.rpn
-        objectness, deltas = rpn.head(list(features))
+        objectness, deltas = rpn.head(features)
+        strides = [[round(1 / scale)] * 2 for scale in self.scales]
+        grids = rpn.anchor_generator.grid_anchors([feature.shape[-2:] for feature in features], strides)
         boxes, scores, levels = [], [], []
-        for level, scale in enumerate(self.scales):
+        for level, anchors in enumerate(grids):
             logits = objectness[level][0].permute(1, 2, 0).reshape(-1)
             best = _best(logits, rpn.pre_nms_top_n())
-            anchors = grid_anchors(_size(features[level]), round(1 / scale), rpn.anchor_generator.cell_anchors[level])
             chosen = deltas[level][0].permute(1, 2, 0).reshape(-1, 4)[best]
             boxes.append(rpn.box_coder.decode_single(chosen, anchors[best]))
             scores.append(logits[best].sigmoid())
@@ -308,11 +296,11 @@ class Traceable(nn.Module):
         kept = nms_per_class(box[valid], score[valid], level_of[valid], rpn.nms_thresh, range(len(self.scales)))
         return box[valid][kept[: rpn.post_nms_top_n()]]
 
-    def regions(self, features: Sequence[Tensor], size: Tensor) -> Regions:
+    def regions(self, features: dict[str, Tensor], size: Tensor, padded: torch.Size) -> Regions:
         """The ranked regions, as `LesionRoIHeads.regions` gives them."""
         heads = self.model.roi_heads
-        proposals = self.proposals(features, size)
-        logits, deltas = heads.box_predictor(heads.box_head(self.pool(heads.box_roi_pool, features, proposals)))
+        proposals = self.proposals(list(features.values()), size)
+        logits, deltas = heads.box_predictor(heads.box_head(heads.box_roi_pool(features, [proposals], [padded])))
         classes = heads.box_predictor.cls_score.out_features
         scores = logits.softmax(-1) if heads.roi_score == "softmax" else logits.sigmoid()
         boxes = heads.box_coder.decode_single(deltas, proposals).reshape(-1, classes, 4)
@@ -328,21 +316,6 @@ class Traceable(nn.Module):
         kept = nms_per_class(boxes[rows], scores[rows], labels[rows], heads.nms_thresh, range(1, classes))
         rows = rows[kept[: heads.detections_per_img]]
         return Regions(boxes, scores, labels, deltas)[rows]
-
-    def pool(self, pooler: MultiScaleRoIAlign, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
-        """(R, C, side, side): RoIAlign, each box on the FPN level of its size."""
-        rois = torch.cat([torch.zeros_like(boxes[:, :1]), boxes], dim=1)
-        if len(features) == 1:
-            return roi_align(features[0], rois, pooler.output_size, self.scales[0], pooler.sampling_ratio)
-        levels = fpn_levels(boxes, self.scales)
-        rows = [(levels == level).nonzero().squeeze(1) for level in range(len(features))]
-        pooled = [
-            roi_align(feature, rois[chosen], pooler.output_size, scale, pooler.sampling_ratio)
-            for feature, chosen, scale in zip(features, rows, self.scales, strict=True)
-        ]
-        # The inverse of the permutation that grouped the boxes by level.
-        back = torch.cat(rows).argsort()
-        return torch.cat(pooled)[back]
 
 
 def resized_size(size: Tensor, min_size: int, max_size: int) -> Tensor:
@@ -362,13 +335,6 @@ def resize(image: Tensor, size: Tensor) -> Tensor:
     first, last = torch.zeros(2, 1, dtype=torch.int64), size[:, None] - 1
     rows, columns = (stretch(first[a], last[a], _range(size[a]), _size(image)[a]) for a in (0, 1))
     return rows @ image @ columns.transpose(1, 2)
-
-
-def grid_anchors(grid: Tensor, stride: int, cell: Tensor) -> Tensor:
-    """(h * w * A, 4): the (A, 4) anchors of a cell at each of the (h, w) cells of a feature map."""
-    y, x = torch.meshgrid(_range(grid[0]) * stride, _range(grid[1]) * stride, indexing="ij")
-    shifts = torch.stack([x, y, x, y], dim=-1).reshape(-1, 1, 4)
-    return (shifts + cell).reshape(-1, 4)
 
 
 def clip(boxes: Tensor, size: Tensor) -> Tensor:
@@ -407,9 +373,9 @@ def batch_rows(valid: Tensor, slots: int, *, replicate: bool) -> Tensor:
     some = valid.clamp(min=1)
     each = torch.div(torch.full_like(some, slots), some, rounding_mode="floor")
     more = slots - each * some  # so many ranks, the first ones, stand in once more
-    early = torch.div(rows, each + 1, rounding_mode="floor")
-    late = torch.div(rows - more, each, rounding_mode="floor")
-    return torch.where(early < more, early, late)[: slots * valid.clamp(max=1)]
+    ranks = _range(valid) + 1
+    ends = ranks * each + ranks.minimum(more)  # behind the last slot of each rank
+    return (rows[:, None] >= ends).sum(1)[: slots * valid.clamp(max=1)]
 
 
 def paste(masks: Tensor, boxes: Tensor, size: Tensor) -> Tensor:

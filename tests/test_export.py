@@ -131,7 +131,7 @@ def test_the_onnx_file_carries_its_metadata(segmenter_file):
     assert stored["variant"] == "maskrcnn_resnet18_t2"
     assert stored["task"] == "segmentation"
     assert json.loads(stored["classes"]) == ["background", "GGO", "consolidation"]
-    assert json.loads(stored["preprocessing"])["in_the_file"]["min_size"] == 96
+    assert json.loads(stored["config"])["min_size"] == 96
     assert json.loads(stored["versions"])["torch"] == torch.__version__
     assert stored["notice"].startswith("Research software, not a medical device")
     with torch.no_grad():
