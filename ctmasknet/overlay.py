@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -33,9 +33,6 @@ _PAGE, _INK, _FAINT_INK = (1240, 1754), (0, 0, 0), (90, 90, 90)  # of a report: 
 _STRIP = (18, 18, 20)
 _TEXT = (240, 240, 240)
 _FAINT_TEXT = (160, 160, 165)
-_BAR = (230, 230, 230)  # neutral: colours belong to the lesions
-_FAINT_BAR = (112, 112, 118)
-_BAR_GROUND = (44, 44, 48)
 
 Tile = tuple[str, npt.NDArray[np.uint8], npt.NDArray[np.uint8]]
 """Of a montage: caption, slice (H, W) in grey, label of the lesion at each pixel (H, W), 0 for none."""
@@ -76,13 +73,11 @@ def overlay(
     image: npt.NDArray[np.float32],
     lesions: Sequence[Lesion],
     *,
-    headline: str,
-    legend: Mapping[str, Colour],
-    probabilities: Mapping[str, float],
+    headlines: Sequence[str],
     notes: Sequence[str],
     scale: int | None = None,
 ) -> Image.Image:
-    """Draw lesions on a slice, and below it a line of text, bars for probabilities, and notes.
+    """Draw lesions on a slice, and below it text and notes.
 
     Masks are translucent with a crisp contour, boxes are outlined, texts stand on a dark backing beside their box,
     placed in the order of the lesions where they cover neither each other nor, if possible, a lesion; those left
@@ -91,9 +86,7 @@ def overlay(
     Args:
         image: (H, W) in 0..1.
         lesions: the most important first.
-        headline: what there is to say.
-        legend: name -> colour.
-        probabilities: name -> 0..1, a bar each; the largest is bright.
+        headlines: what there is to say, a line or more each.
         notes: small print, to which the disclaimer is added.
         scale: pixels of the picture per pixel of the slice, >= 1. Default: the smallest that makes the longer
             side at least 768, so that text is legible; larger slices keep their size.
@@ -128,12 +121,12 @@ def overlay(
         draw.text(place, lesion.text, fill=(255, 255, 255), font=style.label, anchor="lm")
     if len(placed) < len(lesions):
         notes = (f"{len(lesions) - len(placed)} of {len(lesions)} scores not shown for lack of room.", *notes)
-    return _with_text(picture, style, headline, notes, legend, probabilities)
+    return _with_text(picture, style, headlines, notes)
 
 
 def montage(tiles: Sequence[Tile], class_names: Sequence[str], headline: str, notes: Sequence[str] = ()) -> Image.Image:
     """Slices of a scan side by side, each over its caption, with a line of text and notes below."""
-    return _with_text(_mosaic(tiles, class_names), _Style(_WHOLE, _WHOLE), headline, notes, {}, {})
+    return _with_text(_mosaic(tiles, class_names), _Style(_WHOLE, _WHOLE), [headline], notes)
 
 
 def report(
@@ -263,47 +256,17 @@ def _positions(box: Rect, w: int, h: int, gap: int) -> Iterator[tuple[int, int]]
     yield from ((x1 + gap, y) for y in range(y1 + gap, y2 - h, step))
 
 
-def _with_text(
-    picture: Image.Image,
-    style: _Style,
-    headline: str,
-    notes: Sequence[str],
-    legend: Mapping[str, Colour],
-    probabilities: Mapping[str, float],
-) -> Image.Image:
+def _with_text(picture: Image.Image, style: _Style, headlines: Sequence[str], notes: Sequence[str]) -> Image.Image:
     """The picture with its text and the disclaimer below, see `overlay`."""
     width = max(picture.width, 52 * style.pad)
     inner = width - 2 * style.pad
-    lines = _wrap(headline, style.body, inner)
+    lines = [line for text in headlines for line in _wrap(text, style.body, inner)]
     small = [line for note in (*notes, DISCLAIMER) for line in _wrap(note, style.small, inner)]
-    rows = len(lines) + len(probabilities) + bool(legend)
-    height = rows * style.row + len(small) * style.fine_row + 3 * style.pad
+    height = len(lines) * style.row + len(small) * style.fine_row + 3 * style.pad
     canvas = Image.new("RGB", (width, picture.height + height), _STRIP)
     canvas.paste(picture, ((width - picture.width) // 2, 0))
     draw = ImageDraw.Draw(canvas)
-
     y = _write(draw, style.pad, picture.height + style.pad, lines, style.body, style.row, _TEXT)
-    middle = style.row // 2
-    if legend:
-        x, half = style.pad, style.fine_row // 4
-        for name, colour in legend.items():
-            draw.rectangle((x, y + middle - half, x + 2 * half, y + middle + half), fill=colour)
-            draw.text((x + 4 * half, y + middle), name, fill=_TEXT, font=style.small, anchor="lm")
-            x += 4 * half + round(style.small.getlength(name)) + 2 * style.pad
-        y += style.row
-    longest = max((style.small.getlength(name) for name in probabilities), default=0)
-    left = min(style.pad * 2 + round(longest), width // 2)
-    right = width - style.pad * 2 - round(style.small.getlength("0.00"))
-    half = max(3, style.row // 6)
-    for name, probability in probabilities.items():
-        text, bar = (_TEXT, _BAR) if probability == max(probabilities.values()) else (_FAINT_TEXT, _FAINT_BAR)
-        top, bottom = y + middle - half, y + middle + half
-        draw.rectangle((left, top, right, bottom), fill=_BAR_GROUND)
-        if filled := round((right - left) * min(max(probability, 0.0), 1.0)):
-            draw.rectangle((left, top, left + filled, bottom), fill=bar)
-        draw.text((width - style.pad, y + middle), f"{probability:.2f}", fill=text, font=style.small, anchor="rm")
-        title = _wrap(name, style.small, left - 2 * style.pad)[:1]
-        y = _write(draw, style.pad, y, title, style.small, style.row, text)
     _write(draw, style.pad, y + style.pad, small, style.small, style.fine_row, _FAINT_TEXT)
     return canvas
 

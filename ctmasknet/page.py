@@ -31,7 +31,7 @@ from ctmasknet.models import Model
 from ctmasknet.models.classifier import COVIDCTMaskNet
 from ctmasknet.models.inference import Precision
 from ctmasknet.predictor import Predictor
-from ctmasknet.registry import DEFAULT_CLASSIFIER, DEFAULT_SEGMENTER, DISCLAIMER, Task, class_title, get_variant
+from ctmasknet.registry import DEFAULT_CLASSIFIER, DEFAULT_SEGMENTER, DISCLAIMER, Task, get_variant
 from ctmasknet.results import Prediction, VolumePrediction
 from ctmasknet.weights.manifest import variants_with_weights
 from ctmasknet.zoo import DEFAULT, class_names
@@ -242,10 +242,9 @@ def _build(
         prediction = predictor(case.slice(index))
         found = prediction.to_dict()["lesions"]
         rows = [[f["class"], f"{f['score']:.3f}", f["area_px"], " ".join(f"{v:.0f}" for v in f["box"])] for f in found]
-        classes = ", ".join(f"{class_title(n)} {p:.3f}" for n, p in (prediction.class_probabilities or {}).items())
         drawn = {
             picture: _draw(what, prediction, predictor.classifier),
-            facts: _words(prediction.source, prediction.summary, [classes, *prediction.caveats]),
+            facts: _words(prediction.source, prediction.summary, [prediction.class_line, *prediction.caveats]),
             lesions: gr.update(value=rows, headers=SLICE_HEAD, visible=bool(rows)),
         }
         if case.scan is None:

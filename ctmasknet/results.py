@@ -158,6 +158,11 @@ class Prediction:
         return _largest(self.class_probabilities)
 
     @property
+    def class_line(self) -> str:
+        """One line for people: "control 0.02, common pneumonia 0.07, COVID-19 0.91"; "" without a classifier."""
+        return ", ".join(f"{class_title(name)} {p:.2f}" for name, p in (self.class_probabilities or {}).items())
+
+    @property
     def summary(self) -> str:
         """One line for people: "3 lesions covering 4.2% of the slice; COVID-19 0.91"."""
         parts = [self._lesion_summary()] if self.has_segmentation else []
@@ -228,20 +233,16 @@ class Prediction:
 
         `scale`: pixels of the picture per pixel of the slice. Default: the smallest that makes its longer side 768.
         """
-        several = len(self.class_names) > 2
-        titles = list(map(class_title, self.class_names))
-        colours = [class_colour(self.class_names, label) for label in range(len(titles))]
         lesions = []
         for index in np.argsort(-self.scores, kind="stable"):
-            label, score = self.labels[index], f"{self.scores[index]:.2f}"
-            text = f"{titles[label]} {score}" if several else score
-            lesions.append(Lesion(self.masks[index], self.boxes[index], text, colours[label]))
+            label, text = self.labels[index], f"{self.scores[index]:.2f}"
+            if len(self.class_names) > 2:
+                text = f"{class_title(self.class_names[label])} {text}"
+            lesions.append(Lesion(self.masks[index], self.boxes[index], text, class_colour(self.class_names, label)))
         return overlay(
             self.image,
             lesions,
-            headline=self.summary,
-            legend={titles[label]: colours[label] for label in np.unique(self.labels)} if several else {},
-            probabilities={class_title(name): p for name, p in (self.class_probabilities or {}).items()},
+            headlines=[self.summary, *filter(None, [self.class_line])],
             notes=self.caveats,
             scale=scale,
         )
