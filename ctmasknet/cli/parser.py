@@ -48,30 +48,15 @@ def build_parser() -> argparse.ArgumentParser:
     flag(
         "--format",
         choices=("files", "dicom", "jsonl", "coco"),
-        default="files",
         help="files (default): JSON and overlay of each input; dicom: DICOM SEG and SR as well, for DICOM scans only "
         "(extra dicom); jsonl: only predictions.jsonl; coco: predictions.jsonl and COCO results",
     )
-    flag(
-        "--score-map",
-        action="store_true",
-        help="for slices, also write FILE.score_map.npy, (H, W): the mask logits of all regions",
-    )
+    flag("--score-map", action="store_true", help="also write the mask logits of all regions of a slice (H, W) as .npy")
     flag("--slices", action="store_true", help="predict DICOM files in folders as single slices, not as scans")
     flag("--series", metavar="UID", help="which series of a folder to predict (default: the longest)")
-    flag(
-        "--spacing",
-        nargs=3,
-        type=float,
-        metavar="MM",
-        help="mm between columns, rows and slices, for scans that do not say",
-    )
-    flag(
-        "--keep",
-        choices=("all", "lungs"),
-        default="all",
-        help="lungs: for scans, drop lesions outside the lungs (default: all)",
-    )
+    spacing = "of a scan that does not say it: mm between columns, rows and slices"
+    flag("--spacing", nargs=3, type=float, metavar="MM", help=spacing)
+    flag("--keep", choices=("all", "lungs"), help="lungs: of scans, drop lesions outside the lungs (default: all)")
     flag("--batch-size", type=int, metavar="N", help="slices per batch (default: 1 on a CPU, else 8)")
     flag("--shard", metavar="I/N", help="predict only every N-th input, starting with the I-th, counted from 0")
     _model_flags(flag)
@@ -117,13 +102,9 @@ def build_parser() -> argparse.ArgumentParser:
     flag("data", nargs="+", metavar="DIR", help="one folder or several")
     flag("--against", nargs="+", metavar="DIR", help="the other split: report patients and images in both")
     flag("--against-names", metavar="FILE", help="like --names, for --against")
-    flag(
-        "--task",
-        choices=("segmentation", "classification"),
-        help="default: what the files show",
-    )
-    flag("--classes", choices=("merge", "both", "ggo"), default="merge", help="lesion classes (default: merge)")
-    flag("--min-area", type=int, default=100, metavar="PX", help=_AREA_HELP)
+    flag("--task", choices=("segmentation", "classification"), help="default: what the files show")
+    flag("--classes", choices=("merge", "both", "ggo"), help="lesion classes (default: merge)")
+    flag("--min-area", type=int, metavar="PX", help=_AREA_HELP)
     flag("--names", metavar="LIST", help=_NAMES_HELP)
 
     flag = _command(commands, "download", variants.download_command)
@@ -134,12 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("-o", "--out", required=True, type=Path, metavar="DIR", help="the folder to write")
     flag("--name", metavar="NAME", help="the variant it must hold (default: recognise it)")
     flag("--dtype", choices=("float32", "float16"), default="float32", help="how values are stored (default: float32)")
-    flag(
-        "--metadata",
-        type=Path,
-        metavar="JSON",
-        help="a file that describes the weights: classes, operating_point, metrics, dataset, license, note, ...",
-    )
+    flag("--metadata", type=Path, metavar="JSON", help="what is known of the weights: classes, metrics, license, ...")
 
     flag = _command(commands, "verify", variants.verify_command)
     flag("folder", type=Path, metavar="DIR", help="a folder of weights, such as a run's best/")
@@ -153,12 +129,12 @@ def build_parser() -> argparse.ArgumentParser:
     flag("model", metavar="MODEL", help="what to measure")
     flag("--data", nargs="+", required=True, metavar="DIR", help="labelled slices")
     flag("--names", metavar="LIST", help=_NAMES_HELP)
-    flag("--min-area", type=int, default=100, metavar="PX", help=_AREA_HELP)
-    flag("--samples", type=int, default=1000, metavar="N", help="bootstrap resamples (default: 1000)")
+    flag("--min-area", type=int, metavar="PX", help=_AREA_HELP)
+    flag("--samples", type=int, metavar="N", help="bootstrap resamples (default: 1000)")
     flag("--batch-size", type=int, metavar="N", help="slices per batch")
-    flag("--workers", type=int, default=0, metavar="N", help="processes that read slices")
+    flag("--workers", type=int, metavar="N", help="processes that read slices")
     flag("--limit", type=int, metavar="N", help="at most N slices, drawn at random")
-    flag("--seed", type=int, default=0, help="for everything drawn at random (default: 0)")
+    flag("--seed", type=int, help="for everything drawn at random (default: 0)")
     flag("--classes", choices=("merge", "both", "ggo"), help="lesion classes (default: the model's)")
     flag("-o", "--out", metavar="DIR", help="folder for the results; an interrupted run continues from them")
     _running_flags(flag)
@@ -197,8 +173,8 @@ def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int |
 
 def _model_flags(flag: Flag) -> None:
     models = "a variant's name, a folder, file or Hub repository of weights, an author's .pth, or none"
-    flag("--segmenter", default="default", metavar="MODEL", help=f"{models} (default: bundled weights)")
-    flag("--classifier", default="default", metavar="MODEL", help="likewise")
+    flag("--segmenter", metavar="MODEL", help=f"{models} (default: bundled weights)")
+    flag("--classifier", metavar="MODEL", help="likewise")
     _running_flags(flag)
 
 
@@ -210,7 +186,6 @@ def _running_flags(flag: Flag) -> None:
     flag(
         "--precision",
         choices=("float32", "bfloat16", "float16"),
-        default="float32",
         help="precision of the backbone: bfloat16 and float16 (GPUs only) are faster on hardware made for them, and "
         "change results a little (default: float32)",
     )

@@ -93,7 +93,7 @@ def _predictor(options: argparse.Namespace) -> Any:
     from ctmasknet.predictor import Predictor
 
     given: dict[str, Any] = arguments_of(Predictor, options)
-    given |= {slot: None for slot in ("segmenter", "classifier") if given[slot] == "none"}
+    given |= {slot: None for slot in ("segmenter", "classifier") if given.get(slot) == "none"}
     predictor = Predictor(**given)
     logging.getLogger("ctmasknet").info("%r", predictor)
     return predictor
