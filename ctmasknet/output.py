@@ -8,7 +8,6 @@ import errno
 import io
 import json
 import os
-import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,6 @@ PathLike = str | os.PathLike[str]
 Content = bytes | Callable[[BinaryIO], object]
 """What a file is to hold: its bytes, or a function that writes them into a stream."""
 
-SYNC_EVERY = 5.0  # seconds; what a power cut, not a kill, may cost
 _WRITE_FIXES = {
     errno.ENOSPC: "free some disk space or choose another folder",
     errno.EDQUOT: "free some of your quota or choose another folder",
@@ -142,7 +140,6 @@ class Log(contextlib.AbstractContextManager["Log"]):
         except BaseException:
             self.close()
             raise
-        self._synced = time.monotonic()
 
     def append(self, *records: Mapping[str, Any]) -> None:
         """Add lines, all of them or none."""
@@ -151,21 +148,15 @@ class Log(contextlib.AbstractContextManager["Log"]):
         try:
             if os.write(self._handle, lines) < len(lines):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            if time.monotonic() - self._synced > SYNC_EVERY:
-                os.fsync(self._handle)
-                self._synced = time.monotonic()
         except OSError as error:
             with contextlib.suppress(OSError):  # if that fails too, the next start mends it
                 os.ftruncate(self._handle, before)
             raise cannot_write(self.path, error) from error
 
     def close(self) -> None:
-        """Write through to the disk and let go of the file."""
-        if self._handle < 0:
-            return
-        with contextlib.suppress(OSError):  # not every file system can sync
-            os.fsync(self._handle)
-        os.close(self._handle)
+        """Let go of the file."""
+        if self._handle >= 0:
+            os.close(self._handle)
         self._handle = -1
 
     def __exit__(self, *_: object) -> None:
