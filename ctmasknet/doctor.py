@@ -5,16 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import re
-import sys
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from ctmasknet.errors import CTMaskNetError
 from ctmasknet.registry import __version__, get_variant
-
-if TYPE_CHECKING:
-    from ctmasknet.weights.manifest import ManifestEntry
+from ctmasknet.weights.manifest import default_entry, variants_with_weights
 
 _FOR_DEVELOPERS = ("all", "dev", "docs", "notebook")  # sums of extras, and what users have no need of
 _EXTRA_OF = re.compile(r"""([\w.-]+)(?:\[(\w+)\])?.*\bextra\s*==\s*["'](\w+)["']""")
@@ -34,7 +31,7 @@ def examine() -> list[Check]:
     machine = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
     checks = [Check("ctmasknet", True, f"{__version__}, {machine}"), _torch()]
     if checks[-1].ok:
-        checks += [_devices(), *_bundled_weights()]
+        checks += [_devices(), *map(_weights, variants_with_weights())]
     return [*checks, _cache(), *_extras()]
 
 
@@ -66,21 +63,16 @@ def _devices() -> Check:
     return Check("devices", True, ", ".join(names))
 
 
-def _bundled_weights() -> list[Check]:
-    from ctmasknet.weights.manifest import default_entry, variants_with_weights
-
-    return [_weights(default_entry(get_variant(name))) for name in variants_with_weights()]
-
-
-def _weights(entry: ManifestEntry) -> Check:
+def _weights(variant: str) -> Check:
     from ctmasknet.weights.hub import load_stored
     from ctmasknet.weights.publish import verified
 
-    name, facts = f"weights of {entry.variant}", f"{entry.tag}, {entry.bytes / 1e6:.1f} MB"
+    entry, name = default_entry(get_variant(variant)), f"weights of {variant}"
+    facts = f"{entry.tag}, {entry.bytes / 1e6:.1f} MB"
     if entry.path is None:  # nothing is downloaded to find out whether an installation is sound
         return Check(name, True, f"{facts}, on the Hub: {entry.place}")
     try:
-        verified(load_stored("default", get_variant(entry.variant)))
+        verified(load_stored("default", get_variant(variant)))
     except CTMaskNetError as error:
         return Check(name, False, str(error))
     return Check(name, True, f"{facts}, hash and golden outputs match")
@@ -113,8 +105,6 @@ def _extras() -> list[Check]:
 
 
 def _version(package: str) -> str:
-    if package in sys.modules and hasattr(sys.modules[package], "__version__"):
-        return str(sys.modules[package].__version__)
     try:
         return version(package)
     except PackageNotFoundError:

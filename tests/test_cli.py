@@ -9,7 +9,6 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -214,7 +213,6 @@ def test_doctor_says_what_each_extra_would_add(monkeypatch):
         return "1.0"
 
     monkeypatch.setattr(doctor, "version", installed)
-    monkeypatch.setattr(doctor, "sys", SimpleNamespace(modules={}))
     found = {check.name: check.detail for check in doctor.examine() if check.name.startswith("extra")}
     assert set(found) == {"extra io", "extra dicom", "extra train", "extra plots", "extra export", "extra demo"}
     assert found["extra io"] == "pip install 'ctmasknet[io]' (in a checkout: '.[io]') adds pydicom"
