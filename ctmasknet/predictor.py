@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -97,7 +97,7 @@ class Predictor:
         self.caveats = tuple(m.metadata["caveat"] for m in models if m is not None and "caveat" in m.metadata)
         self.score_map = score_map
         self._class_names = ("background",) if self.segmenter is None else class_names(self.segmenter)
-        self._prepared = _Prepared({}, False)
+        self._prepared: tuple[dict[Task, Inference], bool] = ({}, False)
 
     def __repr__(self) -> str:
         """What it runs, in a line."""
@@ -259,14 +259,17 @@ class Predictor:
         arrays = [{key: value.numpy() for key, value in one.items()} for one in hosts]
         return list(map(self._result, slices, arrays))
 
-    def _prepare(self) -> _Prepared:
-        """What runs the models; made again if their weights have changed since. In threads the last made stays."""
+    def _prepare(self) -> tuple[dict[Task, Inference], bool]:
+        """What runs the models, and whether a reading of the segmenter's serves the classifier.
+
+        Made again if their weights have changed since. In threads the last made stays.
+        """
         models = [model for model in (self.segmenter, self.classifier) if model is not None]
         prepared = self._prepared
-        made = [prepared.inferences.get(model.variant.task) for model in models]
+        made = [prepared[0].get(model.variant.task) for model in models]
         if not all(one is not None and one.is_current() for one in made):
             inferences = {model.variant.task: Inference(model, self.precision) for model in models}
-            prepared = self._prepared = _Prepared(inferences, len(models) == 2 and same_detector(*models))
+            prepared = self._prepared = inferences, len(models) == 2 and same_detector(*models)
         return prepared
 
     def _result(self, source: Slice, found: dict[str, np.ndarray]) -> Prediction:
@@ -295,11 +298,6 @@ class Predictor:
             caveats=self.caveats,
             score_map=found.get("score_map"),
         )
-
-
-class _Prepared(NamedTuple):
-    inferences: dict[Task, Inference]
-    one_detector: bool  # a reading of the segmenter's serves the classifier
 
 
 def _checked(one: Slice) -> Slice | InputError:

@@ -273,7 +273,7 @@ def test_the_default_precision_is_float32_on_every_processor():
     predictor = Predictor(*small_pair(), device="cpu")
     assert predictor.precision == "float32"
     predictor(phantom(0, size=128).image)
-    networks = [inference._network for inference in predictor._prepare().inferences.values()]
+    networks = [inference._network for inference in predictor._prepare()[0].values()]
     assert {parameter.dtype for network in networks for parameter in network.parameters()} == {torch.float32}
 
 
