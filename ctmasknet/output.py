@@ -101,10 +101,13 @@ def json_bytes(facts: Any, *, indent: int | None = None) -> bytes:
     return (json.dumps(facts, indent=indent, allow_nan=False) + "\n").encode("ascii")
 
 
-def csv_table(rows: Iterable[Mapping[str, Any]], columns: Iterable[str] = ()) -> str:
-    """Rows as CSV below a head: `columns`, then what else they have. Numbers get six digits, what is not there none."""
+def csv_table(rows: Iterable[Mapping[str, Any]], columns: Iterable[str] = (), without: Iterable[str] = ()) -> str:
+    """Rows as CSV below a head: `columns`, then what else they have; `without` are left out.
+
+    Numbers get six digits, what is not there none.
+    """
     rows = list(rows)
-    head = list(dict.fromkeys([*columns, *(key for row in rows for key in row)]))
+    head = [name for name in dict.fromkeys([*columns, *(key for row in rows for key in row)]) if name not in without]
     cells = ([f"{value:.6g}" if isinstance(value, float) else value for value in map(row.get, head)] for row in rows)
     return csv_text([head, *cells])
 

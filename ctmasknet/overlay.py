@@ -64,6 +64,11 @@ class _Style:
         self.label_height = int(bottom) - int(top) + 2 * self.margin
 
 
+def grey(image: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    """0..1 -> 0..255."""
+    return np.rint(255 * np.clip(image, 0, 1)).astype(np.uint8)
+
+
 def class_colour(class_names: Sequence[str], label: int) -> Colour:
     """The colour of a lesion class, index = label, background first."""
     return CLASS_COLOURS.get(class_names[label], _OTHER_COLOURS[(label - 1) % len(_OTHER_COLOURS)])
@@ -103,9 +108,8 @@ def overlay(
         scale = -(-_SMALLEST_SIDE // max(height, width))
     if not isinstance(scale, int) or scale < 1:
         raise ConfigError(f"scale={scale!r}: must be a whole number of at least 1, or None")
-    grey = np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
     size = (width * scale, height * scale)
-    picture = Image.fromarray(grey).resize(size, Image.Resampling.BICUBIC).convert("RGB")
+    picture = Image.fromarray(grey(image)).resize(size, Image.Resampling.BICUBIC).convert("RGB")
     style = _Style(*size)
     boxes = [_scaled(lesion.box, size, scale) for lesion in lesions]
     for colour in dict.fromkeys(lesion.colour for lesion in lesions):
@@ -174,9 +178,9 @@ def _mosaic(tiles: Sequence[Tile], class_names: Sequence[str]) -> Image.Image:
     picture = Image.new("RGB", (columns * _TILE, -(-len(tiles) // columns) * cell), _STRIP)
     font = _Style(_WHOLE, _WHOLE).small
     draw = ImageDraw.Draw(picture)
-    for place, (caption, grey, labels) in enumerate(tiles):
+    for place, (caption, image, labels) in enumerate(tiles):
         x, y = place % columns * _TILE, place // columns * cell
-        shown = Image.fromarray(grey).convert("RGB")
+        shown = Image.fromarray(image).convert("RGB")
         for label in np.unique(labels[labels > 0]).tolist():
             contour = max(1, round(max(shown.size) / _TILE))  # it must survive the reduction
             _paint(shown, [labels == label], class_colour(class_names, label), 1, contour)

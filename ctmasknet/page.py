@@ -19,7 +19,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
 from PIL import Image
 
 from ctmasknet.data.scans import NIFTI_SUFFIXES, Volume, is_scan, open_volume
@@ -30,6 +29,7 @@ from ctmasknet.example import SLICE
 from ctmasknet.models import Model
 from ctmasknet.models.classifier import COVIDCTMaskNet
 from ctmasknet.models.inference import Precision
+from ctmasknet.overlay import grey
 from ctmasknet.predictor import Predictor
 from ctmasknet.registry import DEFAULT_CLASSIFIER, DEFAULT_SEGMENTER, DISCLAIMER, Task, get_variant
 from ctmasknet.results import Prediction, VolumePrediction
@@ -181,10 +181,6 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
     return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
 
 
-def _grey(one: Slice) -> Image.Image:
-    return Image.fromarray(np.rint(one.pixels * 255).astype(np.uint8))
-
-
 def _build(
     predictor_of: Callable[[str, str], tuple[Predictor, Point]],
     offered: Sequence[list[str]],
@@ -224,7 +220,7 @@ def _build(
             status: escape(" ".join([f"{case.name}: {what}. Press Predict.", *case.notes[:5]])),
             view: gr.update(choices=[MONTAGE] * scan + [OVERLAY, SCORE_MAP, CONTRIBUTIONS], value=OVERLAY),
             at: gr.update(minimum=indices[0], maximum=max(indices[-1], 1), value=middle, visible=scan),
-            picture: _grey(case.slice(middle)),
+            picture: grey(case.slice(middle).pixels),
             facts: "",
             lesions: gr.update(visible=False),
             files: gr.update(visible=False),
@@ -282,7 +278,7 @@ def _build(
         if case is None:
             return {}
         if case.predictor is None:
-            return {picture: _grey(case.slice(settings[1]))}
+            return {picture: grey(case.slice(settings[1]).pixels)}
         return shown(case, case.predictor, *settings)
 
     @guarded

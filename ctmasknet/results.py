@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,7 +20,7 @@ from ctmasknet.data.lungs import FIELD, find_lungs
 from ctmasknet.data.slices import LUNG_WINDOW
 from ctmasknet.errors import CTMaskNetError, InputError, MissingExtraError
 from ctmasknet.output import Content, PathLike, csv_table, json_bytes, write_files
-from ctmasknet.overlay import Lesion, Tile, class_colour, montage, overlay, report
+from ctmasknet.overlay import Lesion, Tile, class_colour, grey, montage, overlay, report
 from ctmasknet.registry import __version__, class_title
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class Prediction:
         try:
             ids = join_slices(self.lesion_mask[None])
             found = find_lungs(
-                np.flip(_grey(self.image)[None], turned), (1, abs(down), abs(across)), np.flip(ids, turned)
+                np.flip(grey(self.image)[None], turned), (1, abs(down), abs(across)), np.flip(ids, turned)
             )
         except MissingExtraError as error:
             return None, str(error)
@@ -471,32 +471,21 @@ class VolumePrediction:
     def table(self) -> str:
         """The rows as CSV, with a header; a column per figure of `involvement` and per class of the classifier."""
         shares, classes = dict.fromkeys(self.involvement or ()), dict.fromkeys(self.class_shares or ())
-        return csv_table(
-            {
-                "slice": row.index,
-                "source": row.source,
-                "height_mm": row.height_mm,
-                "lesions": row.lesions,
-                "max_score": row.max_score,
-                "lesion_area_mm2": row.lesion_area_mm2,
-                "lesion_fraction": row.lesion_fraction,
-                **(row.involvement or shares),
-                "predicted_class": row.predicted_class,
-                **{f"p_{name}": value for name, value in (row.class_probabilities or classes).items()},
-                "error": row.error,
-            }
+        rows = (
+            {"slice": row.index, **vars(row), **(row.involvement or shares), "predicted_class": row.predicted_class}
+            | {f"p_{name}": value for name, value in (row.class_probabilities or classes).items()}
             for row in self.slices
         )
+        return csv_table(rows, without=("index", "involvement", "class_probabilities"))
 
     def lesion_table(self) -> str:
         """`lesions` as CSV, with a header; of several classes also a column of ml per class."""
         rows = []
         for one in self.lesions:
             classes = one.ml_by_class if len(self.class_names) > 2 else {}
-            facts = {"lesion": one.id, **asdict(one), **{f"{name}_ml": ml for name, ml in classes.items()}}
-            rows.append({name: value for name, value in facts.items() if name not in ("id", "ml_by_class")})
-        head = ("lesion", "side", "ml", "diameter_mm", "first_slice", "last_slice", "mean_hu", "score")
-        return csv_table(rows, head)
+            rows.append({"lesion": one.id, **vars(one), **{f"{name}_ml": ml for name, ml in classes.items()}})
+        head = ("lesion", *(one.name for one in fields(ScanLesion)))
+        return csv_table(rows, head, without=("id", "ml_by_class"))
 
     def involvement_rows(self) -> list[list[str]]:
         """`involvement` rounded for people: a head, then right, left, both, outside; empty without it."""
@@ -545,14 +534,8 @@ class VolumePrediction:
             indices = indices or [row.index for row in self.slices if not row.error]
             parts = np.array_split(indices, min(most or REPORT_TILES, len(indices)))
             indices = [max(part, key=lambda index: (cm2[index], -abs(index - part[len(part) // 2]))) for part in parts]
-        return [
-            (
-                f"slice {index}" + (f": {cm2[index]:.1f} cm2 lesion" if cm2[index] else ""),
-                self.image[index],
-                labels[index],
-            )
-            for index in indices
-        ]
+        captions = [f"slice {index}" + f": {area:.1f} cm2 lesion" * (area > 0) for index, area in enumerate(cm2)]
+        return [(captions[index], self.image[index], labels[index]) for index in indices]
 
     def save(self, directory: PathLike, name: str | None = None, *, dicom: bool = False) -> list[Path]:
         """Write masks, tables, pictures and record into `directory`, made if missing; the paths, the mask's first.
@@ -642,7 +625,7 @@ def gather(
             problems.append(str(result))
             rows.append(SliceRow(*place, error=str(result)))
             continue
-        mask[index], image[index] = _label_map(result), _grey(result.image)
+        mask[index], image[index] = _label_map(result), grey(result.image)
         for pixels, score in zip(result.masks, result.scores, strict=True):
             detections.append(Detection(index, np.flatnonzero(pixels), float(score)))
         rows.append(SliceRow(*place, class_probabilities=result.class_probabilities))
@@ -701,10 +684,6 @@ def gather(
 
 def _largest(shares: Mapping[str, float] | None) -> str | None:
     return max(shares, key=shares.__getitem__) if shares else None
-
-
-def _grey(image: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    return np.rint(255 * np.clip(image, 0, 1)).astype(np.uint8)
 
 
 def _label_map(prediction: Prediction) -> npt.NDArray[np.uint8]:
