@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 Keep = Literal["all", "lungs"]
 
 REPORT_TILES, REPORT_LESIONS = 12, 10
+SLICE_COLUMNS = (
+    "slice", "source", "height_mm", "lesions", "max_score", "lesion_area_mm2", "lesion_fraction", "predicted_class",
+    "error",
+)  # fmt: skip
 NOT_HU, NO_LUNGS = "values are not HU, so lungs were not looked for", "no lungs found"
 
 
@@ -311,40 +315,6 @@ def _plain(values: npt.NDArray[np.float32]) -> list[Any]:
     return plain
 
 
-@dataclass(frozen=True)
-class SliceRow:
-    """A line of the table of a scan.
-
-    Attributes:
-        index: along the axial axis of the scan's grid.
-        source: what the slice was read from.
-        height_mm: how far towards the head it lies, in the scan's coordinates.
-        lesions: how many of the scan's lesions it cuts; None without a segmenter, or if the slice could not be used.
-        max_score: of the best detection in it, 0..1; None if there is none.
-        lesion_area_mm2: the union of the lesions.
-        lesion_fraction: of the slice, 0..1.
-        involvement: of the lungs in this slice, as `VolumePrediction.involvement`.
-        class_probabilities: of the slice; None without a classifier.
-        error: why the slice could not be used, "" if it could.
-    """
-
-    index: int
-    source: str
-    height_mm: float
-    lesions: int | None = None
-    max_score: float | None = None
-    lesion_area_mm2: float | None = None
-    lesion_fraction: float | None = None
-    involvement: dict[str, float | None] | None = None
-    class_probabilities: dict[str, float] | None = None
-    error: str = ""
-
-    @property
-    def predicted_class(self) -> str | None:
-        """The most probable class of the slice."""
-        return _largest(self.class_probabilities)
-
-
 @dataclass(frozen=True, eq=False)
 class VolumePrediction:
     """Lesions of a whole scan, on its own voxel grid.
@@ -358,7 +328,11 @@ class VolumePrediction:
         image: (S, H, W) uint8, the slices as the models saw them; `volume.stack` turns the arrays above like it.
         lesions: the largest in the lungs first, those outside last.
         counts: (S, 3, classes), voxels of each slice outside, in the right and in the left lung, by class (0: none).
-        slices: a row per slice, in the order of the grid; unusable slices have an `error`.
+        slices: a dictionary per slice, in the order of the grid: ``slice`` (its index along the axial axis),
+            ``source``, ``height_mm`` (how far towards the head it lies), ``error`` (why it could not be used, or "").
+            With a segmenter ``lesions`` (how many of the scan's it cuts), ``max_score`` (of the best detection in it,
+            0..1, or None), ``lesion_area_mm2``, ``lesion_fraction`` (of the slice, 0..1) and the keys of `involvement`.
+            With a classifier ``class_probabilities`` and ``predicted_class``.
         class_names, score_threshold, caveats: as of a `Prediction`.
         has_segmentation: False if no segmenter ran: the mask is empty then, and `lesion_ml` None.
         problems: what is wrong with the scan and its slices, one line each.
@@ -372,7 +346,7 @@ class VolumePrediction:
     image: npt.NDArray[np.uint8] = field(repr=False)
     lesions: tuple[ScanLesion, ...] = field(repr=False)
     counts: npt.NDArray[np.intp] = field(repr=False)
-    slices: tuple[SliceRow, ...] = field(repr=False)
+    slices: tuple[dict[str, Any], ...] = field(repr=False)
     class_names: tuple[str, ...]
     score_threshold: float | None
     has_segmentation: bool
@@ -418,20 +392,20 @@ class VolumePrediction:
     @property
     def class_shares(self) -> dict[str, float] | None:
         """Share of the slices, 0..1, per most probable class; None without a classifier."""
-        rows = [row for row in self.slices if row.class_probabilities]
-        names = rows[0].class_probabilities if rows else None
-        return names and {name: sum(row.predicted_class == name for row in rows) / len(rows) for name in names}
+        rows = [row for row in self.slices if row.get("class_probabilities")]
+        names = rows[0]["class_probabilities"] if rows else None
+        return names and {name: sum(row["predicted_class"] == name for row in rows) / len(rows) for name in names}
 
     @property
     def summary(self) -> str:
         """One line for people: "16 slices; 3 lesions, 31.4 ml in 12 slices, 4.1% of the lungs; COVID-19 in 75% of the
         slices"."""
-        done = [row for row in self.slices if not row.error]
+        done = [row for row in self.slices if not row["error"]]
         parts = [counted(len(done), "slice")]
         if len(done) < len(self.slices):
             parts[0] += f" ({len(self.slices) - len(done)} could not be used)"
         if self.lesion_ml is not None:
-            touched = sum(bool(row.lesions) for row in done)
+            touched = len(self._with_lesions())
             found = f"{counted(len(self.lesions), 'lesion')}, {self.lesion_ml:.1f} ml in {counted(touched, 'slice')}"
             share = (self.involvement or {}).get("both_lesion_percent")
             found += "" if share is None else f", {share:.1f}% of the lungs"
@@ -455,8 +429,8 @@ class VolumePrediction:
             "has_segmentation": self.has_segmentation,
             "score_threshold": self.score_threshold,
             "slices": len(self.slices),
-            "slices_failed": sum(bool(row.error) for row in self.slices),
-            "slices_with_lesions": sum(bool(row.lesions) for row in self.slices) if self.has_segmentation else None,
+            "slices_failed": sum(bool(row["error"]) for row in self.slices),
+            "slices_with_lesions": len(self._with_lesions()) if self.has_segmentation else None,
             "lesion_ml": self.lesion_ml,
             "lesion_ml_by_class": self.lesion_ml_by_class,
             "involvement": self.involvement,
@@ -469,14 +443,12 @@ class VolumePrediction:
         }
 
     def table(self) -> str:
-        """The rows as CSV, with a header; a column per figure of `involvement` and per class of the classifier."""
-        shares, classes = dict.fromkeys(self.involvement or ()), dict.fromkeys(self.class_shares or ())
+        """`slices` as CSV, with a header; a column per class of the classifier, ``p_<class>``."""
         rows = (
-            {"slice": row.index, **vars(row), **(row.involvement or shares), "predicted_class": row.predicted_class}
-            | {f"p_{name}": value for name, value in (row.class_probabilities or classes).items()}
+            row | {f"p_{name}": value for name, value in (row.get("class_probabilities") or {}).items()}
             for row in self.slices
         )
-        return csv_table(rows, without=("index", "involvement", "class_probabilities"))
+        return csv_table(rows, SLICE_COLUMNS, without=["class_probabilities"])
 
     def lesion_table(self) -> str:
         """`lesions` as CSV, with a header; of several classes also a column of ml per class."""
@@ -526,15 +498,18 @@ class VolumePrediction:
         tiles = self._tiles(REPORT_TILES)
         return report(Path(self.source).name, self.summary, tiles, self.class_names, tables, notes)
 
+    def _with_lesions(self) -> list[int]:
+        return [row["slice"] for row in self.slices if row.get("lesions")]
+
     def _tiles(self, most: int | None = None) -> list[Tile]:
         """The slices with lesions, of `most` parts of them the one with most lesion; without any, slices all over."""
         labels, cm2 = self.volume.stack(self.mask), self.counts[:, :, 1:].sum((1, 2)) * self.volume.pixel_mm2 / 100
-        indices = [row.index for row in self.slices if row.lesions]
+        indices = self._with_lesions()
         if most or not indices:
-            indices = indices or [row.index for row in self.slices if not row.error]
+            indices = indices or [row["slice"] for row in self.slices if not row["error"]]
             parts = np.array_split(indices, min(most or REPORT_TILES, len(indices)))
             indices = [max(part, key=lambda index: (cm2[index], -abs(index - part[len(part) // 2]))) for part in parts]
-        captions = [f"slice {index}" + f": {area:.1f} cm2 lesion" * (area > 0) for index, area in enumerate(cm2)]
+        captions = [f"slice {i}: {area:.1f} cm2 lesion" if area else f"slice {i}" for i, area in enumerate(cm2)]
         return [(captions[index], self.image[index], labels[index]) for index in indices]
 
     def save(self, directory: PathLike, name: str | None = None, *, dicom: bool = False) -> list[Path]:
@@ -583,7 +558,7 @@ class VolumePrediction:
                 volume=self.volume,
                 mask=self.mask,
                 class_names=self.class_names,
-                slices=[row.index for row in self.slices if not row.error],
+                slices=[row["slice"] for row in self.slices if not row["error"]],
                 variant=segmenter["variant"],
                 digest=segmenter["sha256"],
                 parameters={"weights_sha256": segmenter["sha256"], "score_threshold": str(self.score_threshold)},
@@ -616,21 +591,22 @@ def gather(
         InputError: not one slice could be used.
     """
     mask, image = (np.zeros([volume.shape[axis] for axis in volume.axes], np.uint8) for _ in range(2))
-    rows: list[SliceRow] = []
+    rows: list[dict[str, Any]] = []
     detections: list[Detection] = []
     problems = list(volume.problems)
     for index, result in results:
-        place = index, volume.names[index], volume.height_mm(index)
+        rows.append({"slice": index, "source": volume.names[index], "height_mm": volume.height_mm(index), "error": ""})
+        row = rows[-1]
         if not isinstance(result, Prediction):
             problems.append(str(result))
-            rows.append(SliceRow(*place, error=str(result)))
+            row["error"] = str(result)
             continue
+        row |= {"class_probabilities": result.class_probabilities, "predicted_class": result.predicted_class}
         mask[index], image[index] = _label_map(result), grey(result.image)
         for pixels, score in zip(result.masks, result.scores, strict=True):
             detections.append(Detection(index, np.flatnonzero(pixels), float(score)))
-        rows.append(SliceRow(*place, class_probabilities=result.class_probabilities))
-    if all(row.error for row in rows):
-        reason = rows[0].error if rows else "it has none"
+    if all(row["error"] for row in rows):
+        reason = rows[0]["error"] if rows else "it has none"
         raise InputError(f"{volume.source}: no slice of it can be used; the first: {reason}")
 
     steps, in_hu = volume.stack_steps, volume.units != "range"
@@ -654,17 +630,14 @@ def gather(
         if ids[slot].ravel()[pixels].any():
             best[slot] = max(score, best.get(slot, 0.0))
 
-    def measured(row: SliceRow) -> SliceRow:
-        here = counts[row.index]
-        area = int(here[:, 1:].sum())
-        return replace(
-            row,
-            lesions=int(np.count_nonzero(np.bincount(ids[row.index].ravel())[1:])),
-            max_score=best.get(row.index),
-            lesion_area_mm2=area * volume.pixel_mm2,
-            lesion_fraction=area / int(here.sum()),
-            involvement=None if lungs is None else involvement(here, volume.voxel_ml, class_names),
-        )
+    for row in rows:
+        index, here = row["slice"], counts[row["slice"]]
+        if has_segmentation and not row["error"]:
+            area = int(here[:, 1:].sum())
+            row["lesions"] = int(np.count_nonzero(np.bincount(ids[index].ravel())[1:]))
+            row["max_score"] = best.get(index)
+            row |= {"lesion_area_mm2": area * volume.pixel_mm2, "lesion_fraction": area / int(here.sum())}
+            row |= {} if lungs is None else involvement(here, volume.voxel_ml, class_names)
 
     return VolumePrediction(
         volume=volume,
@@ -674,7 +647,7 @@ def gather(
         image=image,
         lesions=lesions,
         counts=counts,
-        slices=tuple(measured(row) if has_segmentation and not row.error else row for row in rows),
+        slices=tuple(rows),
         class_names=class_names,
         has_segmentation=has_segmentation,
         problems=tuple(problems),

@@ -178,7 +178,7 @@ def test_only_slices_that_were_looked_at_are_referred_to(tmp_path, predictor):
     paths[3].write_bytes(whole[:-1000])  # cut off in its pixels
     write_series(folder, SLICES[:2], prefix="other", **{**PATIENT, "SeriesInstanceUID": "9.9"})
     prediction = predictor.volume(folder)
-    assert sum(bool(row.error) for row in prediction.slices) == 1
+    assert sum(bool(row["error"]) for row in prediction.slices) == 1
     seg, sr, _ = saved(prediction, tmp_path / "out")
     looked_at = {uids[k] for k in (0, 1, 4, 5)}
     (series,) = seg.ReferencedSeriesSequence

@@ -272,7 +272,7 @@ def test_involvement_is_the_share_of_each_lung(scan, found):
     assert found.lesion_ml == pytest.approx(facts["both_lesion_ml"] + facts["outside_lesion_ml"])
     # The rows of the slices add up to the scan.
     for key in ("right_lung_ml", "left_lesion_ml", "outside_lesion_ml"):
-        assert sum(row.involvement[key] for row in found.slices) == pytest.approx(facts[key])
+        assert sum(row[key] for row in found.slices) == pytest.approx(facts[key])
 
 
 def test_lesions_outside_the_lungs_can_be_dropped(scan, found):

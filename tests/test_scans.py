@@ -253,7 +253,7 @@ def test_a_truncated_nifti_loses_its_last_slices_and_says_so(tmp_path, predictor
     data = (tmp_path / "a.nii").read_bytes()
     (tmp_path / "cut.nii").write_bytes(data[: len(data) - 40 * 48 * 2])
     result = predictor.volume(tmp_path / "cut.nii")
-    assert [bool(row.error) for row in result.slices] == [False] * 5 + [True]
+    assert [bool(row["error"]) for row in result.slices] == [False] * 5 + [True]
     assert any("cut.nii[5]" in problem for problem in result.problems)
     packed = gzip.compress(data)
     (tmp_path / "cut.nii.gz").write_bytes(packed[: len(packed) // 10])
@@ -351,8 +351,8 @@ def test_one_corrupt_slice_is_reported_and_the_rest_done(tmp_path, predictor):
     paths = write_series(tmp_path / "a", np.moveaxis(block_volume(), 2, 0))
     paths[1].write_bytes(paths[1].read_bytes()[:-500])
     result = predictor.volume(tmp_path / "a")
-    assert [bool(row.error) for row in result.slices] == [False, True, False, False, False, False]
-    assert paths[1].name in result.slices[1].error
+    assert [bool(row["error"]) for row in result.slices] == [False, True, False, False, False, False]
+    assert paths[1].name in result.slices[1]["error"]
     assert "1 could not be used" in result.summary
     assert np.count_nonzero(result.mask) == 24
 
@@ -572,7 +572,7 @@ def test_a_real_series_becomes_a_mask_on_simpleitks_grid(tmp_path, predictor):
     hu = sitk.GetArrayFromImage(expected)
     result = predictor.volume(SERIES)  # marks all above the lung window: bones
     assert result.problems == ()
-    assert [Path(row.source).name for row in result.slices] == [f"IM{n:04d}.dcm" for n in range(66, 50, -1)]
+    assert [Path(row["source"]).name for row in result.slices] == [f"IM{n:04d}.dcm" for n in range(66, 50, -1)]
     mask = sitk.ReadImage(str(result.save(tmp_path)[0]))
     for get in ("GetSize", "GetSpacing", "GetOrigin", "GetDirection"):
         assert_allclose(getattr(mask, get)(), getattr(expected, get)(), atol=1e-5)
