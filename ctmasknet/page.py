@@ -42,7 +42,6 @@ NONE = "none"
 DEFAULTS = (DEFAULT_SEGMENTER, DEFAULT_CLASSIFIER)
 OVERLAY, SCORE_MAP, CONTRIBUTIONS, MONTAGE = "Overlay", "Score map", "RoI contributions", "Montage"
 UNITS = {"as the file says": None, "Hounsfield units": "hu", "stretch its own range": "range"}
-SLICE_HEAD = ["lesion", "score", "area, px", "box x1 y1 x2 y2, px"]
 MAX_FILES = 2000  # of one upload: a series
 KEPT_UPLOADS = 10  # of the largest size; beyond, none is taken
 KEPT_SECONDS = 3600  # what a visitor sent, after the last click
@@ -51,6 +50,7 @@ footer {display: none !important}
 #status {padding: .5em .8em; border-radius: 6px; border: 1px solid var(--border-color-primary)}
 #status:has(strong) {border: 2px solid #D55E00}
 #picture img {max-height: 75vh; object-fit: contain}
+#facts td {padding-right: 1.5em}
 """
 HELP = "A picture, DICOM file, series or NIfTI scan, up to {} MB. A montage takes thresholds at the next Predict."
 Shown = dict[Any, Any]  # by component of the page
@@ -222,7 +222,6 @@ def _build(
             at: gr.update(minimum=indices[0], maximum=max(indices[-1], 1), value=middle, visible=scan),
             picture: grey(case.slice(middle).pixels),
             facts: "",
-            lesions: gr.update(visible=False),
             files: gr.update(visible=False),
         }
 
@@ -231,18 +230,16 @@ def _build(
         predictor.score_threshold, predictor.nms_threshold = point
         if case.scan is not None and what == MONTAGE:
             words = _words(case.name, case.scan.summary, (*case.scan.problems, *case.scan.caveats))
-            head, *rows = case.scan.lesion_rows() or [[]]
-            found = gr.update(value=rows, headers=head or SLICE_HEAD, visible=bool(rows))
-            return {picture: case.scan.plot(), facts: words + _table(case.scan.involvement_rows()), lesions: found}
+            tables = case.scan.involvement_rows(), case.scan.lesion_rows()
+            return {picture: case.scan.plot(), facts: words + "".join(map(_table, tables))}
         predictor.score_map = what == SCORE_MAP
         prediction = predictor(case.slice(index))
-        found = prediction.to_dict()["lesions"]
-        rows = [[f["class"], f"{f['score']:.3f}", f["area_px"], " ".join(f"{v:.0f}" for v in f["box"])] for f in found]
-        drawn = {
-            picture: _draw(what, prediction, predictor.classifier),
-            facts: _words(prediction.source, prediction.summary, [prediction.class_line, *prediction.caveats]),
-            lesions: gr.update(value=rows, headers=SLICE_HEAD, visible=bool(rows)),
-        }
+        words = _words(prediction.source, prediction.summary, [prediction.class_line, *prediction.caveats])
+        rows = [["lesion", "score", "area, px", "box x1 y1 x2 y2, px"]] if len(prediction.scores) else []
+        for found in prediction.to_dict()["lesions"]:
+            box = " ".join(f"{value:.0f}" for value in found["box"])
+            rows.append([found["class"], f"{found['score']:.3f}", str(found["area_px"]), box])
+        drawn = {picture: _draw(what, prediction, predictor.classifier), facts: words + _table(rows)}
         if case.scan is None:
             written = prediction.save(case.folder / "results")
             drawn[files] = gr.update(value=[str(path) for path in written], visible=True)
@@ -320,10 +317,9 @@ def _build(
                 buttons = ["download", "fullscreen"]
                 picture = gr.Image(format="png", show_label=False, buttons=buttons, elem_id="picture")
                 facts = gr.HTML(elem_id="facts")
-                lesions = gr.Dataframe(headers=SLICE_HEAD, interactive=False, visible=False, elem_id="lesions")
                 label = "Results, as ctmasknet predict writes them"
                 files = gr.File(label=label, visible=False, interactive=False, elem_id="files")
-        everything, settings = [state, status, view, at, picture, facts, lesions, files, cut, nms], [view, at, cut, nms]
+        everything, settings = [state, status, view, at, picture, facts, files, cut, nms], [view, at, cut, nms]
         # One at a time: the thresholds of a predictor, and warnings, belong to the whole process.
         common: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "models", "concurrency_limit": 1}
         go.click(on_predict, [state, seg, cls, *settings], everything, show_progress_on=status, **common)

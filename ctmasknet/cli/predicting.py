@@ -36,7 +36,7 @@ def predict_command(options: argparse.Namespace) -> int:
       accelerate launch -m ctmasknet predict --names files.txt -o out
     """
     if sys.stderr.isatty():
-        _announce("Starting PyTorch ...", options)
+        _announce("Starting PyTorch and loading the models ...", options)
     from tqdm import tqdm
 
     from ctmasknet.batch import PREDICTIONS, FileResult, predict_files, process_device, process_shard, read_list
@@ -48,8 +48,6 @@ def predict_command(options: argparse.Namespace) -> int:
     options.shard = rank, world = _shard(options.shard) if options.shard else process_shard()
     options.spacing = options.spacing and tuple(options.spacing)
     options.device = options.device or process_device()
-    if sys.stderr.isatty():
-        _announce("Loading the models ...", options)
     predictor = _predictor(options)
     facts: list[dict[str, Any]] = []
 
