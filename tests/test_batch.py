@@ -27,7 +27,6 @@ from ctmasknet.batch import common_root, find_inputs, place_of, predict_files, p
 from ctmasknet.cli import main
 from ctmasknet.data.scans import read_ahead
 from ctmasknet.output import Log
-from ctmasknet.weights.files import write_weights
 
 
 @pytest.fixture(scope="module")
@@ -545,11 +544,8 @@ def test_coco_results_score_a_perfect_prediction_perfectly(here, predictor, caps
 
 
 def tiny_segmenter(folder: Path) -> Path:
-    model = create_model(
-        "maskrcnn_resnet18_t2", min_size=64, max_size=64, rpn_post_nms_top_n_test=20, box_score_thresh=0.0
-    )
-    write_weights(folder, model.state_dict(), variant=model.variant.name, config=model.config.to_dict())
-    return folder
+    quick = {"min_size": 64, "max_size": 64, "rpn_post_nms_top_n_test": 20}
+    return create_model("maskrcnn_resnet18_t2", **quick, box_score_thresh=0.0).save_pretrained(folder)
 
 
 def command(weights: Path, *more: str) -> list[str]:

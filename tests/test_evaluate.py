@@ -696,13 +696,7 @@ def test_impossible_settings_are_refused(lesions: Path, options: dict[str, Any],
 
 @pytest.fixture(scope="module")
 def small_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from ctmasknet.weights.files import write_weights
-
-    model = segmenter()
-    folder = tmp_path_factory.mktemp("weights") / "small"
-    config = model.config.to_dict()
-    write_weights(folder, model.state_dict(), variant=model.variant.name, config=config, metadata=model.metadata)
-    return folder
+    return segmenter().save_pretrained(tmp_path_factory.mktemp("weights") / "small")
 
 
 def test_cli_evaluates_and_states_facts_as_json(small_weights: Path, lesions: Path, capsys: Any) -> None:

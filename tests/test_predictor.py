@@ -28,7 +28,7 @@ from ctmasknet import (
 from ctmasknet.data.slices import Slice
 from ctmasknet.models.inference import Inference
 from ctmasknet.registry import DEFAULT_CLASSIFIER, DEFAULT_SEGMENTER
-from ctmasknet.weights.files import write_weights
+from ctmasknet.weights.publish import write_weights
 from ctmasknet.zoo import class_names
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -195,6 +195,7 @@ def test_a_folder_of_weights_serves_as_a_model(tmp_path):
         variant=model.variant.name,
         config=model.config.to_dict(),
         metadata={"operating_point": {"score_threshold": 0.2, "nms_threshold": 0.4}},
+        golden=False,
     )
     predictor = Predictor(str(tmp_path), None, device="cpu")
     assert predictor.score_threshold == 0.2

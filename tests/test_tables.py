@@ -311,10 +311,8 @@ def test_contributions_are_how_fast_a_logit_changes_with_an_roi(replicate: bool)
 def test_paper_commands_write_and_print(tmp_path: Path, capsys: Any) -> None:
     data = class_folder(tmp_path / "data", patient=1, per_class=1)
     weights = tmp_path / "weights"
-    from ctmasknet.weights.files import write_weights
-
     model = create_model("ctmasknet_resnet18_t2", **QUICK)
-    write_weights(weights, model.state_dict(), variant=model.variant.name, config=model.config.to_dict())
+    model.save_pretrained(weights)
     common = ["--weights", str(weights), "--data", str(data), "-o", str(tmp_path / "out")]
     assert main(["table3", *common]) == 0
     assert "Class sensitivity" in capsys.readouterr().out

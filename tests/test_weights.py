@@ -31,9 +31,9 @@ from ctmasknet.models.config import ModelConfig, model_config
 from ctmasknet.output import OutputError
 from ctmasknet.registry import DEFAULT_CLASSIFIER, DEFAULT_SEGMENTER
 from ctmasknet.weights import hub
-from ctmasknet.weights.files import is_finite, read_weights, sha256_of, write_weights
+from ctmasknet.weights.files import is_finite, read_weights, sha256_of
 from ctmasknet.weights.manifest import manifest
-from ctmasknet.weights.publish import model_card
+from ctmasknet.weights.publish import model_card, write_weights
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -43,10 +43,7 @@ NAME = "ctmasknet_resnet18_t2"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    model = create_model(NAME)
-    return write_weights(
-        tmp_path_factory.mktemp("weights"), model.state_dict(), variant=NAME, config=model.config.to_dict()
-    )
+    return create_model(NAME).save_pretrained(tmp_path_factory.mktemp("weights"))
 
 
 def copy_of(folder: Path, tmp_path: Path) -> Path:
@@ -57,7 +54,7 @@ def copy_of(folder: Path, tmp_path: Path) -> Path:
 
 def test_float16_is_storage_only(tmp_path):
     model = create_model(NAME)
-    write_weights(tmp_path, model.state_dict(), variant=NAME, config=model.config.to_dict(), dtype=torch.float16)
+    model.save_pretrained(tmp_path, dtype="float16")
     stored = load_file(tmp_path / "model.safetensors")
     assert stored["module_s.fc1.weight"].dtype == torch.float16
     assert stored["backbone.body.bn1.num_batches_tracked"].dtype == torch.int64
@@ -329,7 +326,7 @@ def test_a_failed_write_leaves_what_was_there(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(OutputError, match=r"model\.safetensors: cannot be written \(No space left on device\)"):
-        write_weights(tmp_path, {}, variant=NAME, config={}, card="other")
+        write_weights(tmp_path, {}, variant=NAME, config={}, metadata={"note": "other"}, golden=False)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
@@ -461,7 +458,7 @@ def test_configs_and_tensors_come_back_as_they_were(tmp_path_factory, config, sh
     options = model_config(get_variant(NAME), **config).to_dict()
     metadata = {"note": text.encode("utf-8", "ignore").decode(), "metrics": {"ap50": 0.1}, "training": {"lr": 1e-5}}
     folder = tmp_path_factory.getbasetemp() / "trip"
-    write_weights(folder, tensors, variant=NAME, config=options, metadata=metadata)
+    write_weights(folder, tensors, variant=NAME, config=options, metadata=metadata, golden=False)
     stored = read_weights(folder)
     assert stored.metadata == metadata
     assert model_config(get_variant(NAME), **stored.config).to_dict() == options

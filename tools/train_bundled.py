@@ -35,7 +35,7 @@ from ctmasknet.evaluation.metrics import ClassificationMetrics
 from ctmasknet.output import write_files
 from ctmasknet.registry import IMAGE_CLASSES
 from ctmasknet.weights.files import read_weights
-from ctmasknet.weights.publish import write_pretrained
+from ctmasknet.weights.publish import write_weights
 
 CONTROL, _, COVID = range(len(IMAGE_CLASSES))
 UNKNOWN = "unknown"
@@ -222,8 +222,8 @@ def finish(run: Path, measure: Callable[[Path, Path], dict[str, float | None]], 
     figures: dict[str, float] = {}
     for measured in (False, True):
         metadata = stored.metadata | ({"metrics": figures} if measured else {})
-        variant, config = get_variant(str(stored.variant)), stored.config
-        write_pretrained(folder, stored.tensors, variant=variant, config=config, metadata=metadata, dtype="float16")
+        facts = {"variant": str(stored.variant), "config": stored.config, "metadata": metadata}
+        write_weights(folder, stored.tensors, **facts, dtype="float16")
         if not measured:
             figures = {key: round(value, 4) for key, value in measure(folder, data).items() if value is not None}
     print(f"{folder}: {figures}")

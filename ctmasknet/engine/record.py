@@ -18,8 +18,7 @@ from ctmasknet.engine.setup import Setup
 from ctmasknet.errors import import_extra
 from ctmasknet.output import csv_text, json_bytes, write_files
 from ctmasknet.registry import __version__
-from ctmasknet.weights.files import GOLDEN_NAME, write_weights
-from ctmasknet.weights.publish import model_card, write_pretrained
+from ctmasknet.weights.publish import write_weights
 
 
 @dataclass
@@ -87,7 +86,7 @@ class Record:
 
     def write_weights(self, name: str, tensors: dict[str, Tensor], metrics: dict[str, float], state: State) -> Path:
         """A folder of weights with its card, ``best`` or ``last``; with a golden file once the run is finished."""
-        config, model, folder = self.config, self.setup.model, self.out / name
+        config, model = self.config, self.setup.model
         training = {key: getattr(config, key) for key in _ON_THE_CARD} | self._facts
         training |= {"epochs_done": state.history[-1]["epoch"], "minutes": round(state.seconds / 60, 1)}
         training |= {package: self.versions[package] for package in ("ctmasknet", "torch", "torchvision")}
@@ -109,12 +108,8 @@ class Record:
         )
         said = {key: getattr(config, key) for key in ("dataset", "license", "note", "caveat")}
         metadata |= {key: text for key, text in said.items() if text is not None}
-        options = model.config.to_dict()
-        if state.finished:
-            return write_pretrained(folder, tensors, variant=model.variant, config=options, metadata=metadata)
-        (folder / GOLDEN_NAME).unlink(missing_ok=True)  # it is of other weights
-        card = model_card(model.variant, metadata)
-        return write_weights(folder, tensors, variant=config.model, config=options, metadata=metadata, card=card)
+        options: dict[str, Any] = {"config": model.config.to_dict(), "metadata": metadata, "golden": state.finished}
+        return write_weights(self.out / name, tensors, variant=config.model, **options)
 
     def write_figures(self, state: State) -> None:
         """run.json and metrics.csv; a figure that an epoch lacks is left empty."""

@@ -1,4 +1,4 @@
-"""A folder of weights (`model.safetensors`, `config.json`, a card): written whole or not at all, read with checks."""
+"""What a folder of weights holds (`model.safetensors`, `config.json`, a card, a golden file), read with checks."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ctmasknet.errors import ConfigError, WeightsError, shown, typed
-from ctmasknet.output import json_bytes, write_files
 from ctmasknet.registry import VARIANTS
 
 WEIGHTS_NAME, CONFIG_NAME, CARD_NAME = "model.safetensors", "config.json", "README.md"
@@ -27,7 +26,8 @@ OWN_STATE_DICT = (
     "and model.save_pretrained(folder) then writes what loads here."
 )
 """What to do with a file that torch.save wrote of a state dict, for errors."""
-_FORMAT = 1
+FORMAT = 1
+"""Of config.json."""
 _CONFIG_TYPES = {"library": str, "format": int, "variant": str, "config": dict[str, Any], "metadata": dict[str, Any]}
 _METADATA_TYPES = {
     "classes": list[str],
@@ -62,43 +62,6 @@ class StoredWeights:
     variant: str | None
     config: dict[str, Any]
     metadata: dict[str, Any]
-
-
-def write_weights(
-    folder: str | os.PathLike[str],
-    tensors: Mapping[str, Tensor],
-    *,
-    variant: str,
-    config: Mapping[str, Any],
-    metadata: Mapping[str, Any] | None = None,
-    card: str | None = None,
-    golden: Mapping[str, Tensor] | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Path:
-    """Write `model.safetensors`, `config.json` and what else is given into `folder`: all of them or, on failure, none.
-
-    Args:
-        tensors: the state dict; floating-point values are stored as `dtype`.
-        metadata: plain values under the keys classes, operating_point, temperature, metrics, training, dataset,
-            license, note (for the card), caveat (shown with every prediction) and derived_from (see `inherited`).
-    """
-    folder = Path(folder)
-    facts = {"library": "ctmasknet", "format": _FORMAT, "variant": variant, "config": dict(config)}
-    contents = {folder / WEIGHTS_NAME: save(as_stored(tensors, dtype), metadata={"format": "pt"})}
-    if golden is not None:
-        contents[folder / GOLDEN_NAME] = save(dict(golden))
-    if card is not None:
-        contents[folder / CARD_NAME] = card.encode()
-    contents[folder / CONFIG_NAME] = json_bytes(facts | {"metadata": dict(metadata or {})}, indent=2)
-    write_files(contents)
-    return folder
-
-
-def as_stored(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """A state dict on the CPU, its floating-point values as `dtype`."""
-    return {
-        key: (t.to(dtype) if t.is_floating_point() else t).detach().cpu().contiguous() for key, t in tensors.items()
-    }
 
 
 def read_weights(path: str | os.PathLike[str]) -> StoredWeights:
@@ -176,8 +139,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     _check_types(path, facts, _CONFIG_TYPES)
     if missing := sorted(_CONFIG_TYPES.keys() - facts.keys()):
         raise WeightsError(f"{path}: lacks {', '.join(missing)}")
-    if facts["format"] != _FORMAT:
-        raise WeightsError(f"{path}: format {facts['format']}, this version reads {_FORMAT}: update ctmasknet")
+    if facts["format"] != FORMAT:
+        raise WeightsError(f"{path}: format {facts['format']}, this version reads {FORMAT}: update ctmasknet")
     if facts["variant"] not in VARIANTS:
         raise WeightsError(f"{path}: unknown variant {shown(facts['variant'])}: update ctmasknet")
     return facts | {"metadata": _checked_metadata(path, facts["metadata"])}

@@ -33,20 +33,20 @@ from ctmasknet.example import example_slice
 from ctmasknet.models import LesionMaskRCNN, Model
 from ctmasknet.models.detector import Shareable
 from ctmasknet.models.inference import Inference, Protocol
-from ctmasknet.registry import DISCLAIMER, Variant
+from ctmasknet.output import json_bytes, write_files
+from ctmasknet.registry import DISCLAIMER, Variant, get_variant
 from ctmasknet.weights.assemble import assemble, build
 from ctmasknet.weights.files import (
     CARD_NAME,
     CONFIG_NAME,
+    FORMAT,
     GOLDEN_NAME,
     WEIGHTS_NAME,
     StoredWeights,
-    as_stored,
     inherited,
     read_weights,
     sha256_of,
     state_digest,
-    write_weights,
 )
 from ctmasknet.weights.hub import HubSource, explained, hub_source
 
@@ -90,35 +90,47 @@ def save_pretrained(
         metrics = typed("metrics", plain, dict[str, int | float])
     said = {"metrics": metrics, "dataset": dataset, "license": license}
     metadata = still_true(model) | {key: value for key, value in said.items() if value is not None}
-    tensors, options = model.state_dict(), model.config.to_dict()
-    return write_pretrained(folder, tensors, variant=model.variant, config=options, metadata=metadata, dtype=dtype)
+    facts: dict[str, Any] = {"config": model.config.to_dict(), "metadata": metadata, "dtype": dtype}
+    return write_weights(folder, model.state_dict(), variant=model.variant.name, **facts)
 
 
-def write_pretrained(
+def write_weights(
     folder: str | os.PathLike[str],
     tensors: Mapping[str, Tensor],
     *,
-    variant: Variant,
+    variant: str,
     config: Mapping[str, Any],
     metadata: Mapping[str, Any],
     dtype: str = "float32",
+    golden: bool = True,
 ) -> Path:
-    """Write weights with their config, card and golden file, all of them or none; see `write_weights`."""
-    stored = as_stored(tensors, _DTYPES[dtype])
-    with torch.random.fork_rng(devices=[]):  # what random values the model starts from is nobody's affair
-        model = build(variant, config).eval()
-    model.load_state_dict(stored)  # the golden outputs belong to the values as stored
-    model.metadata = dict(metadata)
-    return write_weights(
-        folder,
-        stored,
-        variant=variant.name,
-        config=config,
-        metadata=metadata,
-        card=model_card(variant, metadata),
-        golden=golden_outputs(model),
-        dtype=_DTYPES[dtype],
-    )
+    """Write weights with their config, card and golden file into `folder`: all of them or, on failure, none.
+
+    Args:
+        tensors: the state dict; floating-point values are stored as `dtype`.
+        metadata: plain values under the keys classes, operating_point, temperature, metrics, training, dataset,
+            license, note (for the card), caveat (shown with every prediction) and derived_from (see `inherited`).
+        golden: False leaves the golden file out, whose outputs take a run of the model.
+    """
+    folder, metadata = Path(folder), dict(metadata)
+    stored = {
+        key: (t.to(_DTYPES[dtype]) if t.is_floating_point() else t).detach().cpu().contiguous()
+        for key, t in tensors.items()
+    }
+    contents = {folder / WEIGHTS_NAME: save(stored, metadata={"format": "pt"})}
+    if golden:
+        with torch.random.fork_rng(devices=[]):  # what random values the model starts from is nobody's affair
+            model = build(get_variant(variant), config).eval()
+        model.load_state_dict(stored)  # the golden outputs belong to the values as stored
+        model.metadata = metadata
+        contents[folder / GOLDEN_NAME] = save(golden_outputs(model))
+    contents[folder / CARD_NAME] = model_card(get_variant(variant), metadata).encode()
+    facts = {"library": "ctmasknet", "format": FORMAT, "variant": variant, "config": dict(config)}
+    contents[folder / CONFIG_NAME] = json_bytes(facts | {"metadata": metadata}, indent=2)
+    if not golden:
+        (folder / GOLDEN_NAME).unlink(missing_ok=True)  # it is of other weights
+    write_files(contents)
+    return folder
 
 
 def push_to_hub(model: Model, repository: str, *, private: bool = False, **options: Any) -> Published:

@@ -37,8 +37,8 @@ with atheris.instrument_imports(include=["ctmasknet.data", "ctmasknet.weights", 
     from ctmasknet.errors import CTMaskNetError
     from ctmasknet.models.config import model_config
     from ctmasknet.registry import get_variant
-    from ctmasknet.weights.files import read_weights, write_weights
-    from ctmasknet.weights.publish import model_card
+    from ctmasknet.weights.files import read_weights
+    from ctmasknet.weights.publish import model_card, write_weights
     from ctmasknet.weights.released import read_released
 
 SIZE = 40, 48
@@ -95,7 +95,8 @@ def main() -> None:
     """Fuzz one target until it fails or is told to stop."""
     target, *options = sys.argv[1:]
     folder = Path(tempfile.mkdtemp())
-    write_weights(folder, {}, variant="maskrcnn_resnet18_t2", config={"anchor_sizes": [1.0]}, metadata={"note": "x"})
+    facts = {"variant": "maskrcnn_resnet18_t2", "config": {"anchor_sizes": [1.0]}, "metadata": {"note": "x"}}
+    write_weights(folder, {}, **facts, golden=False)
     nifti = nibabel.Nifti1Image(block_volume(), np.eye(4)).to_bytes()
     seeds: dict[str, Callable[[], bytes]] = {
         **{kind: lambda kind=kind: picture(kind) for kind in ("png", "jpeg", "webp", "tiff")},
