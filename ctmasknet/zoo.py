@@ -128,8 +128,8 @@ def create_model(
             `model.safetensors` and `config.json`, or a Hub repository: ``"owner/name"``, better pinned to a commit:
             ``"owner/name@revision"``. An existing path goes first; then the local cache, then the Hub.
         weights_backbone: True starts the body from timm's ImageNet weights (downloaded once, pinned by the manifest); a
-            file: from the state dict in it (torchvision's names, safetensors or `torch.save`); any other string names
-            another commit of timm's repository. Not together with `weights`.
+            file: from the state dict in it (torchvision's names, safetensors or `torch.save`). Not together with
+            `weights`.
         num_classes: detector classes, background included (default 2: lesion).
         image_classes: outputs of module S (default 3: control, pneumonia, COVID-19).
         config: any option of `ModelConfig`; what is not given comes from the weights' config.json, else from the

@@ -333,9 +333,9 @@ def test_a_failed_write_leaves_what_was_there(folder, tmp_path, monkeypatch):
 def test_a_changed_bundled_file_is_not_loaded(folder, monkeypatch):
     entry = next(entry for entry in manifest() if entry.variant == DEFAULT_SEGMENTER)
     monkeypatch.setattr(hub, "default_entry", lambda variant: replace(entry, sha256="0" * 64))
-    with pytest.raises(WeightsError, match="do not match their hash"):
+    with pytest.raises(WeightsError, match="missing or damaged"):
         create_model(DEFAULT_SEGMENTER, weights="default")
-    monkeypatch.setattr(hub, "default_entry", lambda variant: replace(entry, bytes=1))
+    monkeypatch.setattr(hub, "default_entry", lambda variant: replace(entry, file="bundled/gone.safetensors"))
     with pytest.raises(WeightsError, match="missing or damaged"):
         create_model(DEFAULT_SEGMENTER, weights="default")
 

@@ -6,6 +6,7 @@ Built from torchvision's parts; the classifiers share all but the mask branch.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -248,8 +249,9 @@ class Shareable:
         Raises:
             WeightsError: not a repository id, no permission (HF_TOKEN), no network.
         """
-        options = {"metrics": metrics, "dataset": dataset, "license": license, "dtype": dtype}
-        return self.publisher.push_to_hub(self, repository, private=private, **options)
+        options: dict[str, Any] = {"metrics": metrics, "dataset": dataset, "license": license, "dtype": dtype}
+        with tempfile.TemporaryDirectory() as folder:
+            return self.publisher.push_folder(self.save_pretrained(folder, **options), repository, private=private)
 
 
 class LesionMaskRCNN(Shareable, GeneralizedRCNN):

@@ -28,7 +28,6 @@ _HEADS = {
     "module_s.logits.bias": ("module_s.logits.",),
 }
 _OPERATING_POINT = {"score_threshold": "box_score_thresh", "nms_threshold": "box_nms_thresh"}
-_BODY_FILES = (".safetensors", ".pth", ".pt")
 _RESNET18_BLOCKS = 2  # in each stage; a ResNet34 has 3, 4, 6 and 3
 _BEYOND_A_BODY = ("layer2.", "layer3.", "layer4.", "fc.")  # what a cut ResNet may lack
 
@@ -119,8 +118,7 @@ def load_backbone(model: Model, source: str | os.PathLike[str] | None = None) ->
 
     Args:
         source: None: timm's, downloaded; a file: a state dict of torchvision's names, as safetensors or as `torch.save`
-            wrote it, a ResNet34's body also from a ResNet18's; any other string: another commit of timm's repository
-            than the manifest's, whose SHA-256 then is not checked.
+            wrote it, a ResNet34's body also from a ResNet18's.
 
     Returns:
         The file, or repository and commit, the weights came from.
@@ -128,11 +126,13 @@ def load_backbone(model: Model, source: str | os.PathLike[str] | None = None) ->
     Raises:
         WeightsError: no network and not in the cache, damaged, or not a ResNet of this depth.
     """
-    path = Path(source or "")
-    if source is not None and (not isinstance(source, str) or path.suffix in _BODY_FILES or path.is_file()):
-        place, tensors = str(path), read_tensors(path) if path.suffix == ".safetensors" else read_state_dict(path)
+    if source is None:
+        repository, revision, sha256 = backbone_entry(model.variant.backbone)
+        path = from_hub(HubSource(repository, revision), (WEIGHTS_NAME,), sha256) / WEIGHTS_NAME
+        place = f"{repository}@{path.parent.name}"
     else:
-        place, tensors = _timms_body(model.variant.backbone, source)
+        path, place = Path(source), str(source)
+    tensors = read_tensors(path) if path.suffix == ".safetensors" else read_state_dict(path)
     body: Any = model.backbone.body
     state = body.state_dict()
     if model.variant.backbone == "resnet34" and "layer1.2.conv1.weight" not in tensors:
@@ -155,15 +155,3 @@ def _deepened(resnet18: Mapping[str, Tensor], resnet34: Mapping[str, Tensor]) ->
             closed = rest.endswith(("bn2.weight", "bn2.bias"))
             tensors[key] = torch.zeros_like(value) if closed else value
     return tensors
-
-
-def _timms_body(backbone: str, revision: str | None) -> tuple[str, dict[str, Tensor]]:
-    """Repository and commit, and the weights there."""
-    repository, pinned, sha256 = backbone_entry(backbone)
-    folder, tensors = from_hub(
-        HubSource(repository, revision or pinned),
-        (WEIGHTS_NAME,),
-        lambda at: (at, read_tensors(at / WEIGHTS_NAME)),
-        sha256=sha256 if revision is None else None,
-    )
-    return f"{repository}@{folder.name}", tensors

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -94,41 +95,19 @@ def hub_source(text: str, revision: str | None = None) -> HubSource | None:
     return HubSource(repository) if chosen is None else HubSource(repository, chosen)
 
 
-def from_hub(
-    source: HubSource,
-    names: Sequence[str],
-    read: Callable[[Path], Result],
-    *,
-    sha256: str | None = None,
-    keep: Sequence[str] = (),
-) -> Result:
-    """Fetch what the local cache lacks of a repository's files, and `read` their folder there.
+def from_hub(source: HubSource, names: Sequence[str], sha256: str | None = None) -> Path:
+    """The folder in the local cache that holds a repository's files, fetched as far as they are not there.
 
     A file is checked against its SHA-256 whenever there is one: `sha256` for the weights, or what the Hub states for
-    every large file. One that fails is removed from the cache, and fetched again if it had come from there; what cannot
-    be read is not kept either.
+    every large file. One that fails is removed from the cache, and fetched again if it had come from there.
 
     Args:
         names: the first one finds the commit of a branch or tag.
-        keep: names that the repository may lack; without a network, the cache.
     """
     known = {WEIGHTS_NAME: sha256}
-    pinned = source
     if _COMMIT.fullmatch(source.revision) is None:
-        pinned = HubSource(source.repository, _commit_of(source, names[0], known.get(names[0])))
-    folder = Path()
-    for name in (*names, *keep):
-        try:
-            folder = _fetched(pinned, name, known.get(name)).parent
-        except (NoSuchFileError, HubUnreachableError):
-            if name in names:
-                raise
-    try:
-        return read(folder)
-    except WeightsError as error:
-        for name in (CONFIG_NAME, WEIGHTS_NAME):
-            _discard(folder / name)
-        raise WeightsError(f"{pinned}: {error} It was not kept in the cache.") from None
+        source = HubSource(source.repository, _commit_of(source, names[0], known.get(names[0])))
+    return [_fetched(source, name, known.get(name)).parent for name in names][-1]
 
 
 def _commit_of(source: HubSource, name: str, sha256: str | None) -> str:
@@ -310,34 +289,39 @@ def download(name: str) -> tuple[str, Path]:
     Returns:
         Where they are from, ``"bundled"`` or the Hub repository with its commit; and the weights file.
     """
-    source, keep = hub_source(name), (GOLDEN_NAME, CARD_NAME)
+    source = hub_source(name)
     if source is not None:
-        file = _from_repository(source, keep=keep).path
+        file = _from_repository(source).path
     else:
         entry = default_entry(get_variant(name))
-        file = _load_entry(entry, keep=keep).path
+        file = _load_entry(entry).path
         if file == entry.path:
             return "bundled", file
         source = HubSource(entry.repository or "")
-    return f"{source.repository}@{file.parent.name}", file
+    pinned = HubSource(source.repository, file.parent.name)
+    for beside in (GOLDEN_NAME, CARD_NAME):
+        with suppress(NoSuchFileError, HubUnreachableError):  # older weights lack them
+            _fetched(pinned, beside, None)
+    return str(pinned), file
 
 
-def _load_entry(entry: ManifestEntry, *, golden: bool = False, keep: Sequence[str] = ()) -> StoredWeights:
+def _load_entry(entry: ManifestEntry, *, golden: bool = False) -> StoredWeights:
     if entry.path is not None and (entry.path.exists() or entry.repository is None):
-        if not entry.path.is_file() or entry.path.stat().st_size != entry.bytes:
+        if not entry.path.is_file() or sha256_of(entry.path) != entry.sha256:
             raise WeightsError(f"{entry.path}: bundled weights are missing or damaged: reinstall ctmasknet")
-        if sha256_of(entry.path) != entry.sha256:
-            raise WeightsError(f"{entry.path}: bundled weights do not match their hash: reinstall ctmasknet")
         return read_weights(entry.path)
     source = HubSource(entry.repository or "", entry.revision or "")
-    stored = _from_repository(source, golden=golden, sha256=entry.sha256, keep=keep)
+    stored = _from_repository(source, golden=golden, sha256=entry.sha256)
     if stored.variant != entry.variant:
         raise WeightsError(f"{source}: holds {stored.variant}, not {entry.variant}, as the manifest says")
     return stored
 
 
-def _from_repository(
-    source: HubSource, *, golden: bool = False, sha256: str | None = None, keep: Sequence[str] = ()
-) -> StoredWeights:
-    names = (CONFIG_NAME, WEIGHTS_NAME, *((GOLDEN_NAME,) if golden else ()))
-    return from_hub(source, names, read_weights, sha256=sha256, keep=keep)
+def _from_repository(source: HubSource, *, golden: bool = False, sha256: str | None = None) -> StoredWeights:
+    folder = from_hub(source, (CONFIG_NAME, WEIGHTS_NAME, *((GOLDEN_NAME,) if golden else ())), sha256)
+    try:
+        return read_weights(folder)
+    except WeightsError as error:
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            _discard(folder / name)
+        raise WeightsError(f"{source.repository}@{folder.name}: {error} It was not kept in the cache.") from None

@@ -16,7 +16,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-import tempfile
 import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -131,13 +130,6 @@ def write_weights(
         (folder / GOLDEN_NAME).unlink(missing_ok=True)  # it is of other weights
     write_files(contents)
     return folder
-
-
-def push_to_hub(model: Model, repository: str, *, private: bool = False, **options: Any) -> Published:
-    """Save a model to a temporary folder and push it; see `Shareable.push_to_hub`."""
-    _target(repository)  # before the work
-    with tempfile.TemporaryDirectory() as folder:
-        return push_folder(save_pretrained(model, folder, **options), repository, private=private)
 
 
 def push_folder(
