@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import torch
 
-from ctmasknet.errors import ConfigError, WeightsError
+from ctmasknet.errors import ConfigError
 from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN, Model
 from ctmasknet.models.config import model_config
 from ctmasknet.registry import (
@@ -22,7 +22,7 @@ from ctmasknet.registry import (
     get_variant,
 )
 from ctmasknet.weights.assemble import assemble, build, load_backbone
-from ctmasknet.weights.hub import hub_source, load_stored
+from ctmasknet.weights.hub import load_stored
 from ctmasknet.weights.publish import verified
 from ctmasknet.weights.released import read_released
 
@@ -70,10 +70,8 @@ def open_model(
         model = create_model(str(source), weights=DEFAULT)
     elif str(source).lower().endswith(_PICKLED):
         model = load_released(source)
-    elif Path(source).exists() or not isinstance(source, str) or hub_source(source):
+    elif not isinstance(source, str) or Path(source).exists() or any(mark in source for mark in ("/", os.sep, ".")):
         model = from_pretrained(source)
-    elif any(mark in source for mark in ("/", os.sep, ".")):
-        raise WeightsError(f"{source}: no such file or folder. Give a variant's name, or the path of its weights.")
     else:
         model = create_model(get_variant(source).name, weights=DEFAULT)  # unknown: names the nearest
     if task is not None and model.variant.task != task:
