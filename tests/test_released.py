@@ -137,11 +137,19 @@ def test_other_contents_are_refused(content, message, tmp_path):
         load_released(golden.save_released(tmp_path / "x.pth", content))
 
 
-def test_wrong_shapes_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("key", "shape", "message"),
+    [
+        ("roi_heads.box_head.fc6.weight", (128, 7), r"1 of another shape \(first: roi_heads\.box_head\.fc6\.weight\)"),
+        ("roi_heads.box_predictor.cls_score.weight", (), r"1 of another shape \(first: .*cls_score\.weight\)"),
+        ("s2new.fc_scores.weight", (2, 2), r"1 unexpected \(first: module_s\.fc1\.weight\)"),
+    ],
+)
+def test_wrong_tensors_are_refused(key, shape, message, tmp_path):
     weights = golden.weights("maskrcnn_resnet18_t2")
-    weights["roi_heads.box_head.fc6.weight"] = torch.zeros(128, 7)
+    weights[key] = torch.zeros(shape)
     path = golden.checkpoint(tmp_path / "x.pth", "maskrcnn_resnet18_t2", model_weights=weights)
-    with pytest.raises(WeightsError, match=r"1 of another shape \(first: roi_heads\.box_head\.fc6\.weight\)"):
+    with pytest.raises(WeightsError, match=message):
         load_released(path)
 
 

@@ -56,9 +56,9 @@ def read_released(path: str | os.PathLike[str], variant: Variant | None = None) 
         raise WeightsError(
             f"{path}: holds {found.name}, not {variant.name}: load it as {found.name}, or leave the name out"
         )
-    config = {"num_classes": len(renamed["roi_heads.box_predictor.cls_score.weight"])}
+    config = {"num_classes": renamed[_CLASSES].numel()}
     if found.task == "classification":
-        config["image_classes"] = len(renamed["module_s.logits.weight"])
+        config["image_classes"] = renamed[_IMAGE_CLASSES].numel()
     anchors = _anchors(path, content.get("anchor_generator"), found)
     return StoredWeights(path, renamed, found.name, config | anchors, {})
 
@@ -79,6 +79,7 @@ _RENAMES = [
     (re.compile(r"^s2new\.fc_scores_2\.(weight|bias)$"), r"module_s.fc2.\1"),
     (re.compile(r"^s2new\.fc_scores_img\.(weight|bias)$"), r"module_s.logits.\1"),
 ]
+_CLASSES, _IMAGE_CLASSES = "roi_heads.box_predictor.cls_score.bias", "module_s.logits.bias"  # a value each
 _MASK_LAYER = re.compile(r"^roi_heads\.mask_head\.mask_fcn(\d+)\.(weight|bias)$")
 
 
@@ -93,21 +94,14 @@ def _rename(key: str) -> str:
 
 def _recognise(path: Path, weights: dict[str, Tensor]) -> Variant:
     """Task, depth and truncation from keys alone; the strict load that follows checks every shape."""
-    task = "classification" if any(key.startswith("module_s.") for key in weights) else "segmentation"
-    blocks = {
-        stage: len({key.split(".")[3] for key in weights if key.startswith(f"backbone.body.layer{stage}.")})
-        for stage in (1, 2, 3, 4)
-    }
-    stages = sum(count > 0 for count in blocks.values())
-    if any(".conv3.weight" in key for key in weights):
+    task = "classification" if _IMAGE_CLASSES in weights else "segmentation"
+    stages = {key.split(".")[2] for key in weights if key.startswith("backbone.body.layer")}
+    backbone = "resnet34" if "backbone.body.layer1.2.conv1.weight" in weights else "resnet18"
+    if "backbone.body.layer1.0.conv3.weight" in weights:
         backbone = "resnet50"
-    else:
-        backbone = {2: "resnet18", 3: "resnet34"}.get(blocks[1], "unknown")
     for variant in VARIANTS.values():
-        if (variant.task, variant.backbone, variant.stages) == (task, backbone, stages):
-            needed = {"roi_heads.box_predictor.cls_score.weight", "backbone.fpn.inner_blocks.0.0.weight"}
-            if not needed - set(weights):
-                return variant
+        if (variant.task, variant.backbone, variant.stages) == (task, backbone, len(stages)) and _CLASSES in weights:
+            return variant
     raise WeightsError(
         f"{path}: none of the 14 variants has these weights (first keys: {', '.join(list(weights)[:3])})"
     )
