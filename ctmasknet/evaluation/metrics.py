@@ -397,10 +397,9 @@ def patient_intervals(
     generator = np.random.default_rng(seed)
     drawn = (np.bincount(generator.integers(count, size=count), minlength=count) for _ in range(samples))
     values = np.array([list(statistic(times[index].astype(np.float64)).values()) for times in drawn])
-    intervals: dict[str, tuple[float, float] | None] = {}
+    intervals: dict[str, tuple[float, float] | None] = dict.fromkeys(names)
     for name, column in zip(names, values.T, strict=True):
         defined = column[~np.isnan(column)]
-        intervals[name] = None
         if len(defined) >= _DEFINED * samples:
             low, high = np.percentile(defined, (2.5, 97.5)).tolist()
             intervals[name] = (low, high)

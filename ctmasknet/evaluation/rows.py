@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ctmasknet.batch import COCO_IMAGES, COCO_RESULTS
 from ctmasknet.data.datasets import ClassificationSample, SegmentationSample, SliceDataset
-from ctmasknet.data.layouts import CocoRecord, decode_segmentation, half_open_boxes
+from ctmasknet.data.layouts import CocoRecord, decode_segmentation, half_open_boxes, slice_name
 from ctmasknet.errors import ConfigError, DataError, typed
 from ctmasknet.evaluation.metrics import (
     COCO_SCORE,
@@ -256,23 +256,20 @@ class Predictions(NamedTuple):
 
     def _by_slice(self, data: SliceDataset[Any]) -> dict[str, list[Row]]:
         """Name of a slice of the data -> its predictions."""
-        named: dict[str, set[str]] = defaultdict(set)
-        records = getattr(data, "records", [None] * len(data.names))
-        for name, record in zip(data.names, records, strict=True):
-            for path in (Path(name), *([record.image] if record is not None else [])):
-                for key in (str(path), path.name, path.stem):
-                    named[key].add(name)
+        known, named = set(data.names), defaultdict(list)
+        for name in data.names:
+            named[slice_name(name)].append(name)
         numbers = self._listed("images", "file_name", data) or {}
         found: dict[str, list[Row]] = defaultdict(list)
         for entry in self.entries:
             where = f"{entry['where']}: image_id {entry['image_id']!r}"
-            path = Path(str(numbers.get(entry["image_id"], entry["image_id"])))
-            names = next((named[key] for key in (str(path), path.name, path.stem) if key in named), set())
+            name = str(numbers.get(entry["image_id"], entry["image_id"]))
+            names = [name] if name in known else named[slice_name(name)]
             if not names:
                 raise DataError(f"{where} is no slice of the data; give the slices' names or leave it out")
             if len(names) > 1:
-                raise DataError(f"{where} could be {' or '.join(sorted(names)[:3])}; give the path")
-            found[min(names)].append(entry)
+                raise DataError(f"{where} could be {' or '.join(names[:3])}; give the path")
+            found[names[0]].append(entry)
         return found
 
     def _labels(self, data: SliceDataset[Any]) -> dict[Any, int]:

@@ -47,7 +47,7 @@ from ctmasknet.weights.files import (
     sha256_of,
     state_digest,
 )
-from ctmasknet.weights.hub import HubSource, explained, hub_source
+from ctmasknet.weights.hub import explained, hub_source
 
 FAILURES_NAME = "failures.png"
 _TRAVEL = (CARD_NAME, CONFIG_NAME, GOLDEN_NAME, WEIGHTS_NAME, FAILURES_NAME)
@@ -144,7 +144,9 @@ def push_folder(
         private: make a new repository private.
         failures: see `packed`.
     """
-    target = _target(repository)
+    target = hub_source(repository)
+    if target is None or "@" in repository:
+        raise WeightsError(f"{repository!r} is not a repository id: give owner/name")
     model, files = packed(folder, repository, failures)
     operations = [CommitOperationAdd(name, content) for name, content in files.items()]
     if constants.HF_HUB_OFFLINE:
@@ -190,13 +192,6 @@ def check_folder(folder: str | os.PathLike[str]) -> Model:
     """Load a folder as a stranger would, golden file included if there is one."""
     stored = read_weights(folder)
     return verified(stored)[0] if stored.path.with_name(GOLDEN_NAME).is_file() else assemble(stored, {})
-
-
-def _target(repository: str) -> HubSource:
-    source = hub_source(repository)
-    if source is None or "@" in repository:
-        raise WeightsError(f"{repository!r} is not a repository id: give owner/name")
-    return source
 
 
 def still_true(model: Model) -> dict[str, Any]:
