@@ -11,17 +11,7 @@ from torch.nn import functional as F
 
 from ctmasknet.errors import InputError
 from ctmasknet.models.config import ModelConfig
-from ctmasknet.models.detector import (
-    LesionRoIHeads,
-    Regions,
-    ResNetFPN,
-    Shareable,
-    build_rpn,
-    build_transform,
-    checked_images,
-    require_float32,
-    rescale,
-)
+from ctmasknet.models.detector import Detector, Regions, checked_images, require_float32, rescale
 from ctmasknet.registry import Variant
 
 
@@ -41,7 +31,7 @@ class ModuleS(nn.Module):
         return self.logits(F.relu(self.fc2(F.relu(self.fc1(batches.flatten(1))))))
 
 
-class COVIDCTMaskNet(Shareable, nn.Module):
+class COVIDCTMaskNet(Detector):
     """Image classifier on top of a lesion detector without its mask head.
 
     ``model(images, targets=None)``: `images` a list of (3, H, W) float32 tensors in 0..1, sizes may differ.
@@ -62,17 +52,10 @@ class COVIDCTMaskNet(Shareable, nn.Module):
     """
 
     def __init__(self, variant: Variant, config: ModelConfig) -> None:
-        super().__init__()
+        super().__init__(variant, config)
         if variant.roi_batch is None or variant.hidden is None:
             raise ValueError(f"{variant.name} is not a classifier")
-        self.transform = build_transform(config)
-        self.backbone = ResNetFPN(variant)
-        self.rpn = build_rpn(config, variant)
-        self.roi_heads = LesionRoIHeads(config, variant.levels, self.backbone.out_channels)
         self.module_s = ModuleS(variant.roi_batch, variant.hidden, config.image_classes)
-        self.variant = variant
-        self.config = config
-        self.metadata: dict[str, Any] = {}
         for module in (self.backbone, self.rpn, self.roi_heads):
             module.requires_grad_(False)
         for name, parameter in self.backbone.body.named_parameters():

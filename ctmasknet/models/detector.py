@@ -98,11 +98,11 @@ class LesionRoIHeads(RoIHeads):
     0.01 px), scores may come from a sigmoid, masks may stay logits, and each region keeps its encoded deltas.
     """
 
-    def __init__(self, config: ModelConfig, levels: int, channels: int) -> None:
-        names = [str(level) for level in range(levels)]
+    def __init__(self, config: ModelConfig, variant: Variant) -> None:
+        names = [str(level) for level in range(variant.levels)]
         super().__init__(
             box_roi_pool=MultiScaleRoIAlign(names, _BOX_POOL, _BOX_SAMPLING),
-            box_head=TwoMLPHead(channels * _BOX_POOL**2, BOX_HIDDEN),
+            box_head=TwoMLPHead(ResNetFPN.out_channels * _BOX_POOL**2, BOX_HIDDEN),
             box_predictor=FastRCNNPredictor(BOX_HIDDEN, config.num_classes),
             fg_iou_thresh=config.box_fg_iou_thresh,
             bg_iou_thresh=config.box_bg_iou_thresh,
@@ -116,6 +116,13 @@ class LesionRoIHeads(RoIHeads):
         self.roi_score = config.roi_score
         self.mask_score = config.mask_score
         self.drop_empty = config.drop_empty
+        if variant.task == "segmentation":
+            # Table 1's lightweight models also shrink the mask branch: one 3x3 layer where ResNet50 has four.
+            # Their weights start from torchvision's Kaiming normal (fan-out, ReLU), which is the released code's too.
+            layers, hidden = ((256,) * 4, 256) if variant.backbone == "resnet50" else ((128,), 128)
+            self.mask_roi_pool = MultiScaleRoIAlign(names, _MASK_POOL, _MASK_SAMPLING)
+            self.mask_head = MaskRCNNHeads(ResNetFPN.out_channels, layers, dilation=1)
+            self.mask_predictor = MaskRCNNPredictor(layers[-1], hidden, config.num_classes)
 
     def forward(
         self,
@@ -176,10 +183,10 @@ class LesionRoIHeads(RoIHeads):
         return Regions(boxes, scores, labels, deltas)[scores.detach().argsort(descending=True, stable=True)]
 
 
-class Shareable:
-    """Base of the models: each can write itself to a folder or to the Hugging Face Hub.
+class Detector(GeneralizedRCNN):
+    """Base of the models: what both are built of, and how each writes itself to a folder or to the Hugging Face Hub.
 
-    `ctmasknet.weights.publish` does the work and sets `publisher` to itself: the models know no file format and no Hub
+    `ctmasknet.weights.publish` writes, and sets `publisher` to itself: the models know no file format and no Hub
     client. huggingface_hub's `PyTorchModelHubMixin` is not used: it loads with strict=False, falls back to a pickled
     `pytorch_model.bin`, rejects ``owner/name@revision`` and cannot put metrics on the card it pushes.
 
@@ -191,11 +198,16 @@ class Shareable:
             them still holds.
     """
 
-    variant: Variant
-    config: ModelConfig
-    metadata: dict[str, Any]
     loaded: tuple[str, dict[str, Any]] | None = None
     publisher: ClassVar[Any] = None
+
+    def __init__(self, variant: Variant, config: ModelConfig) -> None:
+        backbone, heads = ResNetFPN(variant), LesionRoIHeads(config, variant)
+        scaling = config.min_size, config.max_size, list(config.image_mean), list(config.image_std)
+        super().__init__(backbone, build_rpn(config, variant), heads, GeneralizedRCNNTransform(*scaling))
+        self.variant = variant
+        self.config = config
+        self.metadata: dict[str, Any] = {}
 
     def save_pretrained(
         self,
@@ -254,7 +266,7 @@ class Shareable:
             return self.publisher.push_folder(self.save_pretrained(folder, **options), repository, private=private)
 
 
-class LesionMaskRCNN(Shareable, GeneralizedRCNN):
+class LesionMaskRCNN(Detector):
     """Mask R-CNN for lesions in chest CT slices, with torchvision's calling convention.
 
     ``model(images, targets=None)``: `images` a list of (3, H, W) float32 tensors in 0..1, sizes may differ.
@@ -272,29 +284,9 @@ class LesionMaskRCNN(Shareable, GeneralizedRCNN):
         ConfigError: the model is not in float32.
     """
 
-    def __init__(self, variant: Variant, config: ModelConfig) -> None:
-        backbone = ResNetFPN(variant)
-        roi_heads = LesionRoIHeads(config, variant.levels, backbone.out_channels)
-        # Table 1's lightweight models also shrink the mask branch: one 3x3 layer where ResNet50 has four.
-        # Their weights start from torchvision's Kaiming normal (fan-out, ReLU), which is the released code's too.
-        layers, hidden = ((256,) * 4, 256) if variant.backbone == "resnet50" else ((128,), 128)
-        names = [str(level) for level in range(variant.levels)]
-        roi_heads.mask_roi_pool = MultiScaleRoIAlign(names, _MASK_POOL, _MASK_SAMPLING)
-        roi_heads.mask_head = MaskRCNNHeads(backbone.out_channels, layers, dilation=1)
-        roi_heads.mask_predictor = MaskRCNNPredictor(layers[-1], hidden, config.num_classes)
-        super().__init__(backbone, build_rpn(config, variant), roi_heads, build_transform(config))
-        self.variant = variant
-        self.config = config
-        self.metadata: dict[str, Any] = {}
-
     def forward(self, images: Sequence[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
         require_float32(self)
         return super().forward(checked_images(images), targets)
-
-
-def build_transform(config: ModelConfig) -> GeneralizedRCNNTransform:
-    """Normalise, resize, pad to a batch; and the way back."""
-    return GeneralizedRCNNTransform(config.min_size, config.max_size, list(config.image_mean), list(config.image_std))
 
 
 def build_rpn(config: ModelConfig, variant: Variant) -> RegionProposalNetwork:

@@ -30,7 +30,7 @@ from torch import Tensor
 from ctmasknet.errors import ConfigError, CTMaskNetError, WeightsError, shown, typed
 from ctmasknet.example import example_slice
 from ctmasknet.models import LesionMaskRCNN, Model
-from ctmasknet.models.detector import Shareable
+from ctmasknet.models.detector import Detector
 from ctmasknet.models.inference import Inference, Protocol
 from ctmasknet.output import json_bytes, write_files
 from ctmasknet.registry import DISCLAIMER, Variant, get_variant
@@ -81,7 +81,7 @@ def save_pretrained(
     license: str | None = None,
     dtype: str = "float32",
 ) -> Path:
-    """Write a model with its config, card and golden file; see `Shareable.save_pretrained`."""
+    """Write a model with its config, card and golden file; see `Detector.save_pretrained`."""
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype={dtype!r}: use {' or '.join(map(repr, _DTYPES))}")
     if metrics is not None:
@@ -412,4 +412,4 @@ def nearest(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], *, box:
     return distance.argmin(1) if distance.numel() else torch.zeros(0, dtype=torch.int64)
 
 
-Shareable.publisher = sys.modules[__name__]
+Detector.publisher = sys.modules[__name__]
