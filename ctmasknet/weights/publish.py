@@ -191,7 +191,7 @@ def packed(
 def check_folder(folder: str | os.PathLike[str]) -> Model:
     """Load a folder as a stranger would, golden file included if there is one."""
     stored = read_weights(folder)
-    return verified(stored)[0] if stored.path.with_name(GOLDEN_NAME).is_file() else assemble(stored, {})
+    return verified(stored) if stored.path.with_name(GOLDEN_NAME).is_file() else assemble(stored, {})
 
 
 def still_true(model: Model) -> dict[str, Any]:
@@ -327,12 +327,11 @@ def golden_outputs(model: Model) -> dict[str, Tensor]:
     return {"digest": _digest(model), "image": image} | _outputs(model, image, RECORDED)
 
 
-def verified(stored: StoredWeights) -> tuple[Model, bool]:
-    """The model of stored weights, once what it makes of the input in their golden file is what is recorded there.
+def verified(stored: StoredWeights) -> Model:
+    """The model of stored weights, as it was saved, once their golden file is seen to be of them: outputs and digest.
 
-    Returns:
-        The model as it was saved; and whether the golden file also holds the digest of the weights, which then is
-        right; older files do not.
+    Raises:
+        WeightsError: it is not, or there is none.
     """
     model, path = assemble(stored, {}), stored.path.with_name(GOLDEN_NAME)
     if not path.is_file():
@@ -345,12 +344,12 @@ def verified(stored: StoredWeights) -> tuple[Model, bool]:
         raise
     except Exception as error:  # what a damaged file may hold cannot be foreseen
         raise WeightsError(f"{path}: not a readable golden file ({error}). Download or copy it again.") from None
-    return model, "digest" in recorded
+    return model
 
 
 def _problem(model: Model, golden: Mapping[str, Tensor]) -> str | None:
-    recorded = {key: value for key, value in golden.items() if key not in ("image", "digest")}
-    image, digest = golden.get("image"), golden.get("digest")
+    recorded = dict(golden)
+    image, digest = recorded.pop("image", None), recorded.pop("digest", None)
     if image is None or image.dim() != 2 or image.dtype != torch.uint8 or image.numel() > _MOST_PIXELS:
         return "holds no (H, W) uint8 image: not a golden file of this library"
     found = _outputs(model, image, 2 * RECORDED)
@@ -365,7 +364,7 @@ def _problem(model: Model, golden: Mapping[str, Tensor]) -> str | None:
             f"the model does not reproduce its recorded outputs: {difference}. The weights or this installation are "
             "damaged: ctmasknet doctor, then download them again"
         )
-    if digest is not None and not torch.equal(digest, _digest(model)):
+    if digest is None or not torch.equal(digest, _digest(model)):
         return "recorded of other weights, by their SHA-256: download the folder again"
     return None
 
