@@ -160,9 +160,9 @@ def test_contributions_are_drawn_for_and_against() -> None:
     for column in range(3):
         boxes = figure.axes[column].patches
         assert len(boxes) == 6
-        bars = [bar.get_height() for bar in figure.axes[3 + column].patches]
         order = np.argsort(-np.abs(found.contributions[:, column]))[:6]
-        np.testing.assert_allclose(bars, found.contributions[order, column], rtol=1e-6)
+        beside = [text.get_text() for text in reversed(figure.axes[column].texts)]
+        assert beside == [f"{value:+.2f}" for value in found.contributions[order[:5], column]]
         dashed = [box.get_linestyle() != "-" for box in reversed(boxes)]
         assert dashed == [bool(value < 0) for value in found.contributions[order, column]]
     with pytest.raises(ConfigError, match="2 for 3 logits"):

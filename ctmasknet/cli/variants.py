@@ -116,7 +116,7 @@ def push_command(options: argparse.Namespace) -> None:
 
     pushed = push_folder(options.folder, options.repository, private=options.private)
     use = f'create_model("{pushed.variant}", weights="{pushed}") loads it'
-    say(options, pushed.to_dict(), f"{pushed.variant}: {pushed}, sha256 {pushed.sha256}", use)
+    say(options, pushed._asdict(), f"{pushed.variant}: {pushed}, sha256 {pushed.sha256}", use)
 
 
 def verify_command(options: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ from ctmasknet.models.classifier import COVIDCTMaskNet
 from ctmasknet.registry import class_title
 from ctmasknet.results import RoIBatch
 
-FOR, AGAINST, INK = "#E69F00", "#56B4E9", "#222222"
+FOR, AGAINST = "#E69F00", "#56B4E9"
 """Colours of Okabe and Ito, which colour-blind people tell apart."""
 
 FONT = {"font.family": "DejaVu Sans", "font.size": 8, "axes.titlesize": 8.5, "axes.labelsize": 8}
@@ -75,8 +75,8 @@ def contribution_figure(
 ) -> Any:
     """The `shown` largest contributions to each class logit, drawn on the slice, (H, W) in 0..1 (matplotlib).
 
-    One panel per class: solid orange boxes speak for it, dashed blue ones against it, thicker ones more; the bars
-    below list the strongest.
+    One panel per class: solid orange boxes speak for it, dashed blue ones against it, thicker ones more; the strongest
+    have their contribution beside them.
 
     Raises:
         ConfigError: `class_names` does not fit.
@@ -94,34 +94,26 @@ def contribution_figure(
     low, high = corners.min(axis=0), corners.max(axis=0)
     (x, y), half = (low + high) / 2, 0.55 * (high - low).max() + 4
     with matplotlib.rc_context(FONT):
-        figure = matplotlib.figure.Figure(figsize=(2.4 * len(class_names), 4.1), layout="constrained")
-        grid = figure.subplots(2, len(class_names), squeeze=False, gridspec_kw={"height_ratios": (2.4, 1)})
-        for column, name in enumerate(class_names):
-            order, (axis, bars) = strongest[:, column], grid[:, column]
-            values = contributions.contributions[order, column]
+        figure = matplotlib.figure.Figure(figsize=(2.4 * len(class_names), 2.9), layout="constrained")
+        panels = figure.subplots(1, len(class_names), squeeze=False)[0]
+        for column, (axis, name) in enumerate(zip(panels, class_names, strict=True)):
+            order = strongest[:, column]
             axis.imshow(image, cmap="gray", vmin=0, vmax=1)
             for rank in reversed(range(len(order))):
                 x1, y1, x2, y2 = contributions.boxes[order[rank]].tolist()
-                share = abs(float(values[rank])) / largest
+                value = float(contributions.contributions[order[rank], column])
+                share = abs(value) / largest
                 box = matplotlib.patches.Rectangle((x1, y1), max(x2 - x1, 1), max(y2 - y1, 1), fill=False)
-                colour, line = (FOR, "-") if values[rank] > 0 else (AGAINST, (0, (3, 1.5)))
+                colour, line = (FOR, "-") if value > 0 else (AGAINST, (0, (3, 1.5)))
                 box.set(edgecolor=colour, linestyle=line, linewidth=0.5 + 2 * share, alpha=0.35 + 0.65 * share)
                 axis.add_patch(box)
                 if rank < 5:
                     # Corners in turn: the strongest RoIs often share one.
                     corner = ((x1, y1), (x2, y1), (x2, y2), (x1, y2), ((x1 + x2) / 2, y1))[rank]
-                    text = axis.text(*corner, str(rank + 1), color="white", fontsize=6.5, ha="center", va="center")
+                    text = axis.text(*corner, f"{value:+.2f}", color="white", fontsize=6.5, ha="center", va="center")
                     text.set_path_effects([matplotlib.patheffects.withStroke(linewidth=1.6, foreground="black")])
             axis.set(xticks=[], yticks=[], xlim=(x - half, x + half), ylim=(y + half, y - half), facecolor="black")
             axis.set_title(f"{class_title(name)}: logit {contributions.logits[column]:.2f}")
-            for rank, value in enumerate(values[:8], start=1):
-                colour, hatch = (FOR, "") if value > 0 else (AGAINST, "///")
-                bars.bar(rank, value, color=colour, hatch=hatch, edgecolor=INK, linewidth=0.5)
-            bars.axhline(0, color=INK, linewidth=0.6)
-            bars.set(xlabel="RoI, by size of contribution", ylim=(-1.1 * largest, 1.1 * largest))
-            bars.set_xticks(range(1, len(values[:8]) + 1))
-            bars.spines[["top", "right"]].set_visible(False)
-        grid[1, 0].set_ylabel("gradient x input")
         lines = matplotlib.lines.Line2D
         keys = [lines([], [], color=FOR, linewidth=2), lines([], [], color=AGAINST, linewidth=2, linestyle="--")]
         figure.legend(keys, ["for the class", "against it"], loc="outside lower center", ncols=2, frameon=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import sys
 import time
@@ -41,7 +40,7 @@ from ctmasknet.evaluation.metrics import (
 from ctmasknet.evaluation.rows import Predictions, Subject, model_subject
 from ctmasknet.models import Model
 from ctmasknet.models.inference import Precision
-from ctmasknet.output import Content, Log, PathLike, csv_text, json_bytes, read_logs, require_writable, write_files
+from ctmasknet.output import Content, Log, PathLike, csv_table, json_bytes, read_logs, require_writable, write_files
 from ctmasknet.registry import VARIANTS, Task, class_title
 from ctmasknet.zoo import choose_device, open_model
 
@@ -99,12 +98,10 @@ class Evaluation:
         for row in self.rows:
             inner = {f"{g}_{k}": v for g in ("paper", "operating_point") for k, v in row.get(g, {}).items()}
             flat.append({key: value for key, value in row.items() if not isinstance(value, dict)} | inner)
-        columns = list(dict.fromkeys(key for row in flat for key in row))
-        cells = ([json.dumps(v) if isinstance(v := row.get(key), list) else v for key in columns] for row in flat)
         contents: dict[Path, Content] = {
             Path(out) / EVALUATION: json_bytes(self.to_dict(), indent=2),
             Path(out) / "evaluation.md": f"{self.table()}\n".encode(),
-            Path(out) / "slices.csv": csv_text([columns, *cells]).encode(),
+            Path(out) / "slices.csv": csv_table(flat).encode(),
         }
         if self.task == "classification":
             with suppress(MissingExtraError):

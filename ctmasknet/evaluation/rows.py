@@ -217,42 +217,34 @@ class Predictions(NamedTuple):
         Raises:
             DataError: a prediction of an image that the data lack, or one that is no detection.
         """
-        of_slice = self._by_slice(data)
+        of_slice, count = self._by_slice(data), len(data.class_names)
+        labels = self._labels(data) if self.task == "segmentation" else {}
+
+        def detected(sample: SegmentationSample) -> Row:
+            found = _detections(of_slice[sample.name], labels, sample)
+            thresholds = (PAPER.score_threshold, score_threshold, COCO_SCORE)
+            above = [{k: v[found["scores"] > threshold] for k, v in found.items()} for threshold in thresholds]
+            return _segmentation_row(sample, *above)
+
+        def classified(sample: ClassificationSample) -> Row:
+            own = of_slice[sample.name]
+            if len(own) != 1:
+                raise DataError(f"{self.path}: {len(own)} predictions for image {sample.name}; every slice needs one")
+            found = own[0].get("probabilities", [])
+            if len(found) != count or min(found) < 0 or abs(sum(found) - 1) > 1e-2:
+                raise DataError(
+                    f"{own[0]['where']}: probabilities {found}: {count} numbers that add up to 1 are needed"
+                )
+            return classification_row(sample, found)
+
         facts: dict[str, Any] = {"predictions": sha256_of(self.path)[:16]}
-        count = len(data.class_names)
-
-        def classified(samples: Sequence[ClassificationSample]) -> list[Row]:
-            return [
-                classification_row(sample, self._probabilities(of_slice.get(sample.name, []), sample.name, count))
-                for sample in samples
-            ]
-
-        if self.task == "classification":
-            return Subject(self.task, self.path.stem, data.class_names, facts, classified)
-        labels = self._labels(data)
-        for entry in self.entries:
-            _require_detection(entry, labels)
-
-        def segmented(samples: Sequence[SegmentationSample]) -> list[Row]:
-            rows = []
-            for sample in samples:
-                found = _detections(of_slice.get(sample.name, []), labels, sample)
-                thresholds = (PAPER.score_threshold, score_threshold, COCO_SCORE)
-                above = [{k: v[found["scores"] > threshold] for k, v in found.items()} for threshold in thresholds]
-                rows.append(_segmentation_row(sample, *above))
-            return rows
-
-        facts["protocols"] = {"operating_point": {"score_threshold": score_threshold}}
-        return Subject(self.task, self.path.stem, data.class_names, facts, segmented)
-
-    def _probabilities(self, own: list[Row], name: str, count: int) -> list[float]:
-        """Those of a slice, from its only prediction."""
-        if len(own) != 1:
-            raise DataError(f"{self.path}: {len(own)} predictions for image {name}; every slice needs one")
-        found = own[0].get("probabilities", [])
-        if len(found) != count or min(found) < 0 or abs(sum(found) - 1) > 1e-2:
-            raise DataError(f"{own[0]['where']}: probabilities {found}: {count} numbers that add up to 1 are needed")
-        return list(found)
+        row: Callable[[Any], Row] = classified
+        if self.task == "segmentation":
+            for entry in self.entries:
+                _require_detection(entry, labels)
+            facts["protocols"] = {"operating_point": {"score_threshold": score_threshold}}
+            row = detected
+        return Subject(self.task, self.path.stem, data.class_names, facts, lambda samples: list(map(row, samples)))
 
     def _by_slice(self, data: SliceDataset[Any]) -> dict[str, list[Row]]:
         """Name of a slice of the data -> its predictions."""

@@ -235,8 +235,8 @@ class Detector(GeneralizedRCNN):
             OutputError: the folder cannot be written.
             ConfigError: metrics that are not numbers, unknown dtype.
         """
-        options = {"metrics": metrics, "dataset": dataset, "license": license, "dtype": dtype}
-        return cast("Path", self.publisher.save_pretrained(self, folder, **options))
+        said = {"metrics": metrics, "dataset": dataset, "license": license}
+        return cast("Path", self.publisher.save_pretrained(self, folder, said, dtype))
 
     def push_to_hub(
         self,

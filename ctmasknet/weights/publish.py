@@ -18,9 +18,8 @@ import re
 import sys
 import textwrap
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCardData, constants
@@ -54,8 +53,7 @@ _TRAVEL = (CARD_NAME, CONFIG_NAME, GOLDEN_NAME, WEIGHTS_NAME, FAILURES_NAME)
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
-@dataclass(frozen=True)
-class Published:
+class Published(NamedTuple):
     """Weights on the Hub at a commit; `sha256` and `bytes` are those of `model.safetensors` as the Hub states them."""
 
     variant: str
@@ -67,28 +65,16 @@ class Published:
     def __str__(self) -> str:
         return f"{self.repository}@{self.revision}"
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
 
-
-def save_pretrained(
-    model: Model,
-    folder: str | os.PathLike[str],
-    *,
-    metrics: Mapping[str, Any] | None = None,
-    dataset: str | None = None,
-    license: str | None = None,
-    dtype: str = "float32",
-) -> Path:
-    """Write a model with its config, card and golden file; see `Detector.save_pretrained`."""
+def save_pretrained(model: Model, folder: str | os.PathLike[str], said: dict[str, Any], dtype: str) -> Path:
+    """What `Detector.save_pretrained` does; `said` of the metadata, None where nothing is."""
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype={dtype!r}: use {' or '.join(map(repr, _DTYPES))}")
-    if metrics is not None:
-        plain = {str(name): value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
-        metrics = typed("metrics", plain, dict[str, int | float])
-    said = {"metrics": metrics, "dataset": dataset, "license": license}
     metadata = still_true(model) | {key: value for key, value in said.items() if value is not None}
+    if said["metrics"] is not None:
+        measured = said["metrics"].items()
+        plain = {str(name): value.item() if hasattr(value, "item") else value for name, value in measured}
+        metadata["metrics"] = typed("metrics", plain, dict[str, int | float])
     facts: dict[str, Any] = {"config": model.config.to_dict(), "metadata": metadata, "dtype": dtype}
     return write_weights(folder, model.state_dict(), variant=model.variant.name, **facts)
 

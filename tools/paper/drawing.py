@@ -18,7 +18,7 @@ from ctmasknet.evaluation.evaluate import Table
 from ctmasknet.output import csv_text, write_files
 
 ORANGE, SKY, GREEN, BLUE, VERMILLION = contributions.FOR, contributions.AGAINST, "#009E73", "#0072B2", "#D55E00"
-INK, FAINT = contributions.INK, "#8A8A8A"
+INK, FAINT = "#222222", "#8A8A8A"
 
 CLASS_STYLE = {
     "covid": (VERMILLION, "///", "o"),
