@@ -114,6 +114,14 @@ def test_metrics_are_numbers(value, tmp_path):
         small().save_pretrained(tmp_path, metrics={"ap50": value})
 
 
+def test_metadata_that_could_not_be_read_again_are_not_written(tmp_path):
+    model = small()
+    model.metadata["license"] = None
+    with pytest.raises(WeightsError, match=r"config\.json: license=None: text is needed"):
+        model.save_pretrained(tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
 def test_what_was_said_of_weights_goes_along_until_they_change(saved, tmp_path):
     model = from_pretrained(saved)
     model.save_pretrained(tmp_path / "same")

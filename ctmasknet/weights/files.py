@@ -127,7 +127,7 @@ def sha256_of(path: Path) -> str:
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """A JSON file of metadata, checked as those of a config.json are."""
-    return _checked_metadata(path, _read_json(path))
+    return checked_metadata(path, _read_json(path))
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise WeightsError(f"{path}: format {facts['format']}, this version reads {FORMAT}: update ctmasknet")
     if facts["variant"] not in VARIANTS:
         raise WeightsError(f"{path}: unknown variant {shown(facts['variant'])}: update ctmasknet")
-    return facts | {"metadata": _checked_metadata(path, facts["metadata"])}
+    return facts | {"metadata": checked_metadata(path, facts["metadata"])}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -175,7 +175,8 @@ def _check_types(path: Path, facts: Mapping[str, Any], types: Mapping[str, Any])
             raise WeightsError(f"{path}: {error}") from None
 
 
-def _checked_metadata(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
+def checked_metadata(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Metadata of weights, if each field has its type; the error names `path`."""
     _check_types(path, metadata, _METADATA_TYPES)
     point = metadata.get("operating_point", {})
     _check_types(path, point, _POINT_TYPES)

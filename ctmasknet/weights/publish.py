@@ -41,6 +41,7 @@ from ctmasknet.weights.files import (
     GOLDEN_NAME,
     WEIGHTS_NAME,
     StoredWeights,
+    checked_metadata,
     inherited,
     read_weights,
     sha256_of,
@@ -97,7 +98,8 @@ def write_weights(
             license, note (for the card), caveat (shown with every prediction) and derived_from (see `inherited`).
         golden: False leaves the golden file out, whose outputs take a run of the model.
     """
-    folder, metadata = Path(folder), dict(metadata)
+    folder = Path(folder)
+    metadata = checked_metadata(folder / CONFIG_NAME, dict(metadata))
     stored = {
         key: (t.to(_DTYPES[dtype]) if t.is_floating_point() else t).detach().cpu().contiguous()
         for key, t in tensors.items()
