@@ -114,9 +114,9 @@ def write_weights(
     contents[folder / CARD_NAME] = model_card(get_variant(variant), metadata).encode()
     facts = {"library": "ctmasknet", "format": FORMAT, "variant": variant, "config": dict(config)}
     contents[folder / CONFIG_NAME] = json_bytes(facts | {"metadata": metadata}, indent=2)
+    write_files(contents)
     if not golden:
         (folder / GOLDEN_NAME).unlink(missing_ok=True)  # it is of other weights
-    write_files(contents)
     return folder
 
 
