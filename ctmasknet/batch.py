@@ -31,9 +31,10 @@ from tqdm import tqdm
 
 from ctmasknet.data.dicom_out import require_frames
 from ctmasknet.data.layouts import slice_name
+from ctmasknet.data.remote import as_path, is_folder, is_url, joined, walk
 from ctmasknet.data.scans import NIFTI_SUFFIXES, is_dicom, is_scan, open_volume, read_ahead
-from ctmasknet.data.slices import PICTURE_SUFFIXES, Slice, read_slice
-from ctmasknet.errors import ConfigError, CTMaskNetError, InputError, import_extra
+from ctmasknet.data.slices import PICTURE_SUFFIXES, Slice, local, read_slice
+from ctmasknet.errors import ConfigError, CTMaskNetError, InputError, as_value, import_extra
 from ctmasknet.output import Log, OutputError, PathLike, csv_table, join_logs, json_bytes, read_logs, write_files
 from ctmasknet.predictor import Predictor
 from ctmasknet.registry import __version__
@@ -174,7 +175,8 @@ def predict_files(
 
     Args:
         predictor: its `batch_size` slices go through the models at once.
-        inputs: slices, scans, folders (see `find_inputs`) and shell wildcards.
+        inputs: slices, scans, folders (see `find_inputs`), URLs of these, and shell wildcards. Files behind URLs are
+            copied one by one, as they are read, and deleted.
         out: folder for predictions.jsonl, scans.csv (a row per scan), run.json and results per file (see `place_of`).
         names: only these of the inputs, by name without folder and picture suffix: a text file with one name per
             line, or a sequence of names. None: all.
@@ -298,14 +300,14 @@ def find_inputs(inputs: Iterable[PathLike], *, slices: bool = False, out: PathLi
     A folder is searched with all below it: pictures (by suffix) are slices, NIfTI files are scans, and the DICOM
     files that lie in one folder are one scan, or with `slices` a slice each. Linked folders are followed once.
     Hidden files, and the folder `out`, are left out. A name with ``*``, ``?`` or ``[`` that is no file is a shell
-    pattern (``**`` goes into subfolders). Folders without a slice come out with an `error`, files of other kinds in
-    folders with the error ``"left out"``.
+    pattern (``**`` goes into subfolders); a URL is none. Folders without a slice come out with an `error`, files of
+    other kinds in folders with the error ``"left out"``.
     """
     seen: set[str] = set()
     avoid = None if out is None else os.path.realpath(out)
     for given in inputs:
         for one in _expand(os.fsdecode(given), slices, avoid):
-            identity = one.name if one.error else os.path.realpath(one.name)
+            identity = one.name if one.error or is_url(one.name) else os.path.realpath(one.name)
             if identity not in seen:
                 seen.add(identity)
                 yield one
@@ -314,6 +316,8 @@ def find_inputs(inputs: Iterable[PathLike], *, slices: bool = False, out: PathLi
 def _expand(name: str, slices: bool, avoid: str | None) -> Iterator[Work]:
     if "\0" in name:
         yield Work(name, error=f"{name}: no file name holds a NUL character. Correct the list.")
+    elif is_url(name):
+        yield from _expand_url(name, slices)
     elif os.path.isdir(name):  # noqa: PTH112  millions of times
         yield from _search(name, slices, avoid)
     elif glob.has_magic(name) and not os.path.lexists(name):
@@ -327,12 +331,26 @@ def _expand(name: str, slices: bool, avoid: str | None) -> Iterator[Work]:
         yield Work(name, scan=name.lower().endswith(NIFTI_SUFFIXES))
 
 
+def _expand_url(name: str, slices: bool) -> Iterator[Work]:
+    path = as_path(name).lower()
+    try:
+        # A name that tells saves a request to the server, of which a long list has many.
+        if not path.endswith((*PICTURE_SUFFIXES, *NIFTI_SUFFIXES, ".dcm")) and is_folder(name):
+            yield from _search(name, slices, None)
+        else:
+            yield Work(name, scan=path.endswith(NIFTI_SUFFIXES))
+    except CTMaskNetError as error:
+        yield Work(name, error=str(error))
+
+
 def _search(root: str, slices: bool, avoid: str | None) -> Iterator[Work]:
     visited: set[str] = set()
     problems: list[OSError] = []
     found = False
-    for folder, below, files in os.walk(root, followlinks=True, onerror=problems.append):
-        identity = os.path.realpath(folder)
+    remote = is_url(root)
+    join = joined if remote else os.path.join
+    for folder, below, files in walk(root) if remote else os.walk(root, followlinks=True, onerror=problems.append):
+        identity = folder if remote else os.path.realpath(folder)
         if identity in visited or identity == avoid:
             below.clear()
             continue
@@ -340,15 +358,15 @@ def _search(root: str, slices: bool, avoid: str | None) -> Iterator[Work]:
         below[:] = sorted(name for name in below if not name.startswith("."))
         works, other = [], []
         for file in sorted(name for name in files if not name.startswith(".")):
-            path = os.path.join(folder, file)  # noqa: PTH118  keeps "./" and trailing parts as given
+            path = join(folder, file)  # keeps "./" and trailing parts as given
             if file.lower().endswith(NIFTI_SUFFIXES):
                 if not file.lower().endswith(".img"):  # its header is the one to open
                     works.append(Work(path, scan=True))
-            elif file.lower().endswith(PICTURE_SUFFIXES) or (slices and is_dicom(Path(path))):
+            elif file.lower().endswith(PICTURE_SUFFIXES) or (slices and is_dicom(path)):
                 works.append(Work(path))
             else:
                 other.append(path)
-        if not slices and any(is_dicom(Path(path)) for path in other):
+        if not slices and any(map(is_dicom, other)):
             works.append(Work(folder, scan=True))
             other = []
         found = found or bool(works)
@@ -366,8 +384,9 @@ def read_list(path: PathLike) -> list[str]:
     Raises:
         InputError: it cannot be read.
     """
+    file = local(path)
     try:
-        lines = Path(path).read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+        lines = Path(file).read_text(encoding="utf-8", errors="surrogateescape").split("\n")
     except OSError as error:
         raise InputError(f"{path}: the list cannot be read ({error.strerror}). Check the path.") from error
     return [line for line in lines if line.strip()]
@@ -375,7 +394,7 @@ def read_list(path: PathLike) -> list[str]:
 
 def place_of(name: str, root: str | None = None) -> Path:
     """Where results of a file go below the output folder: its path from `root`, or from here."""
-    return Path(os.path.abspath(name)).relative_to(root or Path.cwd())  # noqa: PTH100  links stay as they are
+    return Path(os.path.abspath(as_path(name))).relative_to(root or Path.cwd())  # noqa: PTH100  links stay as they are
 
 
 def common_root(inputs: Iterable[str]) -> str | None:
@@ -385,7 +404,7 @@ def common_root(inputs: Iterable[str]) -> str | None:
         ConfigError: there is none: drives differ.
     """
     parents, below = set(), False
-    for name in inputs:
+    for name in map(as_path, inputs):
         if not Path(name).is_absolute() and not os.path.normpath(name).startswith(".."):
             below = True
             continue
@@ -416,13 +435,17 @@ def _predicted(
         if one.error:
             return InputError(one.error)
         try:
-            if one.scan or is_scan(Path(one.name)):
+            if one.scan:
                 return one
+            file = local(one.name)
+            with file.naming():
+                if is_scan(Path(file)):
+                    return one
             if format == "dicom":
                 return InputError(f"{one.name}: not a scan. DICOM SEG and SR need the folder with its series.")
-            return read_slice(one.name, units=reading["units"])
+            return read_slice(file, units=reading["units"])
         except CTMaskNetError as error:
-            return error
+            return as_value(error)
 
     def show(done: int, total: int) -> None:
         bar.set_postfix_str(f"slice {done} of {total}" if done < total else "")
@@ -471,10 +494,10 @@ def _write(
 def _chosen(found: Iterable[Work], names: PathLike | Sequence[str] | None, summary: RunSummary) -> Iterator[Work]:
     """Of the inputs found those that are named, and the names that none has."""
     listed = read_list(names) if isinstance(names, str | os.PathLike) else names or ()
-    missing = {slice_name(name): name for name in listed}
+    missing = {slice_name(as_path(name)): name for name in listed}
     wanted = set(missing)
     for one in found:
-        name = slice_name(one.name)
+        name = slice_name(as_path(one.name))
         if one.error == LEFT_OUT:
             summary.left_out += 1
         elif names is None or one.error or name in wanted:

@@ -8,7 +8,7 @@ import reprlib
 import sys
 from pathlib import Path
 from types import ModuleType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 100
@@ -16,6 +16,9 @@ _SHORT.maxstring = _SHORT.maxother = 100
 
 class CTMaskNetError(Exception):
     """Base of every error this library raises on purpose; its text is one line meant for people."""
+
+
+Error = TypeVar("Error", bound=CTMaskNetError)
 
 
 class InputError(CTMaskNetError, ValueError):
@@ -89,6 +92,19 @@ def _called(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return " or ".join(map(repr, get_args(kind)))
     return words[get_origin(kind) or kind]
+
+
+def as_value(error: Error) -> Error:
+    """An error that is to be kept: without its traceback, which would keep all that was being read with it."""
+    return type(error)(str(error))
+
+
+def reason_of(error: Exception) -> str:
+    """The text of somebody else's exception on one line."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    if isinstance(error, KeyError):
+        text += " is missing"
+    return " ".join(text.split())[:200] or type(error).__name__
 
 
 def import_extra(module: str, extra: str, purpose: str) -> ModuleType:

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ctmasknet.data.scans import Volume, is_scan, open_volume
-from ctmasknet.data.slices import Slice, read_slice, require_finite
+from ctmasknet.data.slices import Slice, local, read_slice, require_finite
 from ctmasknet.errors import ConfigError, CTMaskNetError, InputError
 from ctmasknet.models import Model
 from ctmasknet.models.detector import LesionMaskRCNN
@@ -121,8 +121,9 @@ class Predictor:
         """Predict one slice.
 
         Args:
-            image: path of a PNG, JPEG, WebP, TIFF or single-slice DICOM file; a PIL image; an array or tensor, uint8
-                or float in 0..1, shaped (H, W), (H, W, C) or (C, H, W) with C of 1 or 3. For a scan, see `volume`.
+            image: path or URL of a PNG, JPEG, WebP, TIFF or single-slice DICOM file; a PIL image; an array or tensor,
+                uint8 or float in 0..1, shaped (H, W), (H, W, C) or (C, H, W) with C of 1 or 3. For a scan, see
+                `volume`.
             units: ``"hu"`` if the values are Hounsfield units, ``"range"`` to stretch the slice's own range.
 
         Raises:
@@ -327,6 +328,9 @@ def predict(image: ImageLike, *, units: str | None = None, **options: Any) -> Pr
     For many, keep a `Predictor`: it takes slices when called, and scans by its `volume`.
     """
     predictor = Predictor(**options)
-    if isinstance(image, str | os.PathLike) and (Path(image).is_dir() or is_scan(Path(image))):
-        return predictor.volume(image, units=units)
-    return predictor(image, units=units)
+    if not isinstance(image, str | os.PathLike):
+        return predictor(image, units=units)
+    file = local(image)
+    with file.naming():
+        scan = Path(file).is_dir() or is_scan(Path(file))
+    return predictor.volume(file, units=units) if scan else predictor(file, units=units)

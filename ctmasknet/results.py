@@ -17,6 +17,7 @@ from PIL import Image
 from ctmasknet.data.dicom_out import LesionMask, dicom_files
 from ctmasknet.data.lesions import Detection, Ids, ScanLesion, count_voxels, involvement, join_slices, measure
 from ctmasknet.data.lungs import FIELD, find_lungs
+from ctmasknet.data.remote import as_path
 from ctmasknet.data.slices import LUNG_WINDOW
 from ctmasknet.errors import CTMaskNetError, InputError, MissingExtraError
 from ctmasknet.output import Content, PathLike, csv_table, json_bytes, write_files
@@ -264,7 +265,7 @@ class Prediction:
         Raises:
             InputError: `name` holds a folder, or the files cannot be written (permission, full disk, …).
         """
-        stem = _target(directory, name, Path(self.source).name or "prediction")
+        stem = _target(directory, name, Path(as_path(self.source)).name or "prediction")
         picture, score_map = self.plot(), self.score_map
         contents: dict[Path, Content] = {stem(".overlay.png"): lambda stream: picture.save(stream, format="PNG")}
         if score_map is not None:
@@ -496,7 +497,7 @@ class VolumePrediction:
         view = "The patient's right is on the left of the pictures, the back below."
         notes = (*self.problems, *self.caveats, view, f"{grid}; ctmasknet {__version__}; {', '.join(made_by)}")
         tiles = self._tiles(REPORT_TILES)
-        return report(Path(self.source).name, self.summary, tiles, self.class_names, tables, notes)
+        return report(Path(as_path(self.source)).name, self.summary, tiles, self.class_names, tables, notes)
 
     def _with_lesions(self) -> list[int]:
         return [row["slice"] for row in self.slices if row.get("lesions")]
@@ -529,7 +530,7 @@ class VolumePrediction:
             InputError: `name` holds a folder, or the files cannot be written; with `dicom`, the scan was not read from
                 DICOM, its headers do not allow it, or no segmenter ran.
         """
-        stem = _target(directory, name, Path(self.source).resolve().name or "scan")
+        stem = _target(directory, name, Path(as_path(self.source)).resolve().name or "scan")
         seg_and_sr = zip((stem(".seg.dcm"), stem(".sr.dcm")), self._dicom_files(), strict=True) if dicom else ()
         picture, page = self.plot(), self.report()
         contents: dict[Path, Content] = {}

@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("name", metavar="NAME", help="a variant: see ctmasknet list")
 
     flag = _command(commands, "predict", predicting.predict_command)
-    flag("inputs", nargs="*", metavar="FILE", help="slices, scans, folders, quoted wildcards")
+    flag("inputs", nargs="*", metavar="FILE", help="slices, scans, folders, URLs of them, quoted wildcards")
     flag("-o", "--out", required=True, type=Path, metavar="DIR", help="folder for the results")
     flag("--names", metavar="LIST", help=f"{_NAMES_HELP}; without FILE arguments, it lists their paths")
     flag("--units", choices=("hu", "range"), help=_UNITS_HELP)

@@ -17,7 +17,8 @@ def predict_command(options: argparse.Namespace) -> int:
     """Segment and classify slices and whole scans.
 
     Slices are PNG, JPEG, WebP, TIFF or DICOM files. Scans are NIfTI files, multi-frame DICOM files and folders
-    with a DICOM series. Give any number of them, folders that hold them, or quoted wildcards. This is written:
+    with a DICOM series. Give any number of them, folders that hold them, URLs (s3://bucket/scan,
+    zip://slice.png::slices.zip), or quoted wildcards. This is written:
       per slice  FILE.json (boxes, scores, masks as COCO RLE, class probabilities), FILE.overlay.png
       per scan   .lesions.nii.gz (the mask), .lesion_ids.nii.gz, .lungs.nii.gz, .slices.csv, .lesions.csv,
                  .montage.png, .report.png and .pdf (a page to read), .json

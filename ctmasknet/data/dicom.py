@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from itertools import compress
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ctmasknet.data.remote import as_path, head, is_url
 from ctmasknet.data.slices import is_dicom_head, is_localizer, numbers_of, read_dicom, reading, require_dicom_slice
-from ctmasknet.errors import InputError
+from ctmasknet.errors import CTMaskNetError, InputError
 
 Floats = npt.NDArray[np.float64]
 
@@ -19,18 +21,32 @@ SAME_POSITION = 0.01  # mm; two slices closer than this lie at one place
 SAME_DIRECTION = 0.01  # largest difference of direction cosines within a series
 UNEVEN = 0.05  # share of the slice distance by which a position may miss the even grid without a word
 MAX_FRAMES = 10_000  # of a file; a scan of the whole body has a tenth
+NO_DICOM = (".json", ".csv", ".txt", ".xml", ".npy", ".npz")  # what lies beside slices, often one of them for each
 OFF_GRID = 0.25  # share of the slice distance at which a position belongs to no plane of the grid
 
 
-def is_dicom(path: Path) -> bool:
+def is_dicom(path: Path | str) -> bool:
     """Is this a DICOM file, by its first bytes, or by the name .dcm? False for what cannot be read."""
     try:
+        if isinstance(path, str) and is_url(path):
+            return _is_dicom_there(path)
+        path = Path(path)
         if not path.is_file():
             return False
         with path.open("rb") as stream:
             return is_dicom_head(stream.read(140), path.name)
     except OSError:
         return False
+
+
+def _is_dicom_there(url: str) -> bool:
+    """The same of a URL, by the name alone where that will do: a look inside is a request to a server."""
+    name = as_path(url).lower()
+    if name.endswith((".dcm", *NO_DICOM)):
+        return name.endswith(".dcm")
+    with contextlib.suppress(CTMaskNetError):
+        return is_dicom_head(head(url, 140), name)
+    return False
 
 
 class Plane(NamedTuple):

@@ -32,6 +32,7 @@ from ctmasknet.data.slices import (
     check_units,
     hu_offset,
     is_dicom_head,
+    local,
     not_hu,
     of_the_middle,
     open_file,
@@ -44,7 +45,7 @@ from ctmasknet.data.slices import (
     taken_for,
     window,
 )
-from ctmasknet.errors import ConfigError, InputError, import_extra
+from ctmasknet.errors import ConfigError, InputError, as_value, import_extra
 
 READ_AHEAD, READERS = 8, 2  # slices, threads
 NOT_SQUARE = 1.2  # ratio of the sides of a pixel; less, the models take in their stride
@@ -123,7 +124,7 @@ class Volume:
             try:
                 return self.read(index)
             except InputError as error:
-                return error
+                return as_value(error)
 
         yield from read_ahead(read, sorted(self.names), threads=READERS, depth=READ_AHEAD)
 
@@ -204,8 +205,9 @@ def open_volume(
 
     Args:
         scan: a folder with DICOM files (any names; its subfolders are not searched), a DICOM file, or a NIfTI
-            file (.nii, .nii.gz, or a .hdr/.img pair); in memory an image of nibabel or SimpleITK, or an array (S, H, W)
-            with its `spacing`: slices from the feet up, rows to the back, columns to the patient's left.
+            file (.nii, .nii.gz, or a .hdr/.img pair), or a URL of one of these; in memory an image of nibabel or
+            SimpleITK, or an array (S, H, W) with its `spacing`: slices from the feet up, rows to the back, columns to
+            the patient's left.
         units: as for single slices: ``"hu"`` where a scan does not say that its values are Hounsfield units,
             ``"range"`` to stretch them (DICOM: each slice's own range; NIfTI: the range of the whole scan).
         series: SeriesInstanceUID of the series to take from a folder. None takes the one of most slices.
@@ -222,18 +224,31 @@ def open_volume(
     import_extra("nibabel", "io", "reading whole scans")
     if not isinstance(scan, str | os.PathLike):
         volume = _open_nifti(*_in_memory(scan, spacing), units, spacing)
-    elif Path(name := os.fsdecode(scan)).is_dir():
-        volume = _open_dicom(name, units, spacing, series, None)
-    else:
-        with open_file(name) as stream:
-            head = stream.read(348)
-        if is_dicom_head(head, name):
-            volume = _open_dicom(name, units, spacing, None, read_dicom(name))
-        elif name.lower().endswith(NIFTI_SUFFIXES) or head.startswith(NIFTI_MAGIC):
-            volume = _open_nifti(name, None, units, spacing)
-        else:
-            raise InputError(f"{name}: not a scan. Give a folder with a DICOM series, a DICOM file, or a NIfTI file.")
-    return replace(volume, problems=(*volume.problems, *_caveats(volume)))
+        return replace(volume, problems=(*volume.problems, *_caveats(volume)))
+    file = local(scan)
+    with file.naming():
+        volume = _open_path(file.path, units, spacing, series)
+
+    def plane(index: int) -> npt.NDArray[np.float32]:
+        with file.naming():  # and the file, if it is a copy, stays as long as it is read
+            return volume.plane(index)
+
+    names = {index: file.shown(name) for index, name in volume.names.items()}
+    problems = tuple(map(file.shown, (*volume.problems, *_caveats(volume))))
+    return replace(volume, source=file.name, names=names, problems=problems, plane=plane)
+
+
+def _open_path(name: str, units: str | None, spacing: Spacing | None, series: str | None) -> Volume:
+    """A folder or a file on this machine."""
+    if Path(name).is_dir():
+        return _open_dicom(name, units, spacing, series, None)
+    with open_file(name) as stream:
+        head = stream.read(348)
+    if is_dicom_head(head, name):
+        return _open_dicom(name, units, spacing, None, read_dicom(name))
+    if name.lower().endswith(NIFTI_SUFFIXES) or head.startswith(NIFTI_MAGIC):
+        return _open_nifti(name, None, units, spacing)
+    raise InputError(f"{name}: not a scan. Give a folder with a DICOM series, a DICOM file, or a NIfTI file.")
 
 
 def is_scan(path: Path) -> bool:

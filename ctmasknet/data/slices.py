@@ -13,7 +13,7 @@ import struct
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,12 +25,14 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from ctmasknet.errors import ConfigError, CTMaskNetError, InputError, import_extra
+from ctmasknet.data.remote import Local, as_path, fetch, is_url
+from ctmasknet.errors import ConfigError, CTMaskNetError, InputError, import_extra, reason_of
 
 LUNG_WINDOW = (-1350.0, 150.0)  # HU
 MIN_SIDE = 32  # pixels; two cells of the models' stride 16, less cannot be a chest
 MAX_SIDE = 4096  # pixels; eight times a CT slice, more is a mistake or an attack
 MAX_PICTURE = 1 << 28  # bytes of a file; four channels of MAX_SIDE x MAX_SIDE with 32 bits
+MAX_FETCHED = 1 << 32  # bytes of a scan that is copied here; 8192 slices of 512 x 512 in 16 bits
 MAX_SCANS = 100  # of a progressive JPEG, which has about ten; each takes as long as the whole, in 30 bytes
 MAX_RLE = 1 << 24  # bytes of a frame; they decode to 64 times as many at most
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
@@ -133,7 +135,9 @@ def read_slice(source: Source, *, units: str | None = None) -> Slice:
     if isinstance(source, np.ndarray):
         return _read_array(source, "array", "array", units)
     if isinstance(source, str | os.PathLike):
-        return _read_file(os.fsdecode(source), units)
+        file = local(source)
+        with file.naming():
+            return _read_file(file, units)
     raise InputError(f"{type(source).__name__}: not a slice. Give a path, a PIL image, an array or a tensor.")
 
 
@@ -150,14 +154,24 @@ def window(values: np.ndarray, low: float = LUNG_WINDOW[0], high: float = LUNG_W
     return np.clip((np.asarray(values, np.float64) / 2 - low / 2) / span, 0.0, 1.0).astype(np.float32)
 
 
-def _read_file(name: str, units: str | None) -> Slice:
+def local(source: str | os.PathLike[str]) -> Local:
+    """The file or folder on this machine: a path as it is, of a URL a copy, if it is not larger than it may be."""
+    if isinstance(source, Local):
+        return source
+    name = os.fsdecode(source)
+    if not is_url(name):
+        return Local(name, name)
+    return fetch(name, MAX_PICTURE if as_path(name).lower().endswith(PICTURE_SUFFIXES) else MAX_FETCHED)
+
+
+def _read_file(file: Local, units: str | None) -> Slice:
     """Hand a file to the reader that its first bytes ask for."""
-    with open_file(name) as stream:
-        kind = _kind_of(stream.read(140), name)
+    with open_file(file.path) as stream:
+        kind = _kind_of(stream.read(140), file.path)
         stream.seek(0)
         if kind == "dicom":
-            return _read_dicom(name, units)
-        return _read_image(_open_image(stream, kind, name), name, kind, units)
+            return replace(_read_dicom(file.path, units), source=file.name)
+        return _read_image(_open_image(stream, kind, file.path), file.name, kind, units)
 
 
 def open_file(name: str) -> BinaryIO:
@@ -166,7 +180,7 @@ def open_file(name: str) -> BinaryIO:
         if stat.S_ISREG(status.st_mode) and status.st_size > 0:
             return Path(name).open("rb")
     except (OSError, ValueError) as error:  # ValueError: a null byte, or not encodable
-        reason = _reason(error).lower()
+        reason = reason_of(error).lower()
         raise InputError(f"{name!r}: cannot be opened ({reason}). Check the path and its permissions.") from error
     if stat.S_ISDIR(status.st_mode):
         raise InputError(
@@ -584,13 +598,5 @@ def reading(source: str, what: str, kind: type[CTMaskNetError] = InputError) -> 
     except CTMaskNetError:
         raise
     except Exception as error:
-        problem = f"{source}: not a readable {what} ({_reason(error)})"
+        problem = f"{source}: not a readable {what} ({reason_of(error)})"
         raise kind(f"{problem}. It is damaged or incomplete: copy or export it again.") from error
-
-
-def _reason(error: Exception) -> str:
-    """The exception's text on one line."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    if isinstance(error, KeyError):
-        text += " is missing"
-    return " ".join(text.split())[:200] or type(error).__name__
