@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ctmasknet.data.augment import Augmentation, augment, sample_generator
-from ctmasknet.data.datasets import AnySample, ClassificationSample, SegmentationSample, SliceDataset
+from ctmasknet.data.datasets import AnySample, ClassificationSample, SliceDataset
 from ctmasknet.engine.config import TrainConfig
+from ctmasknet.errors import import_extra
 from ctmasknet.evaluation.evaluate import gather
 from ctmasknet.models import COVIDCTMaskNet
 from ctmasknet.models.classifier import fill_batch, image_loss
@@ -44,11 +45,8 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> Batch:
         """On `device`, with images as the models take them: (3, H, W) float32 in 0..1."""
-        targets = [
-            {key: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for key, v in target.items()}
-            for target in self.targets
-        ]
-        return self._replace(images=[model_input(image, device) for image in self.images], targets=targets)
+        images = [model_input(image, device) for image in self.images]
+        return self._replace(images=images, targets=_sent(self.targets, device))
 
 
 def model_input(image: Tensor, device: torch.device) -> Tensor:
@@ -128,13 +126,12 @@ class TrainingSlices(Dataset[TrainingSample]):
 
 def on_device(source: SliceDataset[Any], device: torch.device) -> list[AnySample]:
     """A data set's samples, all read once and kept on `device`."""
-    kept: list[AnySample] = []
-    for sample in source:
-        moved = sample._replace(image=sample.image.to(device))
-        if isinstance(moved, SegmentationSample):
-            moved = moved._replace(target={key: value.to(device) for key, value in moved.target.items()})
-        kept.append(moved)
-    return kept
+    return [_sent(sample, device) for sample in source]
+
+
+def _sent(value: Any, device: torch.device) -> Any:
+    """Lists, mappings and samples with their tensors on `device`."""
+    return import_extra("accelerate.utils", "train", "training").send_to_device(value, device, non_blocking=True)
 
 
 def make_loader(dataset: Dataset[Any], batches: EpochBatches, *, workers: int, device: torch.device) -> DataLoader[Any]:
