@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import textwrap
-from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from ctmasknet.errors import ConfigError, WeightsError, import_extra
 from ctmasknet.models import Model
 from ctmasknet.models.inference import CPURoIAlign, feature_scales
 from ctmasknet.registry import get_variant
-from ctmasknet.weights.assemble import load_backbone
+from ctmasknet.weights.assemble import load, load_backbone
 from ctmasknet.weights.files import inherited
 from ctmasknet.zoo import choose_device, create_model, open_model
 
@@ -111,21 +110,15 @@ def _open(config: TrainConfig) -> tuple[SliceDataset[Any], SliceDataset[Any] | N
 
 
 def _kept(data: SliceDataset[Any], config: TrainConfig, device: torch.device) -> Any:
-    """`data`, read once and kept: on a GPU that holds them, which worker processes could not share, else in RAM."""
-    if not config.workers and _fits(data, device):
-        return on_device(data, device)
+    """`data`, read once and kept: on a GPU that holds them in a quarter of its free memory, else in RAM."""
+    if device.type == "cuda" and not config.workers:  # which could not share what is on a GPU
+        chosen = [data[index] for index in range(0, len(data), -(-len(data) // 8))]
+        held = sum(map(bytes_of, chosen)) / len(chosen) * len(data)
+        if held < torch.cuda.mem_get_info(device)[0] / 4:
+            return on_device(data, device)
     kept = CachedDataset(data, int(config.cache_gb * 1e9))
     # Workers are copies of this process and cannot fill its cache later.
     return kept.fill() if config.workers else kept
-
-
-def _fits(data: SliceDataset[Any], device: torch.device) -> bool:
-    """Whether a GPU holds all of `data`, judged by a few samples, in a quarter of its free memory."""
-    if device.type != "cuda":
-        return False
-    chosen = [data[index] for index in range(0, len(data), -(-len(data) // 8))]
-    held = sum(map(bytes_of, chosen))
-    return held / len(chosen) * len(data) < torch.cuda.mem_get_info(device)[0] / 4
 
 
 def speed_up(model: Model, config: TrainConfig, device: torch.device) -> None:
@@ -147,8 +140,7 @@ _SHARED = {
     "bbox_reg_weights",
 }  # fmt: skip
 """Options that a classifier takes over from its segmenter, or a variant from another."""
-_OF_ONE_TASK = ("module_s.", "roi_heads.mask_head.", "roi_heads.mask_predictor.")
-_OF_THE_CLASSES = ("cls_score.", "bbox_pred.", "mask_fcn_logits.", "module_s.logits.")
+_MASK_BRANCH = ("roi_heads.mask_head.", "roi_heads.mask_predictor.")
 
 
 def initial_model(config: TrainConfig, class_names: tuple[str, ...]) -> Model:
@@ -171,26 +163,19 @@ def initial_model(config: TrainConfig, class_names: tuple[str, ...]) -> Model:
     model = create_model(config.model, **{key: stored[key] for key in taken} | options)
     # Terms and origin of the start weights go along into what is trained from them.
     model.metadata = inherited(donor.metadata, holder)
-    expected = model.state_dict()
-    fitting = {key: t for key, t in tensors.items() if key in expected and t.shape == expected[key].shape}
-    model.load_state_dict(fitting, strict=False)
-    from_segmenter = config.task == "classification" and holder == get_variant(config.model).segmenter
-    odd = [
-        key
-        for key in sorted((expected.keys() | tensors.keys()) - fitting.keys())
-        if not (from_segmenter and key.startswith(_OF_ONE_TASK))
-        and not (key in tensors and key in expected and any(head in key for head in _OF_THE_CLASSES))
-    ]
-    if odd and not config.partial_weights:
-        raise WeightsError(
-            f"{config.weights}: weights of {holder}, not of {config.model}: {len(odd)} tensors are missing, left "
-            f"over or of another shape (first: {odd[0]}). partial_weights=True copies what fits"
-        )
-    new = Counter(".".join(key.split(".")[:3]) for key in expected if key not in fitting)
+    state, new = model.state_dict(), set[str]()
+    if config.partial_weights:
+        tensors = {key: t for key, t in tensors.items() if key in state and t.shape == state[key].shape}
+        new = state.keys() - tensors.keys()
+    elif config.task == "classification" and holder == get_variant(config.model).segmenter:
+        tensors = {key: t for key, t in tensors.items() if not key.startswith(_MASK_BRANCH)}
+        new = {key for key in state if key.startswith("module_s.")}
+    elif holder != config.model:
+        raise WeightsError(f"{weights}: of {holder}, not of {config.model}; partial_weights=True copies what fits")
+    load(model, tensors | {key: state[key] for key in new}, Path(weights))
     if new:
-        said = ", ".join(f"{name} ({count})" for name, count in sorted(new.items()))
-        came = f"{len(fitting)} of {len(expected)} tensors come from {config.weights}"
-        log.warning(f"{config.model}: {came}; from random values start {said}")
+        said = ", ".join(sorted({".".join(key.split(".")[:3]) for key in new}))
+        log.warning(f"{config.model}: from random values start {said}; all else comes from {weights}")
     return model
 
 
