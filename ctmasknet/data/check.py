@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 
 from ctmasknet.data.datasets import ClassificationSample, LabelledSlices, lacking
 from ctmasknet.data.layouts import (
+    Data,
     LesionClasses,
     LesionRecord,
     Listing,
@@ -24,7 +24,6 @@ from ctmasknet.data.layouts import (
     shared_patients,
 )
 from ctmasknet.errors import DataError, InputError
-from ctmasknet.output import PathLike
 from ctmasknet.registry import Task
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
@@ -97,10 +96,10 @@ def _shown(value: Any) -> str:
 
 
 def check_dataset(
-    data: PathLike | Sequence[PathLike],
+    data: Data,
     *,
     task: Task | None = None,
-    against: PathLike | Sequence[PathLike] | None = None,
+    against: Data | None = None,
     against_names: Names | None = None,
     classes: LesionClasses = "merge",
     min_area: int = 100,
@@ -186,12 +185,9 @@ def _compare(found: Listing, other: Listing, report: DataReport) -> None:
     report.problems += [
         f"patient {patient} is in both splits; keep each patient in one" for patient in report.shared_patients
     ]
-    theirs: dict[str, Path] = {}
-    for record in other.records:
-        theirs.setdefault(_digest(record.image), record.image)
+    theirs = {_digest(record.image): record.image for record in other.records}
     for record in found.records:
-        twin = theirs.get(_digest(record.image))
-        if twin is not None:
+        if twin := theirs.get(_digest(record.image)):
             report.shared_images.append(str(record.image))
             report.problems.append(f"{record.image}: the same image as {twin} of the other split; remove one")
 

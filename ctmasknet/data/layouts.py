@@ -122,7 +122,10 @@ def same_names(one: Sequence[str], other: Sequence[str]) -> bool:
     return [name.casefold() for name in one] == [name.casefold() for name in other]
 
 
-Names = PathLike | Sequence[PathLike]
+Data = PathLike | Sequence[PathLike]
+"""A folder or file, or several."""
+
+Names = Data
 """Which slices to use: a text file that lists names, one per line, or the names themselves."""
 
 IMAGE_SUFFIXES = (*PICTURE_SUFFIXES, ".dcm")
@@ -303,12 +306,7 @@ def image_class_of(word: str) -> int | None:
 
 
 def list_slices(
-    task: Task,
-    data: PathLike | Sequence[PathLike],
-    *,
-    classes: LesionClasses = "merge",
-    min_area: int = 100,
-    names: Names | None = None,
+    task: Task, data: Data, *, classes: LesionClasses = "merge", min_area: int = 100, names: Names | None = None
 ) -> Listing:
     """As `open_dataset`, but names what is wrong in `problems` instead of raising the first."""
     typed("task", task, Task)
@@ -328,7 +326,7 @@ def list_slices(
     return found
 
 
-def guess_task(data: PathLike | Sequence[PathLike]) -> Task:
+def guess_task(data: Data) -> Task:
     """``"segmentation"`` for a COCO file or a folder with masks, else ``"classification"``."""
     first = _as_paths(data)[0]
     lesions = (first / "masks").is_dir() or (first / "imgs").is_dir() or _coco_file(first)
@@ -510,7 +508,7 @@ def _finish(found: Listing, names: Names | None) -> None:
         found.report(", ".join(map(str, found.sources)), "no slices found; is it the right folder?")
 
 
-def _as_paths(data: PathLike | Sequence[PathLike]) -> list[Path]:
+def _as_paths(data: Data) -> list[Path]:
     paths = [Path(data)] if isinstance(data, str | os.PathLike) else [Path(path) for path in data]
     if not paths:
         raise ConfigError("no data: pass a folder or a file")

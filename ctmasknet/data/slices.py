@@ -276,7 +276,10 @@ def _read_array(values: np.ndarray, source: str, kind: str, units: str | None) -
     if values.dtype.kind not in "uif":
         raise InputError(f"{source}: dtype {values.dtype} is not an image. Give uint8, or float in 0..1.")
     require_finite(values, source)
-    grey, low, high = _grey(values), float(values.min()), float(values.max())
+    low, high = float(values.min()), float(values.max())
+    # Luminance, in the units of the values; alpha is dropped.
+    grey = values[..., :3] @ LUMINANCE if values.shape[2:] in ((3,), (4,)) else values.reshape(values.shape[:2])
+    grey = grey.astype(np.float64)
     if units is None and values.dtype == np.uint8:
         grey /= 255
     elif units is None and (values.dtype.kind != "f" or low < -FLOAT_SLACK or high > 1 + FLOAT_SLACK):
@@ -289,13 +292,6 @@ def _read_array(values: np.ndarray, source: str, kind: str, units: str | None) -
         return Slice(window(grey - offset), source, kind, taken_for(units, offset))
     low, high = (grey.min(), grey.max()) if units else (0.0, 1.0)
     return Slice(window(grey, low, high), source, kind, units)
-
-
-def _grey(values: np.ndarray) -> np.ndarray:
-    """(H, W) or (H, W, 1|3|4) -> (H, W) float64 luminance, in the units of `values`; alpha is dropped."""
-    if values.ndim == 3:
-        values = values[..., 0] if values.shape[-1] == 1 else values[..., :3] @ LUMINANCE
-    return values.astype(np.float64)
 
 
 def taken_for(units: str | None, offset: float) -> str | None:
