@@ -16,7 +16,7 @@ from ctmasknet.engine.checkpoint import State
 from ctmasknet.engine.config import TrainConfig
 from ctmasknet.engine.setup import Setup
 from ctmasknet.errors import import_extra
-from ctmasknet.output import csv_text, json_bytes, write_files
+from ctmasknet.output import csv_table, json_bytes, write_files
 from ctmasknet.registry import __version__
 from ctmasknet.weights.publish import write_weights
 
@@ -122,10 +122,8 @@ class Record:
             "minutes": state.seconds / 60,
             "result": self.result(state).to_dict(),
         }
-        columns = list(dict.fromkeys(key for row in reversed(state.history) for key in row))
-        rows = [[row.get(key) for key in columns] for row in state.history]
-        contents = {"run.json": json_bytes(facts, indent=2), "metrics.csv": csv_text([columns, *rows]).encode()}
-        write_files({self.out / name: content for name, content in contents.items()})
+        table = csv_table(state.history, state.history[-1])
+        write_files({self.out / "run.json": json_bytes(facts, indent=2), self.out / "metrics.csv": table.encode()})
 
     def result(self, state: State) -> TrainResult:
         """The run so far, for its caller."""
