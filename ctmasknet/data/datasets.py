@@ -170,9 +170,6 @@ class CachedDataset(SliceDataset[Any]):
             self.nbytes += nbytes
         return sample
 
-    def labels_of(self, index: int) -> list[int]:
-        return self.source.labels_of(index)
-
     def fill(self) -> CachedDataset:
         """Read all samples that fit, in order, and return itself."""
         for index in range(len(self)):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,6 @@ log = logging.getLogger(__name__)
 FOLDER = "checkpoints"
 KEPT = 2
 _FORMAT = "4"
-_NAME = re.compile(r"step-(\d+)\.safetensors")
 
 
 @dataclass
@@ -114,21 +112,16 @@ def newest_readable(candidates: list[Path]) -> tuple[Path, dict[str, Tensor], di
     problems = []
     for path in candidates:
         try:
-            tensors, facts = read_checkpoint(path)
+            return path, *read_checkpoint(path)
         except WeightsError as error:
             problems.append(str(error))
-            continue
-        for problem in problems:
-            log.warning("%s; continuing from the one before, %s", problem, path.name)
-        return path, tensors, facts
+            log.warning("%s; the one before is tried", error)
     raise WeightsError("; ".join(problems) + ". No checkpoint is left: start again in another folder")
 
 
 def list_checkpoints(run: Path) -> list[Path]:
     """Checkpoints of a run, newest first."""
-    folder = run / FOLDER
-    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
-    return sorted(found, reverse=True)
+    return sorted((run / FOLDER).glob("step-*.safetensors"), reverse=True)
 
 
 def checkpoints_from(path: Path) -> list[Path]:
