@@ -357,6 +357,38 @@ def test_every_block_of_the_page_runs(page, tmp_path, example_data, surroundings
     run_blocks([fence for fence in fences(page) if fence.runs], folder, surroundings)
 
 
+RAY = """
+import ray
+
+ray.init(num_cpus=2, object_store_memory=200_000_000, include_dashboard=False, log_to_driver=False)
+"""
+
+COMPARE = """
+import pyarrow.parquet
+
+rows = {row["source"]: row for row in pyarrow.parquet.read_table("from_ray").to_pylist()}
+*slices, missing = Path("files.txt").read_text().splitlines()
+assert set(rows) == {*slices, missing} and len(slices) > 2, rows.keys()
+assert rows[missing]["prediction"] == "" and rows[missing]["error"].startswith(repr(missing)), rows[missing]
+for prediction in Predictor().batch(slices):
+    row = rows[prediction.source]
+    assert (json.loads(row["prediction"]), row["error"]) == (prediction.to_dict(), ""), prediction.source
+ray.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_ray_gives_what_the_predictor_gives(tmp_path, example_data, surroundings):
+    pytest.importorskip("ray.data")
+    folder = tmp_path / "work"
+    shutil.copytree(example_data, folder, symlinks=True)
+    slices = sorted(path.relative_to(folder) for path in folder.glob("mine/imgs/*.png"))
+    (folder / "files.txt").write_text("".join(f"{name}\n" for name in [*slices, "missing.png"]))
+    (recipe,) = [fence for fence in fences(DOCS / "scale.md") if fence.mark.startswith("not run: needs Ray")]
+    before, after = (Fence(Path(__file__), 0, "python", code, "") for code in (RAY, COMPARE))
+    run_blocks([before, recipe, after], folder, surroundings)
+
+
 @pytest.mark.slow
 def test_the_notebook_runs_and_shows_an_overlay(tmp_path, surroundings, monkeypatch):
     nbclient = pytest.importorskip("nbclient")
