@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
 
 from ctmasknet.cli.shared import say
 from ctmasknet.errors import ConfigError
-from ctmasknet.registry import Variant, get_variant, list_models
+from ctmasknet.registry import get_variant, list_models
 
 
 def list_command(options: argparse.Namespace) -> None:
@@ -43,11 +46,10 @@ def info_command(options: argparse.Namespace) -> None:
     ]
     if variant.roi_batch:
         lines.append(f"  module S reads {variant.roi_batch} RoIs; derived from {variant.segmenter}")
-    lines.append(f"  paper (its data, its hardware): {_paper_line(variant)}")
+    lines.append(f"  paper (its data, its hardware): {_figures(asdict(variant.paper))}")
     for entry in entries:
-        figures = ", ".join(f"{key} {value}" for key, value in entry.metrics.items())
         lines.append(f"  default weights: {entry.tag}, {entry.place}, {entry.bytes / 1e6:.1f} MB, {entry.license}")
-        lines.append(f"    measured: {figures}")
+        lines.append(f"    measured: {_figures(entry.metrics)}")
     if not entries:
         lines.append("  default weights: none yet")
     shown = ("tag", "place", "bytes", "sha256", "license", "metrics")
@@ -55,15 +57,8 @@ def info_command(options: argparse.Namespace) -> None:
     say(options, variant.to_dict() | {"weights": weights}, *lines)
 
 
-def _paper_line(variant: Variant) -> str:
-    paper = variant.paper
-    if paper.sensitivity is not None and paper.accuracy is not None:
-        control, pneumonia, covid = paper.sensitivity
-        return (
-            f"sensitivity control {control:.2%}, pneumonia {pneumonia:.2%}, COVID-19 {covid:.2%}; "
-            f"accuracy {paper.accuracy:.2%}; trained in {paper.minutes} min"
-        )
-    return f"AP@0.5 {paper.ap50}, AP@0.75 {paper.ap75}, mAP {paper.ap}; trained in {paper.minutes} min"
+def _figures(known: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in known.items() if value is not None)
 
 
 def download_command(options: argparse.Namespace) -> None:
