@@ -129,11 +129,10 @@ class _Gate:
     max_bytes: int
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        reason = self.refusal(scope) if scope["type"] == "http" else ""
-        if not reason:
-            return await self.app(scope, receive, send)
-        await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
-        await send({"type": "http.response.body", "body": reason.encode()})
+        app = self.app
+        if scope["type"] == "http" and (reason := self.refusal(scope)):
+            app = import_extra("starlette.responses", "demo", "the page").PlainTextResponse(reason, 403)
+        await app(scope, receive, send)
 
     def refusal(self, scope: Any) -> str:
         """Why a request is refused; "" if it is not."""
