@@ -172,7 +172,7 @@ def test_images_are_resized_to_the_size_that_the_model_takes(tmp_path, shorter, 
 
 @pytest.mark.parametrize("slots", [1, 5, 128])
 def test_slots_of_the_batch_are_filled_as_by_the_model(slots):
-    for valid in range(1, slots + 1):
+    for valid in range(1, slots + 3):  # the detector may give more than there are slots
         rows = batch_rows(torch.tensor(valid), slots, replicate=True)
         assert torch.equal(rows.bincount(minlength=valid), replication_counts(valid, slots))
         assert torch.equal(rows, rows.sort()[0])
