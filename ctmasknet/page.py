@@ -50,7 +50,6 @@ footer {display: none !important}
 #status {padding: .5em .8em; border-radius: 6px; border: 1px solid var(--border-color-primary)}
 #status:has(strong) {border: 2px solid #D55E00}
 #picture img {max-height: 75vh; object-fit: contain}
-#facts td {padding-right: 1.5em}
 """
 HELP = "A picture, DICOM file, series or NIfTI scan, up to {} MB. A montage takes thresholds at the next Predict."
 Shown = dict[Any, Any]  # by component of the page
