@@ -180,12 +180,12 @@ def from_pretrained(
 
     Raises:
         WeightsError: no such folder or repository, no network, no config.json, damaged, or `verify` failed.
-        ConfigError: unknown option, impossible value.
+        ConfigError: unknown option, impossible value, a device that cannot be used.
     """
     stored = load_stored(path_or_repo, None, revision=revision, golden=verify)
     if verify:  # as saved: options given here may change the outputs
         verified(stored)
-    return assemble(stored, config).to(device or "cpu")
+    return assemble(stored, config).to(choose_device(device or "cpu"))
 
 
 def load_released(path: str | os.PathLike[str], name: str | None = None, **config: Any) -> Model:

@@ -11,7 +11,7 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
-from ctmasknet import ConfigError, WeightsError, create_model
+from ctmasknet import ConfigError, WeightsError, create_model, from_pretrained
 from ctmasknet.registry import DEFAULT_CLASSIFIER, DEFAULT_SEGMENTER
 from ctmasknet.zoo import open_model
 
@@ -78,11 +78,12 @@ def test_what_is_no_model_is_named_with_the_fix(source, error, message):
 
 
 def test_a_model_of_the_other_task_and_an_impossible_device_are_refused(saved):
-    model, _ = saved
+    model, folder = saved
     with pytest.raises(ConfigError, match="is for segmentation, but a model for classification is needed"):
         open_model(model, task="classification", device="cpu")
-    with pytest.raises(ConfigError, match="device='nonsense' cannot be used"):
-        open_model(model, device="nonsense")
+    for load, source in ((open_model, model), (from_pretrained, folder)):
+        with pytest.raises(ConfigError, match="device='nonsense' cannot be used"):
+            load(source, device="nonsense")
 
 
 def test_create_model_says_what_to_write_for_pretrained():

@@ -235,8 +235,10 @@ def evaluate(
         MissingExtraError: an extra is missing; the text names it.
     """
     began = time.monotonic()
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit={limit}: must be at least 1")
+    counts = {"limit": (limit, 1), "batch_size": (batch_size, 1), "seed": (seed, 0), "workers": (workers, 0)}
+    for name, (count, least) in (counts | {"samples": (samples, 0)}).items():
+        if count is not None and count < least:
+            raise ConfigError(f"{name}={count}: must be at least {least}")
     given = {"score_threshold": score_threshold, "nms_threshold": nms_threshold}
     point = {name: value for name, value in given.items() if value is not None}
     for name, value in point.items():

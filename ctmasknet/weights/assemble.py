@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ctmasknet.errors import ConfigError, WeightsError, shown
 from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN, Model, model_config
-from ctmasknet.registry import VARIANTS, Variant, get_variant
+from ctmasknet.registry import Variant, get_variant
 from ctmasknet.weights.files import WEIGHTS_NAME, StoredWeights, inherited, is_finite, read_tensors, state_digest
 from ctmasknet.weights.hub import HubSource, from_hub
 from ctmasknet.weights.manifest import backbone_entry
-from ctmasknet.weights.released import read_state_dict
+from ctmasknet.weights.released import read_state_dict, recognised
 
 log = logging.getLogger(__name__)
 
@@ -79,8 +79,8 @@ def load(model: Model, tensors: Mapping[str, Tensor], path: Path) -> bool:
     expected = {key: t for key, t in state.items() if not key.startswith(changed)}
     fitting = {key: t for key, t in tensors.items() if not key.startswith(changed)}
     if misfits := _misfits(fitting, expected):
-        holder = _variant_of(tensors)
-        hint = f" It holds {holder}." if holder not in (None, model.variant.name) else ""
+        holder = recognised(tensors)
+        hint = f" It holds {holder.name}." if holder not in (None, model.variant) else ""
         raise WeightsError(f"{path}: not weights of {model.variant.name} as configured: tensors {misfits}.{hint}")
     model.load_state_dict(fitting, strict=False)
     if changed:
@@ -105,12 +105,6 @@ def _misfits(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> s
         "with NaN or infinite values": {key for key in common - unlike if not is_finite(tensors[key])},
     }
     return ", ".join(f"{len(keys)} {what} (first: {shown(min(keys))[1:-1]})" for what, keys in kinds.items() if keys)
-
-
-def _variant_of(tensors: Mapping[str, Tensor]) -> str | None:
-    """Which variant a state dict belongs to, by its number of values; None if none fits."""
-    values = sum(t.numel() for t in tensors.values())
-    return next((variant.name for variant in VARIANTS.values() if variant.num_values == values), None)
 
 
 def load_backbone(model: Model, source: str | os.PathLike[str] | None = None) -> str:

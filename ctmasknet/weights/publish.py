@@ -305,6 +305,7 @@ _TOLERANCES = {  # fraction of the value recorded, plus so much; boxes and areas
     "logits": (0.01, 0.05),
     "probabilities": (0.0, 0.01),
 }
+_DAMAGED = "The weights or this installation are damaged: ctmasknet doctor, then download them again"
 OF_THE_IMAGE = ("logits", "probabilities")
 """Outputs that have no row per region."""
 
@@ -348,10 +349,7 @@ def _problem(model: Model, golden: Mapping[str, Tensor]) -> str | None:
         if value.dtype != found[key].dtype or value.shape != (count, *found[key].shape[1:]):
             return "the shapes in it contradict each other: not a golden file of this library"
     if difference := _difference(recorded, found):
-        return (
-            f"the model does not reproduce its recorded outputs: {difference}. The weights or this installation are "
-            "damaged: ctmasknet doctor, then download them again"
-        )
+        return f"the model does not reproduce its recorded outputs: {difference}. {_DAMAGED}"
     if digest is None or not torch.equal(digest, _digest(model)):
         return "recorded of other weights, by their SHA-256: download the folder again"
     return None

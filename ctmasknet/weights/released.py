@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, ClassVar
 import torch
 from torch import Tensor
 
-from ctmasknet.errors import ConfigError, WeightsError, typed
+from ctmasknet.errors import ConfigError, WeightsError, shown, typed
 from ctmasknet.registry import VARIANTS, Variant
 from ctmasknet.weights.files import OWN_STATE_DICT, StoredWeights
 
@@ -51,7 +51,9 @@ def read_released(path: str | os.PathLike[str], variant: Variant | None = None) 
     if not isinstance(weights, dict) or len(tensors) < len(weights):
         raise WeightsError(f"{path}: not a released checkpoint: it has no 'model_weights' dict of tensors")
     renamed = {_rename(key): value for key, value in tensors.items()}
-    found = _recognise(path, renamed)
+    found = recognised(renamed)
+    if found is None:
+        raise WeightsError(f"{path}: none of the 14 variants has these weights (keys: {shown(list(renamed)[:3])}...)")
     if variant is not None and found.name != variant.name:
         raise WeightsError(
             f"{path}: holds {found.name}, not {variant.name}: load it as {found.name}, or leave the name out"
@@ -92,8 +94,8 @@ def _rename(key: str) -> str:
     return key
 
 
-def _recognise(path: Path, weights: dict[str, Tensor]) -> Variant:
-    """Task, depth and truncation from keys alone; the strict load that follows checks every shape."""
+def recognised(weights: Mapping[str, Tensor]) -> Variant | None:
+    """The variant of a state dict, by its keys alone; loading it strictly checks every shape."""
     task = "classification" if _IMAGE_CLASSES in weights else "segmentation"
     stages = {key.split(".")[2] for key in weights if key.startswith("backbone.body.layer")}
     backbone = "resnet34" if "backbone.body.layer1.2.conv1.weight" in weights else "resnet18"
@@ -102,9 +104,7 @@ def _recognise(path: Path, weights: dict[str, Tensor]) -> Variant:
     for variant in VARIANTS.values():
         if (variant.task, variant.backbone, variant.stages) == (task, backbone, len(stages)) and _CLASSES in weights:
             return variant
-    raise WeightsError(
-        f"{path}: none of the 14 variants has these weights (first keys: {', '.join(list(weights)[:3])})"
-    )
+    return None
 
 
 def _anchors(path: Path, generator: Any, variant: Variant) -> dict[str, Any]:
