@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from torch import Tensor
 from ctmasknet.batch import COCO_IMAGES, COCO_RESULTS
 from ctmasknet.data.datasets import ClassificationSample, SegmentationSample, SliceDataset
 from ctmasknet.data.layouts import CocoRecord, decode_segmentation, half_open_boxes, slice_name
-from ctmasknet.errors import ConfigError, DataError, typed
+from ctmasknet.errors import ConfigError, DataError, shown, typed
 from ctmasknet.evaluation.metrics import (
     COCO_SCORE,
     NMS_THRESHOLDS,
@@ -227,14 +227,11 @@ class Predictions(NamedTuple):
             return _segmentation_row(sample, *above)
 
         def classified(sample: ClassificationSample) -> Row:
-            own = of_slice[sample.name]
-            if len(own) != 1:
-                raise DataError(f"{self.path}: {len(own)} predictions for image {sample.name}; every slice needs one")
-            found = own[0].get("probabilities", [])
+            given = [entry.get("probabilities", []) for entry in of_slice[sample.name]]
+            found = given[0] if len(given) == 1 else []
             if len(found) != count or min(found) < 0 or abs(sum(found) - 1) > 1e-2:
-                raise DataError(
-                    f"{own[0]['where']}: probabilities {found}: {count} numbers that add up to 1 are needed"
-                )
+                need = f"one prediction of {count} probabilities that add up to 1 is needed"
+                raise DataError(f"{self.path}: image {sample.name}: {need}, not {shown(given)}")
             return classification_row(sample, found)
 
         facts: dict[str, Any] = {"predictions": sha256_of(self.path)[:16]}
@@ -254,13 +251,11 @@ class Predictions(NamedTuple):
         numbers = self._listed("images", "file_name", data) or {}
         found: dict[str, list[Row]] = defaultdict(list)
         for entry in self.entries:
-            where = f"{entry['where']}: image_id {entry['image_id']!r}"
             name = str(numbers.get(entry["image_id"], entry["image_id"]))
             names = [name] if name in known else named[slice_name(name)]
-            if not names:
-                raise DataError(f"{where} is no slice of the data; give the slices' names or leave it out")
-            if len(names) > 1:
-                raise DataError(f"{where} could be {' or '.join(names[:3])}; give the path")
+            if len(names) != 1:
+                what = f"image_id {shown(entry['image_id'])} is {' or '.join(names[:3]) or 'no slice of the data'}"
+                raise DataError(f"{entry['where']}: {what}; give the name or path of one")
             found[names[0]].append(entry)
         return found
 
@@ -287,30 +282,19 @@ class Predictions(NamedTuple):
             return None
         try:
             listed = typed(key, content[key], list[dict[str, Any]])
-            columns = {"id": [typed("id", one["id"], int | str) for one in listed]}
-            columns[name] = [typed(name, one[name], str) for one in listed]
+            names = {typed("id", one["id"], int | str): typed(name, one[name], str) for one in listed}
         except (ConfigError, KeyError):
-            raise DataError(f"{source}: {key} must be a list of objects with id and {name}") from None
-        for field, values in columns.items():
-            for value, count in Counter(values).most_common(1):
-                if count > 1:
-                    raise DataError(f"{source}: {field} {value} appears twice in {key}; each needs its own")
-        return dict(zip(columns["id"], columns[name], strict=True))
+            listed, names = [{}], {}  # which says so below
+        if len(set(names.values())) < len(listed):
+            raise DataError(f"{source}: {key} must be a list of objects, each with an id and a {name} of its own")
+        return names
 
 
 def _require_detection(entry: Row, labels: dict[Any, int]) -> None:
-    category, score = entry.get("category_id"), entry.get("score", math.nan)
-    problem = None
-    if category not in labels:
-        problem = f"category_id {category!r} is none of {sorted(labels)}; mend or leave it out"
-    elif not 0 <= score <= 1:
-        problem = f"score {score!r} is no number in 0..1"
-    elif "segmentation" not in entry:
-        problem = "no segmentation; masks are needed (COCO's segm results)"
-    elif len(entry.get("bbox", range(4))) != 4:
-        problem = f"bbox {entry['bbox']!r} is not [x, y, width, height]"
-    if problem is not None:
-        raise DataError(f"{entry['where']}: {problem}")
+    scored = "segmentation" in entry and 0 <= entry.get("score", math.nan) <= 1
+    if not scored or entry.get("category_id") not in labels or len(entry.get("bbox", range(4))) != 4:
+        need = f"a segmentation, a score in 0..1, a category_id of {sorted(labels)}, a bbox of four numbers or none"
+        raise DataError(f"{entry['where']}: needs {need}, as COCO's segm results have them")
 
 
 def _detections(own: list[Row], labels: dict[Any, int], sample: SegmentationSample) -> Found:

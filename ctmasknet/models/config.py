@@ -69,10 +69,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
             object.__setattr__(self, name, _checked(name, kind, getattr(self, name)))
-        if self.num_classes < 2:
-            raise ConfigError(f"num_classes={self.num_classes}: counts the background, so at least 2")
-        if self.image_classes < 2:
-            raise ConfigError(f"image_classes={self.image_classes}: module S tells at least 2 classes apart")
+        if min(self.num_classes, self.image_classes) < 2:
+            counts = f"num_classes={self.num_classes}, image_classes={self.image_classes}"
+            raise ConfigError(f"{counts}: at least 2 each are needed; num_classes counts the background")
         if self.min_size > self.max_size:
             raise ConfigError(f"min_size={self.min_size} exceeds max_size={self.max_size}")
         if min(self.image_std) <= 0 or min(self.bbox_reg_weights) <= 0:
@@ -125,10 +124,9 @@ def _checked(name: str, kind: Any, value: Any) -> Any:
         if len(value) != len(get_args(kind)):
             raise ConfigError(f"{name} takes {len(get_args(kind))} numbers, got {len(value)}")
         return tuple(value)
-    if kind is int and value > _MOST.get(name, _MOST_OF_OTHERS):
-        raise ConfigError(f"{name}={shown(value)}: at most {_MOST.get(name, _MOST_OF_OTHERS)}")
-    if kind is int and value < 1:
-        raise ConfigError(f"{name}={value}: must be at least 1")
+    most = _MOST.get(name, _MOST_OF_OTHERS)
+    if kind is int and not 1 <= value <= most:
+        raise ConfigError(f"{name}={shown(value)}: must lie in 1..{most}")
     if name.endswith(("nms_thresh", "iou_thresh", "_fraction")) and not 0 <= value <= 1:
         raise ConfigError(f"{name}={value}: must lie in 0..1")
     return value
