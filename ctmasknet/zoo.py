@@ -98,15 +98,11 @@ def choose_device(device: str | torch.device | None) -> torch.device:
 
 def class_names(model: Model) -> tuple[str, ...]:
     """Names of the detector's classes (background first), or of a classifier's image classes."""
-    stored = model.metadata.get("classes")
-    if model.variant.task == "segmentation":
-        count, known = model.config.num_classes, LESION_CLASSES.get(model.config.num_classes)
-    else:
-        count = model.config.image_classes
-        known = IMAGE_CLASSES if count == len(IMAGE_CLASSES) else None
-    if stored is not None and len(stored) == count:
-        return tuple(stored)
-    return known or tuple(f"class {index}" for index in range(count))
+    stored, config = model.metadata.get("classes", ()), model.config
+    lesions = model.variant.task == "segmentation"
+    count = config.num_classes if lesions else config.image_classes
+    known = LESION_CLASSES if lesions else {len(IMAGE_CLASSES): IMAGE_CLASSES}
+    return tuple(stored) if len(stored) == count else known.get(count, tuple(f"class {n}" for n in range(count)))
 
 
 def create_model(

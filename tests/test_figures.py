@@ -165,8 +165,6 @@ def test_contributions_are_drawn_for_and_against() -> None:
         assert beside == [f"{value:+.2f}" for value in found.contributions[order[:5], column]]
         dashed = [box.get_linestyle() != "-" for box in reversed(boxes)]
         assert dashed == [bool(value < 0) for value in found.contributions[order, column]]
-    with pytest.raises(ConfigError, match="2 for 3 logits"):
-        contribution_figure(np.zeros((8, 8), np.float32), found, NAMES[:2])
 
 
 def test_classes_differ_in_grey_by_lightness_or_hatching() -> None:

@@ -242,7 +242,7 @@ def test_missing_files_are_named(tmp_path):
         ("library", "other", "not a config.json of this library"),
         ("format", 99, "format 99"),
         ("format", "1", "format='1': a whole number is needed"),
-        ("variant", "resnet999", "unknown variant"),
+        ("variant", "resnet999", "variant 'resnet999' is unknown"),
         ("config", [], "a mapping is needed"),
         ("surprise", 1, "unknown field 'surprise'"),
         ("metadata", {"surprise": 1}, "unknown field 'surprise'"),

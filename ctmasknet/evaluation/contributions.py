@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ctmasknet.errors import ConfigError, import_extra
+from ctmasknet.errors import import_extra
 from ctmasknet.models.classifier import COVIDCTMaskNet
 from ctmasknet.registry import class_title
 from ctmasknet.results import RoIBatch
@@ -79,11 +79,8 @@ def contribution_figure(
     have their contribution beside them.
 
     Raises:
-        ConfigError: `class_names` does not fit.
         MissingExtraError: matplotlib is not installed.
     """
-    if len(class_names) != contributions.contributions.shape[1]:
-        raise ConfigError(f"class_names: {len(class_names)} for {contributions.contributions.shape[1]} logits")
     matplotlib = import_extra("matplotlib", "plots", "drawing contributions")
     for part in ("figure", "patches", "lines", "patheffects"):
         import_extra(f"matplotlib.{part}", "plots", "drawing contributions")

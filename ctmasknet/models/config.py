@@ -136,10 +136,8 @@ def _levels(name: str, value: Any) -> tuple[Any, ...]:
     """Anchor sizes or ratios, of all FPN levels or level by level."""
     levels = typed(name, value, list[list[float] | float])
     rows = [level for level in levels if isinstance(level, list)]
-    if not levels or (rows and len(rows) < len(levels)) or [] in rows:
-        raise ConfigError(f"{name}={shown(value)}: a list of numbers is needed, or one for each FPN level")
-    if min(map(min, rows or [levels])) <= 0:
-        raise ConfigError(f"{name}={shown(value)}: must be above 0")
+    if not levels or (rows and len(rows) < len(levels)) or [] in rows or min(map(min, rows or [levels])) <= 0:
+        raise ConfigError(f"{name}={shown(value)}: a list of numbers above 0 is needed, or one for each FPN level")
     return tuple(map(tuple, rows)) if rows else tuple(levels)
 
 

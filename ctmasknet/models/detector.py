@@ -323,14 +323,12 @@ def checked_images(images: Sequence[Tensor]) -> list[Tensor]:
         raise InputError(f"images is a single {type(images).__name__}: {wanted}")
     if len(images) == 0:
         raise InputError(f"no images: {wanted}")
+    fixes = "an array: torch.from_numpy(array); 8 bit: image.float() / 255; grey: image.expand(3, -1, -1)"
     for number, image in enumerate(images):
-        name = f"images[{number}]"
-        if not isinstance(image, Tensor):
-            raise InputError(f"{name} is of type {type(image).__name__}: {wanted} (torch.from_numpy(array))")
-        if image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
-            raise InputError(f"{name} has shape {tuple(image.shape)}: {wanted} (repeat grey: image.expand(3, -1, -1))")
-        if image.dtype != torch.float32:
-            raise InputError(f"{name} is {image.dtype}: {wanted} (8 bit: image.float() / 255)")
+        floats = isinstance(image, Tensor) and image.dtype == torch.float32
+        if not floats or image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
+            kind = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+            raise InputError(f"images[{number}] is {kind}: {wanted} ({fixes})")
     # One copy to the host for all.
     extremes = torch.stack([torch.stack(image.detach().aminmax()) for image in images]).tolist()
     for number, (low, high) in enumerate(extremes):

@@ -139,10 +139,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     _check_types(path, facts, _CONFIG_TYPES)
     if missing := sorted(_CONFIG_TYPES.keys() - facts.keys()):
         raise WeightsError(f"{path}: lacks {', '.join(missing)}")
-    if facts["format"] != FORMAT:
-        raise WeightsError(f"{path}: format {facts['format']}, this version reads {FORMAT}: update ctmasknet")
-    if facts["variant"] not in VARIANTS:
-        raise WeightsError(f"{path}: unknown variant {shown(facts['variant'])}: update ctmasknet")
+    if facts["format"] != FORMAT or facts["variant"] not in VARIANTS:
+        what = f"format {facts['format']} or variant {shown(facts['variant'])}"
+        raise WeightsError(f"{path}: {what} is unknown to this version: update ctmasknet")
     return facts | {"metadata": checked_metadata(path, facts["metadata"])}
 
 

@@ -257,8 +257,6 @@ def load_stored(
         variant: what it must hold; None accepts any.
         golden: also make sure of the golden file beside the weights.
     """
-    if weights == "default" and variant is not None:
-        return _load_entry(default_entry(variant), golden=golden)
     if not isinstance(weights, str | os.PathLike):
         raise WeightsError(f"weights={weights!r}: use None, 'default', or the path of a file or folder")
     source = None
@@ -266,7 +264,9 @@ def load_stored(
         if weights in VARIANTS:
             raise WeightsError(f"{weights} is a variant, not a path: create_model('{weights}', weights='default')")
         source = hub_source(weights, revision)
-    if source is not None:
+    if weights == "default" and variant is not None:
+        stored = _load_entry(default_entry(variant), golden=golden)
+    elif source is not None:
         stored = _from_repository(source, golden=golden)
     elif revision is not None:
         raise WeightsError(f"{weights}: revision={revision!r} is for Hub repositories ('owner/name'), not for paths")
@@ -311,10 +311,7 @@ def _load_entry(entry: ManifestEntry, *, golden: bool = False) -> StoredWeights:
             raise WeightsError(f"{entry.path}: bundled weights are missing or damaged: reinstall ctmasknet")
         return read_weights(entry.path)
     source = HubSource(entry.repository or "", entry.revision or "")
-    stored = _from_repository(source, golden=golden, sha256=entry.sha256)
-    if stored.variant != entry.variant:
-        raise WeightsError(f"{source}: holds {stored.variant}, not {entry.variant}, as the manifest says")
-    return stored
+    return _from_repository(source, golden=golden, sha256=entry.sha256)
 
 
 def _from_repository(source: HubSource, *, golden: bool = False, sha256: str | None = None) -> StoredWeights:

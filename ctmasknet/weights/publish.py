@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCardData, constants
+from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCardData
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -137,8 +137,6 @@ def push_folder(
         raise WeightsError(f"{repository!r} is not a repository id: give owner/name")
     model, files = packed(folder, repository, failures)
     operations = [CommitOperationAdd(name, content) for name, content in files.items()]
-    if constants.HF_HUB_OFFLINE:
-        raise WeightsError(f"{repository}: HF_HUB_OFFLINE forbids publishing")
     api = HfApi()
     explained(target, lambda: api.create_repo(repository, private=private, exist_ok=True))
     message = f"{model.variant.name} {model.metadata.get('note', '')}".strip()[:72]

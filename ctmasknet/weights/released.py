@@ -114,17 +114,15 @@ def _anchors(path: Path, generator: Any, variant: Variant) -> dict[str, Any]:
     stored = getattr(generator, "state", None)
     result = {}
     for option, attribute in (("anchor_sizes", "sizes"), ("anchor_ratios", "aspect_ratios")):
-        levels = stored.get(attribute) if isinstance(stored, dict) else None
+        levels: Any = stored.get(attribute) if isinstance(stored, dict) else None
         try:
-            if not isinstance(levels, list | tuple) or max(map(len, levels[: variant.levels])) > _MOST_ANCHORS:
+            few = not isinstance(levels, list | tuple) or len(levels) < variant.levels
+            if few or max(map(len, levels[: variant.levels])) > _MOST_ANCHORS:
                 raise TypeError
             result[option] = typed(attribute, levels[: variant.levels], list[list[float]])
         except (TypeError, ValueError, ConfigError):
-            raise WeightsError(f"{path}: its anchor generator has unusable {attribute}") from None
-        if len(levels) < variant.levels:
-            raise WeightsError(
-                f"{path}: its anchor generator has {len(levels)} levels, {variant.name} needs {variant.levels}"
-            )
+            need = f"{variant.name} needs {variant.levels} level(s)"
+            raise WeightsError(f"{path}: its anchor generator has unusable {attribute}; {need}") from None
     return result
 
 
