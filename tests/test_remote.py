@@ -315,8 +315,25 @@ class Broken(MemoryFileSystem):
         raise PermissionError("403\nForbidden")
 
 
+class Locked(MemoryFileSystem):
+    """A server that lets nobody into one of its folders, and looks for files as most do."""
+
+    protocol = "locked"
+    find = fsspec.AbstractFileSystem.find
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.removeprefix("locked://"))
+
+    def ls(self, path, detail=True, **options):
+        if path.endswith("/closed"):
+            raise PermissionError(13, "Permission denied")
+        return super().ls(path, detail, **options)
+
+
 @pytest.fixture(autouse=True)
 def servers() -> None:
+    fsspec.register_implementation("locked", Locked, clobber=True)
     fsspec.register_implementation("odd", Odd, clobber=True)
     fsspec.register_implementation("broken", Broken, clobber=True)
     fsspec.register_implementation("undriven", "no_such_package.Files", clobber=True, errtxt="Install undriven-fs")
@@ -356,6 +373,8 @@ def test_what_is_too_large_is_not_copied(memory, monkeypatch):
     memory.pipe_file("folder/2", png())
     copied = []
     monkeypatch.setattr(ctmasknet.data.remote, "_copy", lambda *arguments: copied.append(arguments))
+    with pytest.raises(InputError, match=r"^memory://folder: a directory, not a slice"):
+        read_slice("memory://folder")
     for url in ("memory://a.png", "memory://folder"):
         with pytest.raises(InputError, match=rf"^{url}: larger than [\d,]+ bytes, too large to be copied here"):
             open_volume(url)
@@ -371,6 +390,14 @@ def test_what_turns_out_too_large_is_not_copied_to_its_end(memory, monkeypatch):
             read_slice(url)
     monkeypatch.setattr(ctmasknet.data.slices, "MAX_PICTURE", len(png()))
     assert read_slice("odd://a.png").source == "odd://a.png"
+
+
+def test_a_folder_that_cannot_be_listed_whole_is_refused(memory):
+    memory.pipe_file("in/open/a.png", png())
+    memory.pipe_file("in/closed/b.png", png())
+    assert [one.name for one in find_inputs(["locked://in/open"])] == ["locked://in/open/a.png"]
+    (failure,) = find_inputs(["locked://in"])
+    assert failure.error.startswith("locked://in: cannot be had (Permission denied)")
 
 
 def test_a_folder_of_too_many_files_is_no_scan(memory, monkeypatch):

@@ -86,8 +86,11 @@ def joined(folder: str, name: str) -> str:
     return first + ("" if first.endswith("/") else "/") + name + chain + rest
 
 
-def fetch(url: str, limit: int) -> Local:
+def fetch(url: str, limit: int, *, folders: bool = True) -> Local:
     """Copy the file behind a URL, or the files of a folder, which have at most `limit` bytes together.
+
+    Args:
+        folders: False leaves the copy of a folder empty.
 
     Raises:
         InputError: there is nothing, it is too large, or it cannot be had.
@@ -102,7 +105,7 @@ def fetch(url: str, limit: int) -> Local:
         found = {copy.path: info}
         if info["type"] == "directory":
             os.mkdir(copy.path)  # noqa: PTH102
-            entries = [entry for entry in system.ls(path, detail=True) if entry["type"] == "file"]
+            entries = [entry for entry in system.ls(path, detail=True) if entry["type"] == "file"] if folders else []
             # Last parts alone, for an archive may list ../../name.
             named = [(os.path.basename(entry["name"]), entry) for entry in entries]  # noqa: PTH119
             found = {os.path.join(copy.path, name): entry for name, entry in named if name}  # noqa: PTH118
@@ -139,10 +142,7 @@ def walk(url: str) -> Iterator[tuple[str, list[str], list[str]]]:
     `fetch` does."""
     with _fetching(url):
         system, path = _opened(url)
-        # Unasked, most file systems keep it to themselves if a folder cannot be listed.
-        options = {} if getattr(system, "async_impl", False) else {"on_error": "raise"}
-        names = system.find(path, **options)
-        inside = [name[len(path) :].lstrip("/") for name in names if not name.endswith("/")]
+        inside = [name[len(path) :].lstrip("/") for name in _files(system, path) if not name.endswith("/")]
     if outside := [name for name in inside if "::" in name or ".." in _steps(name)]:
         raise InputError(f"{url}: a name in it leads elsewhere ({outside[0]}). Rename that file.")
     for folder, files in groupby(sorted(name.rpartition("/") for name in inside), key=lambda parts: parts[0]):
@@ -161,6 +161,20 @@ def _opened(url: str) -> tuple[Any, str]:
         return url_to_fs(url)
     system = _archive(f"{first.partition('://')[0]}://::{rest}", threading.get_ident(), time.monotonic() // ARCHIVE_AGE)
     return system, system._strip_protocol(first)
+
+
+def _files(system: Any, path: str) -> Iterator[str]:
+    """All files below a folder."""
+    from fsspec import AbstractFileSystem
+
+    if getattr(system, "async_impl", False) or type(system).find is not AbstractFileSystem.find:
+        yield from system.find(path)  # its own, in few requests
+        return
+    for entry in system.ls(path, detail=True):  # where the common one passes over folders that cannot be listed
+        if entry["type"] != "directory":
+            yield entry["name"]
+        elif entry["name"].rstrip("/") != path.rstrip("/"):
+            yield from _files(system, entry["name"])
 
 
 @lru_cache(maxsize=16)
@@ -200,7 +214,9 @@ def _fetching(url: str) -> Iterator[None]:
     except ImportError as error:
         raise MissingExtraError(f"{url}: a package for this address is missing. {error}.") from error
     except FileNotFoundError as error:
-        raise InputError(f"{url}: nothing is there. Check the address.") from error
+        # HTTP has this error for whatever a server answers.
+        why = f" ({reason_of(error.__cause__)})" if isinstance(error.__cause__, Exception) else ""
+        raise InputError(f"{url}: nothing is there{why}. Check the address.") from error
     except Exception as error:
         reason = reason_of(error)
         raise InputError(f"{url}: cannot be had ({reason}). Check the address and your access to it.") from error

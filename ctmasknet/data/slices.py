@@ -135,7 +135,7 @@ def read_slice(source: Source, *, units: str | None = None) -> Slice:
     if isinstance(source, np.ndarray):
         return _read_array(source, "array", "array", units)
     if isinstance(source, str | os.PathLike):
-        file = local(source)
+        file = local(source, folders=False)
         with file.naming():
             return _read_file(file, units)
     raise InputError(f"{type(source).__name__}: not a slice. Give a path, a PIL image, an array or a tensor.")
@@ -154,14 +154,15 @@ def window(values: np.ndarray, low: float = LUNG_WINDOW[0], high: float = LUNG_W
     return np.clip((np.asarray(values, np.float64) / 2 - low / 2) / span, 0.0, 1.0).astype(np.float32)
 
 
-def local(source: str | os.PathLike[str]) -> Local:
+def local(source: str | os.PathLike[str], *, folders: bool = True) -> Local:
     """The file or folder on this machine: a path as it is, of a URL a copy, if it is not larger than it may be."""
     if isinstance(source, Local):
         return source
     name = os.fsdecode(source)
     if not is_url(name):
         return Local(name, name)
-    return fetch(name, MAX_PICTURE if as_path(name).lower().endswith(PICTURE_SUFFIXES) else MAX_FETCHED)
+    limit = MAX_PICTURE if as_path(name).lower().endswith(PICTURE_SUFFIXES) else MAX_FETCHED
+    return fetch(name, limit, folders=folders)
 
 
 def _read_file(file: Local, units: str | None) -> Slice:
