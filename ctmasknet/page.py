@@ -42,7 +42,7 @@ NONE = "none"
 DEFAULTS = (DEFAULT_SEGMENTER, DEFAULT_CLASSIFIER)
 OVERLAY, SCORE_MAP, CONTRIBUTIONS, MONTAGE = "Overlay", "Score map", "RoI contributions", "Montage"
 UNITS = {"as the file says": None, "Hounsfield units": "hu", "stretch its own range": "range"}
-MAX_FILES = 2000  # of one upload: a series
+MAX_BYTES, MAX_FILES = 500_000_000, 2000  # of one upload: a series
 KEPT_UPLOADS = 10  # of the largest size; beyond, none is taken
 KEPT_SECONDS = 3600  # what a visitor sent, after the last click
 CSS = """
@@ -51,7 +51,8 @@ footer {display: none !important}
 #status:has(strong) {border: 2px solid #D55E00}
 #picture img {max-height: 75vh; object-fit: contain}
 """
-HELP = "A picture, DICOM file, series or NIfTI scan, up to {} MB. A montage takes thresholds at the next Predict."
+HELP = f"A picture, DICOM file, series or NIfTI scan, up to {MAX_BYTES // 1_000_000} MB. "
+HELP += "A montage takes thresholds at the next Predict."
 Shown = dict[Any, Any]  # by component of the page
 Point = tuple[float, float]  # score and NMS threshold
 
@@ -80,17 +81,17 @@ class Case:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def open_case(paths: Sequence[str], work: Path, units: str | None, max_bytes: int) -> Case:
+def open_case(paths: Sequence[str], work: Path, units: str | None) -> Case:
     """Read an upload: one picture, one DICOM file, the files of a series, or a NIfTI file or pair.
 
     Raises:
-        InputError: nothing of the kind, or more than `max_bytes`; the text names the file as the visitor knows it.
+        InputError: nothing of the kind, or beyond the limits; the text names the file as the visitor knows it.
     """
     if not paths:
         raise InputError("nothing to predict: choose a file")
     name = Path(paths[0]).name if len(paths) == 1 else f"{len(paths)} files"
-    if len(paths) > MAX_FILES or sum(Path(path).stat().st_size for path in paths) > max_bytes:
-        limit = f"{max_bytes // 1_000_000} MB or {MAX_FILES} files"
+    if len(paths) > MAX_FILES or sum(Path(path).stat().st_size for path in paths) > MAX_BYTES:
+        limit = f"{MAX_BYTES // 1_000_000} MB or {MAX_FILES} files"
         raise InputError(f"{name}: more than {limit} in one upload. Send less, or use ctmasknet predict.")
     folder = Path(tempfile.mkdtemp(dir=work))
     try:
@@ -125,7 +126,6 @@ class _Gate:
 
     app: Any
     work: Path
-    max_bytes: int
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         app = self.app
@@ -144,10 +144,10 @@ class _Gate:
             return "only this page itself may ask"
         if scope["method"] == "POST":
             size = headers.get("content-length", "")
-            if not size.isdecimal() or int(size) > self.max_bytes + 1_000_000:  # what a form adds
-                return f"more than {self.max_bytes // 1_000_000} MB in one upload"
+            if not size.isdecimal() or int(size) > MAX_BYTES + 1_000_000:  # what a form adds
+                return f"more than {MAX_BYTES // 1_000_000} MB in one upload"
             kept = [file.stat().st_size for file in self.work.rglob("*") if file.is_file()]
-            if sum(kept) > KEPT_UPLOADS * self.max_bytes or len(kept) > KEPT_UPLOADS * MAX_FILES:
+            if sum(kept) > KEPT_UPLOADS * MAX_BYTES or len(kept) > KEPT_UPLOADS * MAX_FILES:
                 return "too much is kept here: start the page anew, or try again in an hour"
         return ""
 
@@ -184,7 +184,6 @@ def _build(
     offered: Sequence[list[str]],
     given: Sequence[float | None],
     work: Path,
-    max_bytes: int,
 ) -> Any:
     """The page as `gradio.Blocks`; the first of the models `offered` are chosen, thresholds as `given` or their own."""
     gr = import_extra("gradio", "demo", "the page")
@@ -207,7 +206,7 @@ def _build(
 
     @guarded
     def on_open(paths: list[str] | None, unit: str, before: Case | None) -> Shown:
-        case = open_case(paths or [], work, UNITS[unit], max_bytes)
+        case = open_case(paths or [], work, UNITS[unit])
         if before is not None:
             before.drop()
         scan = isinstance(case.content, Volume)
@@ -307,7 +306,7 @@ def _build(
                     cut = gr.Slider(0, 1, score, step=0.01, label="Score threshold", elem_id="threshold")
                     nms = gr.Slider(0, 1, overlap, step=0.01, label="NMS threshold")
                     units = gr.Dropdown([*UNITS], value=next(iter(UNITS)), label="Values of the files")
-                gr.Markdown(HELP.format(max_bytes // 1_000_000))
+                gr.Markdown(HELP)
             with gr.Column(scale=3, min_width=320):
                 status = gr.HTML(elem_id="status")
                 view = gr.Radio([OVERLAY, SCORE_MAP, CONTRIBUTIONS], value=OVERLAY, show_label=False, elem_id="view")
@@ -349,7 +348,6 @@ def serve(
     device: str | None = None,
     precision: Precision = "float32",
     port: int | None = None,
-    max_upload_mb: int = 200,
     on_start: Callable[[str], None] = print,
     stop: threading.Event | None = None,
 ) -> None:
@@ -360,7 +358,6 @@ def serve(
         score_threshold, nms_threshold: at first; None takes the weights' own.
         device, precision: as for `Predictor`.
         port: where to listen; without one the first free one from 7860 on.
-        max_upload_mb: the most that one upload may hold, all files together.
         on_start: called with the page's address.
         stop: ends the call.
 
@@ -369,9 +366,6 @@ def serve(
         WeightsError: the weights chosen are missing or damaged.
         MissingExtraError: gradio or matplotlib is not installed.
     """
-    if max_upload_mb < 1:
-        raise ConfigError(f"--max-upload-mb {max_upload_mb}: must be at least 1")
-    max_bytes = max_upload_mb * 1_000_000
     import_extra("matplotlib", "demo", "the page")
     gr = import_extra("gradio", "demo", "the page")
 
@@ -389,9 +383,9 @@ def serve(
     options: dict[str, Any] = {"share": False, "ssr_mode": False, "run_history": False, "theme": theme, "css": CSS}
     with tempfile.TemporaryDirectory(prefix="ctmasknet-page-", ignore_cleanup_errors=True) as made, _cleaner(made):
         os.environ["GRADIO_TEMP_DIR"] = made  # where gradio puts uploads; it has no argument for it
-        page = _build(predictor_of, offered, (score_threshold, nms_threshold), Path(made), max_bytes)
-        gate = import_extra("starlette.middleware", "demo", "the page").Middleware(_Gate, Path(made), max_bytes)
-        options |= {"app_kwargs": {"middleware": [gate]}, "max_file_size": max_bytes}
+        page = _build(predictor_of, offered, (score_threshold, nms_threshold), Path(made))
+        gate = import_extra("starlette.middleware", "demo", "the page").Middleware(_Gate, Path(made))
+        options |= {"app_kwargs": {"middleware": [gate]}, "max_file_size": MAX_BYTES}
         options |= {"quiet": True, "prevent_thread_lock": True}
         try:
             _, address, _ = page.launch(server_name="127.0.0.1", server_port=port, **options)

@@ -65,7 +65,6 @@ def build_parser() -> argparse.ArgumentParser:
     flag("-o", "--out", type=Path, default=Path("ctmasknet-demo"), metavar="DIR", help=_DEMO_HELP)
     flag("--web", action="store_true", help="open a page for your browser instead (extra demo)")
     flag("--port", type=int, metavar="N", help="with --web: port of the page (default: the first free one from 7860)")
-    flag("--max-upload-mb", type=int, metavar="MB", help="with --web: size of an upload, at most (default: 200)")
     _model_flags(flag)
 
     flag = _command(commands, "train", learning.train_command)

@@ -107,9 +107,8 @@ def demo_command(options: argparse.Namespace) -> None:
     if options.web:
         _web(options)
         return
-    for flag in ("port", "max_upload_mb"):
-        if getattr(options, flag) is not None:
-            raise ConfigError(f"--{flag.replace('_', '-')} goes with --web")
+    if options.port is not None:
+        raise ConfigError("--port goes with --web")
     _announce("Starting PyTorch (the first time, this takes longest) ...", options)
     from ctmasknet.evaluation.metrics import mask_iou
     from ctmasknet.example import SLICE, example_slice
