@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     _model_flags(flag)
 
     flag = _command(commands, "demo", predicting.demo_command)
-    flag("-o", "--out", type=Path, default=Path("ctmasknet-demo"), metavar="DIR", help=_DEMO_HELP)
+    flag("-o", "--out", type=Path, default=Path("ctmasknet-demo"), metavar="DIR", help="default: ctmasknet-demo")
     flag("--web", action="store_true", help="open a page for your browser instead (extra demo)")
     flag("--port", type=int, metavar="N", help="with --web: port of the page (default: the first free one from 7860)")
     _model_flags(flag)
@@ -152,7 +152,6 @@ _UNITS_HELP = (
 )
 _NAMES_HELP = "only the slices that this text file names, one per line"
 _AREA_HELP = "lesions of up to PX pixels do not count (default: 100)"
-_DEMO_HELP = "folder for the results (default: ctmasknet-demo)"
 _DEVICE_HELP = "cpu, cuda, cuda:1, ... (default: a GPU if there is one)"
 
 
