@@ -106,8 +106,12 @@ def augment(
 
 def sample_generator(seed: int, epoch: int, index: int) -> torch.Generator:
     """A generator per sample: what it draws depends on no other sample, worker process or interruption."""
-    state = np.random.SeedSequence([seed, epoch, index]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0]))
+    return torch.Generator().manual_seed(seed_of(seed, epoch, index))
+
+
+def seed_of(*numbers: int) -> int:
+    """One seed of several numbers, all of which matter."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 def _affine_arguments(draws: list[float], width: int, height: int, settings: Augmentation) -> dict[str, object] | None:

@@ -26,8 +26,6 @@ from ctmasknet.data.layouts import (
 from ctmasknet.errors import DataError, InputError
 from ctmasknet.registry import Task
 
-PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
-
 
 @dataclass
 class DataReport:
@@ -200,4 +198,4 @@ def _digest(path: Path) -> str:
 
 
 def _spread(values: list[int]) -> dict[str, float]:
-    return {f"p{p}": float(np.percentile(values, p)) for p in PERCENTILES} if values else {}
+    return {f"p{p}": float(np.percentile(values, p)) for p in (0, 5, 25, 50, 75, 95, 100)} if values else {}

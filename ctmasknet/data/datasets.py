@@ -124,7 +124,9 @@ def open_dataset(
         MissingExtraError: on reading a sample with lesions, without the extra ``train``.
     """
     found = list_slices(task, data, classes=classes, min_area=min_area, names=names)
-    found.require_complete()
+    if found.problems:
+        more = f" (and {len(found.problems) - 1} more problems: `ctmasknet data check` lists them)"
+        raise DataError(f"{found.problems[0]}{more if len(found.problems) > 1 else ''}")
     return LabelledSlices(found)
 
 

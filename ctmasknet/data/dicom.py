@@ -57,7 +57,6 @@ class Plane(NamedTuple):
     name: str
     position: Floats  # (3,), centre of the first pixel
     directions: Floats  # (2, 3): along a row (rising column), along a column (rising row)
-    number: int
 
     @property
     def normal(self) -> Floats:
@@ -124,12 +123,9 @@ def _sort_in(groups: list[Group], header: Any, file: str, units: str | None) -> 
         directions = numbers_of(header, frame, "ImageOrientationPatient", 6)
         directions = None if directions is None else directions.reshape(2, 3)
         if position is None or directions is None or not np.allclose(directions @ directions.T, np.eye(2), atol=0.01):
-            raise InputError(
-                refusal  # the more telling of two reasons
-                or f"{name}: no ImagePositionPatient and ImageOrientationPatient, so its place in a scan is unknown. "
-                "Predict it as a single slice, or export the series again."
-            )
-        plane = Plane(file, frame, name, position, directions, int(header.get("InstanceNumber") or 0))
+            nowhere = f"{name}: no ImagePositionPatient and ImageOrientationPatient. Predict it as a single slice."
+            raise InputError(refusal or nowhere)  # the more telling of the two
+        plane = Plane(file, frame, name, position, directions)
         _group_of(groups, header, plane, refusal, units).planes.append(plane)
 
 
@@ -191,7 +187,7 @@ def place(
     if group.pixel_spacing is None:
         problems.append(f"{name}: pixel spacing is missing or zero, taken as given")
     normal = group.planes[0].normal
-    by_height = sorted(group.planes, key=lambda plane: (float(plane.position @ normal), plane.number, plane.name))
+    by_height = sorted(group.planes, key=lambda plane: (float(plane.position @ normal), plane.name))
     own = np.diff([plane.position @ normal for plane in by_height], prepend=-np.inf) >= SAME_POSITION
     planes = list(compress(by_height, own))
     if not own.all():

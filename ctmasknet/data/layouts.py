@@ -1,6 +1,6 @@
 """What lies in the folders of a data set: layouts recognised, files matched by name, every problem collected.
 
-`list_slices` gathers a data set's faults, for `Listing.require_complete` to raise or a report to list.
+`list_slices` gathers a data set's faults, for `open_dataset` to raise or a report to list.
 
 The instances of a mask of class codes follow the rules of the released code: connected components (8-connected) of
 a class, small ones left to the background. The label is the one of the pixel value, so a slice that holds
@@ -240,12 +240,6 @@ class Listing:
                 yield
         except CTMaskNetError as error:
             self.report(path, str(error).removeprefix(f"{path}: "))
-
-    def require_complete(self) -> None:
-        """Raise a DataError for the first problem."""
-        if self.problems:
-            more = f" (and {len(self.problems) - 1} more problems: `ctmasknet data check` lists them)"
-            raise DataError(f"{self.problems[0]}{more if len(self.problems) > 1 else ''}")
 
 
 def read_image(path: Path) -> Tensor:

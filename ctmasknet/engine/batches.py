@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ctmasknet.data.augment import Augmentation, augment, sample_generator
+from ctmasknet.data.augment import Augmentation, augment, sample_generator, seed_of
 from ctmasknet.data.datasets import AnySample, ClassificationSample, SliceDataset
 from ctmasknet.engine.config import TrainConfig
 from ctmasknet.errors import import_extra
@@ -31,15 +31,9 @@ from ctmasknet.models.inference import Inference
 
 
 class Batch(NamedTuple):
-    """Slices of one forward pass; torch pins the memory of a tuple's tensors.
+    """Slices of one forward pass; torch pins the memory of a tuple's tensors."""
 
-    Attributes:
-        images: (1, H, W) uint8 each; a cached RoI batch (N, 5) float32 instead with `cache_rois`.
-        targets: the model's targets.
-        names: of the slices.
-    """
-
-    images: list[Tensor]
+    images: list[Tensor]  # (1, H, W) uint8 each; with `cache_rois` RoIs, (N, 5) float32
     targets: list[dict[str, Any]]
     names: list[str]
 
@@ -82,7 +76,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         return self.steps * self.per_step // (self.batch_size * self.world)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        generator = np.random.default_rng(np.random.SeedSequence([self.seed, self.epoch]))
+        generator = np.random.default_rng([self.seed, self.epoch])
         if self.weights is None:
             order = np.resize(generator.permutation(self.size), self.steps * self.per_step)
         else:
@@ -153,8 +147,7 @@ def _batch(samples: list[TrainingSample]) -> Batch:
 
 def seed_step(seed: int, epoch: int, batch: int, rank: int) -> None:
     """Seed torch for one forward pass, so that what it samples does not depend on what ran before it."""
-    state = np.random.SeedSequence([seed, epoch, batch, rank]).generate_state(1, np.uint64)
-    torch.manual_seed(int(state[0]))
+    torch.manual_seed(seed_of(seed, epoch, batch, rank))
 
 
 class ModuleSOnRoIs(nn.Module):
@@ -212,8 +205,7 @@ class RoIViews(Dataset[TrainingSample]):
     def __getitem__(self, key: tuple[int, int]) -> TrainingSample:
         epoch, index = key
         found, label, name = self._found[index]
-        state = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)
-        return found[int(state[0]) % self.views], {"image_label": label}, name
+        return found[seed_of(self.seed, epoch, index) % self.views], {"image_label": label}, name
 
     def plain(self) -> list[ClassificationSample]:
         """The slices in order, RoIs of the first view in place of images."""

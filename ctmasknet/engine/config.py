@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import json
 import os
@@ -125,7 +124,6 @@ class TrainConfig:
         augment: (recipe) change training slices at random.
         augmentation: fields of `Augmentation` that differ from its defaults.
         train_min_size: shorter image side in training, pixels; None: the model's own, as in validation.
-        full_size_epochs: with train_min_size, this many epochs at the end use the model's own size all the same.
         cache_rois: classifiers: compute RoI batches once and train module S alone on them.
         roi_views: with cache_rois, RoI batches per slice: one plain, the others augmented.
         seed: fixes order, augmentation and sampling.
@@ -178,7 +176,6 @@ class TrainConfig:
     augment: bool = _FROM_RECIPE
     augmentation: dict[str, Any] = field(default_factory=dict)
     train_min_size: int | None = None
-    full_size_epochs: int = 0
     cache_rois: bool = False
     roi_views: int = 8
     seed: int = 0
@@ -237,7 +234,7 @@ class TrainConfig:
         Raises:
             ConfigError: unknown, missing or ill-typed fields, impossible values; the text names the field.
         """
-        fields = {f.name: f for f in dataclasses.fields(cls)}
+        fields = cls.__dataclass_fields__
         for name in values:
             if name not in fields:
                 near = difflib.get_close_matches(str(name), fields, n=1)
@@ -271,7 +268,7 @@ class TrainConfig:
 
 _LEAST = {
     **dict.fromkeys(("batch_size", "accumulate", "epochs", "roi_views", "validate_every", "max_bad_steps"), 1),
-    **dict.fromkeys(("min_area", "lr", "weight_decay", "clip_norm", "full_size_epochs", "seed", "workers"), 0),
+    **dict.fromkeys(("min_area", "lr", "weight_decay", "clip_norm", "seed", "workers"), 0),
     **dict.fromkeys(("cache_gb", "checkpoint_minutes", "patience"), 0),
     "train_min_size": 32,
 }
@@ -286,8 +283,6 @@ def _check_ranges(config: TrainConfig) -> None:
     for name in _FRACTIONS:
         if not 0 <= getattr(config, name) <= 1:
             raise ConfigError(f"{name}={getattr(config, name)}: must lie in 0..1")
-    if not config.data:
-        raise ConfigError("data is empty: give a folder")
     if config.cache_rois and config.task != "classification":
         raise ConfigError(f"cache_rois is for classifiers; {config.model} is a segmenter")
     if config.weights_backbone not in (False, "auto") and config.weights is not None:

@@ -103,9 +103,8 @@ class Record:
         }
         # What the start weights demand of whatever comes from them (see `initial_model`); the config's word goes first.
         metadata: dict[str, Any] = model.metadata | {"metrics": measured, "training": training}
-        metadata |= (
-            {"operating_point": state.operating_point} if config.task == "segmentation" else state.operating_point
-        )
+        point = state.operating_point
+        metadata |= {"operating_point": point} if config.task == "segmentation" else point
         said = {key: getattr(config, key) for key in ("dataset", "license", "note", "caveat")}
         metadata |= {key: text for key, text in said.items() if text is not None}
         options: dict[str, Any] = {"config": model.config.to_dict(), "metadata": metadata, "golden": state.finished}

@@ -39,7 +39,7 @@ from ctmasknet.engine.record import Record, TensorBoard, TrainResult, figures, p
 from ctmasknet.engine.setup import Setup, build_optimizer, learning_rate
 from ctmasknet.errors import ConfigError, CTMaskNetError
 from ctmasknet.evaluation.evaluate import gather
-from ctmasknet.output import json_bytes, write_files
+from ctmasknet.output import json_bytes, require_writable, write_files
 from ctmasknet.weights.files import read_weights, state_digest
 
 log = logging.getLogger(__name__)
@@ -54,11 +54,12 @@ class Run:
         self.optimizer = build_optimizer(setup.trained, config)
         # Short at first; with ``ema=0`` it follows the model.
         self.average = ModelEmaV3(setup.trained, decay=config.ema, use_warmup=config.ema > 0)
+        if config.train_min_size is not None:  # the average, which is validated, keeps the model's own
+            setup.model.transform.min_size = (config.train_min_size,)
         learnt = setup.trained.state_dict()
         self._untrained = state_digest({k: v for k, v in setup.model.state_dict().items() if k not in learnt})[:12]
         self.state = State(body=setup.model.metadata.pop("body", None))
         self.record = Record(config, setup, batches)
-        self._own_size = tuple(setup.model.transform.min_size)
         self._started = self._saved = self._epoch_started = time.monotonic()
         self._images = 0
 
@@ -165,11 +166,8 @@ class Run:
         }
 
     def _require_space(self) -> None:
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.out).free / 1e9
-        except OSError as error:
-            raise CTMaskNetError(f"{self.out}: the run folder cannot be made ({error}); choose another") from None
+        require_writable(self.out / "run.json")
+        free = shutil.disk_usage(self.out).free / 1e9
         # A checkpoint holds weights, their average and two moments; one more than are kept exists while writing.
         needed = (4 * (KEPT + 1) + 3) * sum(t.nbytes for t in self.setup.model.state_dict().values()) / 1e9
         if free < needed:
@@ -181,11 +179,8 @@ class Run:
     # --- steps ----------------------------------------------------------------------------------------------
 
     def begin_epoch(self) -> None:
-        """Order of slices and image size of the state's epoch."""
-        state, config = self.state, self.config
-        self.batches.epoch, self.batches.start = state.epoch, state.batch
-        reduced = config.train_min_size and state.epoch < config.epochs - config.full_size_epochs
-        self.setup.model.transform.min_size = (config.train_min_size,) if reduced else self._own_size
+        """Go to the state's epoch, and to the batch where it was left."""
+        self.batches.epoch, self.batches.start = self.state.epoch, self.state.batch
         self._images, self._epoch_started = 0, time.monotonic()
 
     def progress(self, loader: DataLoader[Any]) -> Iterator[Batch]:
@@ -320,11 +315,9 @@ class Run:
 def _appears(path: Path, seconds: float = 10.0) -> bool:
     """Whether a file can be seen here, within the time that a network file system may need."""
     deadline = time.monotonic() + seconds
-    while not path.exists():
-        if time.monotonic() > deadline:
-            return False
+    while not path.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    return True
+    return path.exists()
 
 
 class Watch:
