@@ -171,11 +171,7 @@ def list_models(pattern: str = "*", *, task: Task | None = None) -> list[str]:
     """
     if task not in (None, "segmentation", "classification"):
         raise ConfigError(f"unknown task {task!r}: use 'segmentation' or 'classification'")
-    return [
-        variant.name
-        for variant in VARIANTS.values()
-        if fnmatch.fnmatchcase(variant.name, pattern) and task in (None, variant.task)
-    ]
+    return [name for name in fnmatch.filter(VARIANTS, pattern) if task in (None, VARIANTS[name].task)]
 
 
 def get_variant(name: str) -> Variant:

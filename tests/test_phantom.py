@@ -186,7 +186,6 @@ def test_impossible_arguments_are_named(arguments: dict, culprit: str) -> None:
 def test_the_example_slice_of_the_package_is_the_phantom_of_seed_0() -> None:
     found, drawn = example_slice(), phantom()
     np.testing.assert_array_equal(found.image, drawn.image)
-    np.testing.assert_array_equal(found.class_mask, drawn.class_mask())
     np.testing.assert_array_equal(found.masks, drawn.masks)
     np.testing.assert_array_equal(found.labels, drawn.labels)
 

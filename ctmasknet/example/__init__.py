@@ -23,24 +23,18 @@ class Example:
 
     Attributes:
         image: (H, W) uint8, lung window [-1350, 150] HU.
-        class_mask: (H, W) uint8, CNCB coding.
         masks: (N, H, W) bool, one lesion each.
         labels: (N,) int64, 1 ground-glass opacity, 2 consolidation.
     """
 
     image: NDArray[np.uint8]
-    class_mask: NDArray[np.uint8]
     masks: NDArray[np.bool_]
     labels: NDArray[np.int64]
 
 
 def example_slice() -> Example:
     """Read the example."""
-    image, class_mask, numbers = (_pixels(SLICE.with_name(name)) for name in ("slice.png", "mask.png", "lesions.png"))
+    names = "slice.png", "mask.png", "lesions.png"
+    image, codes, numbers = (np.array(Image.open(SLICE.with_name(name))) for name in names)  # reading closes them
     masks = numbers == np.arange(1, numbers.max() + 1)[:, None, None]
-    return Example(image, class_mask, masks, np.array([class_mask[mask][0] - 1 for mask in masks], np.int64))
-
-
-def _pixels(path: Path) -> NDArray[np.uint8]:
-    with Image.open(path) as picture:
-        return np.array(picture)
+    return Example(image, masks, np.array([codes[mask][0] - 1 for mask in masks], np.int64))
