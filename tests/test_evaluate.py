@@ -572,6 +572,13 @@ def test_probabilities_twice_missing_or_impossible_are_refused(slices: Path, tmp
             evaluate(file, slices)
 
 
+def test_data_without_slices_are_refused(lesions: Path) -> None:
+    empty = open_dataset("segmentation", lesions)
+    empty.names.clear()
+    with pytest.raises(DataError, match="the data set is empty"):
+        evaluate(segmenter(), empty)
+
+
 def test_labels_outside_the_classes_are_refused(slices: Path) -> None:
     class Mislabelled(SliceDataset[ClassificationSample]):
         task = "classification"

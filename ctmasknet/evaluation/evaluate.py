@@ -86,10 +86,7 @@ class Evaluation:
     def save(self, out: PathLike) -> list[Path]:
         """Write ``evaluation.json``, ``evaluation.md`` (the table) and ``slices.csv`` (figures per slice) into `out`.
 
-        Of a classifier ``reliability.png`` too, if matplotlib is installed (extra ``plots``).
-
-        Returns:
-            Their paths.
+        Of a classifier ``reliability.png`` too, if matplotlib is installed (extra ``plots``). Returns their paths.
 
         Raises:
             OutputError: they cannot be written.
@@ -344,11 +341,9 @@ def _slices(
     source = data if isinstance(data, SliceDataset) else open_dataset(task, data, classes=classes, **rules)
     if source.task != task:
         raise ConfigError(f"the data are for {source.task}, the model or the predictions for {task}")
-    if not len(source):
-        raise DataError(f"{', '.join(_shown(data))}: no slices to evaluate on")
-    (name, count), *_ = Counter(source.names).most_common(1)
-    if count > 1:
-        raise DataError(f"{name}: {count} slices of this name; every slice needs its own")
+    for name, count in Counter(source.names).most_common(1):
+        if count > 1:
+            raise DataError(f"{name}: {count} slices of this name; every slice needs its own")
     return source
 
 

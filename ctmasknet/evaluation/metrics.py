@@ -466,11 +466,7 @@ def _auc(weights: np.ndarray, positive: np.ndarray, edges: np.ndarray) -> float:
 
 
 def _compare(target: Instances, found: Instances) -> tuple[np.ndarray, ...]:
-    """Masks and labels of G lesions and of P predictions, scores (P,) float64, mask IoU (P, G).
-
-    Raises:
-        DataError: shapes that do not fit together.
-    """
+    """Masks and labels of G lesions and of P predictions, scores (P,) float64, mask IoU (P, G), if shapes fit."""
     gt_masks, gt_labels = _numpy(target["masks"]) != 0, _numpy(target["labels"])
     masks, labels, scores = _numpy(found["masks"]) != 0, _numpy(found["labels"]), _numpy(found["scores"])
     fit = masks.ndim == 3 and gt_masks.shape == (len(gt_labels), *masks.shape[1:])
