@@ -482,9 +482,8 @@ def _write(
         if isinstance(error, OutputError) and getattr(error.__cause__, "errno", None) not in _ONE_FILE_ONLY:
             raise
         return FileResult(one.name, one.scan, error=str(error))
-    # The RoI batch is in the file's own JSON; caveats are those of the run.
-    facts = {key: value for key, value in result.to_dict().items() if key not in ("roi_batch", "caveats")}
-    record = {**facts, "source": one.name, "kind": "scan" if one.scan else "slice"}
+    record = {**result.to_dict(), "source": one.name, "kind": "scan" if one.scan else "slice"}
+    del record["caveats"]  # those of the run
     return FileResult(one.name, one.scan, record=record, paths=paths)
 
 

@@ -196,25 +196,23 @@ class Prediction:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the image as plain values, ready for ``json.dumps(..., allow_nan=False)``.
+        """Everything but image, score map and RoI batch as plain values, ready for ``json.dumps(..., allow_nan=False)``.
 
         Masks are COCO's RLE, which ``pycocotools.mask.decode`` reads. `lesion_fraction` is None if no segmenter ran.
-        The RoI batch comes as boxes, scores and labels, without its deltas.
         """
+        columns = self.labels.tolist(), _plain(self.scores), _plain(self.boxes), self.masks
         lesions = [
             {
-                "label": int(label),
+                "label": label,
                 "class": self.class_names[label],
                 "score": score,
                 "box": box,
                 "area_px": int(np.count_nonzero(mask)),
                 "rle": run_length_encode(mask),
             }
-            for label, score, box, mask in zip(
-                self.labels, _plain(self.scores), _plain(self.boxes), self.masks, strict=True
-            )
+            for label, score, box, mask in zip(*columns, strict=True)
         ]
-        batch, probabilities = self.roi_batch, self.class_probabilities
+        probabilities = self.class_probabilities
         return {
             "source": self.source,
             "summary": self.summary,
@@ -228,8 +226,6 @@ class Prediction:
             "class_probabilities": probabilities and {name: float(p) for name, p in probabilities.items()},
             "predicted_class": self.predicted_class,
             "lesions": lesions,
-            "roi_batch": batch
-            and {"boxes": _plain(batch.boxes), "scores": _plain(batch.scores), "labels": batch.labels.tolist()},
             "caveats": list(self.caveats),
         }
 

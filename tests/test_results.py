@@ -16,7 +16,7 @@ from PIL import Image
 
 from ctmasknet import Evaluation, Exported, TrainResult
 from ctmasknet.errors import InputError
-from ctmasknet.results import Prediction, RoIBatch, run_length_encode
+from ctmasknet.results import Prediction, run_length_encode
 
 
 def a_prediction(**changes: Any) -> Prediction:
@@ -132,7 +132,6 @@ def test_the_record_is_plain_json_that_keeps_float32_exactly() -> None:
     assert record["lesion_fraction"] == pytest.approx(0.06)
     assert record["predicted_class"] == "covid"
     assert record["class_probabilities"] == {"control": 0.02, "pneumonia": 0.07, "covid": 0.91}
-    assert record["roi_batch"] is None
     first, second = record["lesions"]
     assert (first["label"], first["class"], first["area_px"]) == (1, "lesion", 100)
     assert second["box"] == [20, 11, 30.25, 17]
@@ -147,17 +146,6 @@ def test_the_record_accepts_numpy_scalars() -> None:
         score_threshold=np.float32(0.5),
     ).to_dict()
     assert json.loads(json.dumps(record, allow_nan=False))["class_probabilities"]["covid"] == 0.75
-
-
-def test_the_record_lists_the_classifiers_rois() -> None:
-    batch = RoIBatch(
-        boxes=np.array([[1, 2, 3, 4]], np.float32),
-        scores=np.array([0.5], np.float32),
-        labels=np.array([1]),
-        deltas=np.zeros((1, 4), np.float32),
-    )
-    record = json.loads(json.dumps(a_prediction(roi_batch=batch).to_dict(), allow_nan=False))
-    assert record["roi_batch"] == {"boxes": [[1, 2, 3, 4]], "scores": [0.5], "labels": [1]}
 
 
 def test_no_segmenter_and_no_lesion_are_told_apart() -> None:

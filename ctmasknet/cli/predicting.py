@@ -128,8 +128,7 @@ def demo_command(options: argparse.Namespace) -> None:
         {"class": LESION_CLASSES[3][label], "area_px": int(mask.sum()), "found": found, "best_iou": round(iou, 3)}
         for label, mask, found, iou in zip(made.labels, made.masks, covered, ious, strict=True)
     ]
-    facts = {key: value for key, value in prediction.to_dict().items() if key != "roi_batch"}
-    facts |= {"source": str(slice_file), "lesions": len(prediction.scores), "paths": [str(path) for path in paths]}
+    facts = prediction.to_dict() | {"lesions": len(prediction.scores), "paths": [str(path) for path in paths]}
     lines = [f"A synthetic slice, {slice_file}, with {len(drawn)} lesions:"]
     for lesion in drawn:
         verdict = f"found (IoU {lesion['best_iou']:.2f})" if lesion["found"] else "missed"
