@@ -398,22 +398,20 @@ def place_of(name: str, root: str | None = None) -> Path:
 
 
 def common_root(inputs: Iterable[str]) -> str | None:
-    """The folder that all inputs lie in; None if they are given relative to the current one and lie below it.
+    """The folder that all inputs lie in; None if it is the current one, where all lie that are given relative to it.
 
     Raises:
         ConfigError: there is none: drives differ.
     """
-    parents, below = set(), False
+    here, parents = Path.cwd(), set()
     for name in map(as_path, inputs):
-        if not Path(name).is_absolute() and not os.path.normpath(name).startswith(".."):
-            below = True
-            continue
-        parent = Path(os.path.abspath(name)).parent  # noqa: PTH100
+        below = not Path(name).is_absolute() and not os.path.normpath(name).startswith("..")
+        parent = here if below else Path(os.path.abspath(name)).parent  # noqa: PTH100
         while glob.has_magic(str(parent)) and not os.path.lexists(parent):  # a pattern: the folder it begins with
             parent = parent.parent
         parents.add(parent)
     try:
-        return os.path.commonpath(parents | ({Path.cwd()} if below else set())) if parents else None
+        return None if parents <= {here} else os.path.commonpath(parents)
     except ValueError:
         raise ConfigError("the inputs lie on several drives: predict those of one drive at a time") from None
 
@@ -596,15 +594,14 @@ def _write_scan_table(out: Path) -> None:
 
 
 def _scan_row(line: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("slices", "slices_failed", "slices_with_lesions", "lesion_ml")
-    row = {"source": line["source"], **{name: line.get(name) for name in names}}
+    names = ("source", "slices", "slices_failed", "slices_with_lesions", "lesion_ml", "units", "score_threshold")
+    row = {name: line.get(name) for name in names}
     row["lesions"] = len(line["lesions"]) if line.get("has_segmentation") else None
     row |= line.get("involvement") or {}
     row |= {f"{name}_ml": ml for name, ml in (line.get("lesion_ml_by_class") or {}).items()}
     row |= {f"share_{name}": share for name, share in (line.get("class_shares") or {}).items()}
     row |= {f"spacing_{axis}_mm": mm for axis, mm in zip("xyz", line.get("spacing_mm", [None] * 3), strict=True)}
-    row |= {"units": line.get("units"), "problems": " | ".join(line["problems"])}
-    row["score_threshold"] = line.get("score_threshold")
+    row["problems"] = " | ".join(line["problems"])
     for slot in ("segmenter", "classifier"):
         model = line["models"][slot] or {}
         row |= {slot: model.get("variant"), f"{slot}_sha256": model.get("sha256")}

@@ -14,7 +14,7 @@ from ctmasknet.registry import __version__, get_variant
 from ctmasknet.weights.manifest import default_entry, variants_with_weights
 
 _FOR_DEVELOPERS = ("all", "dev", "docs", "notebook")  # sums of extras, and what users have no need of
-_EXTRA_OF = re.compile(r"""([\w.-]+)(?:\[(\w+)\])?.*\bextra\s*==\s*["'](\w+)["']""")
+_EXTRA_OF = re.compile(r"""^([\w.-]+)(?:\[(\w+)\])?.*\bextra\s*==\s*["'](\w+)["']""", re.MULTILINE)
 _MISSING = "is not installed"
 
 
@@ -89,11 +89,11 @@ def _cache() -> Check:
 def _extras() -> list[Check]:
     """What each extra would add, by the package's own metadata."""
     try:
-        requirements = [_EXTRA_OF.match(line) for line in requires("ctmasknet") or ()]
+        requirements = "\n".join(requires("ctmasknet") or ())
     except PackageNotFoundError:  # a checkout that was never installed
         return []
     wanted: dict[str, list[str]] = {}
-    for package, other, extra in (match.groups() for match in requirements if match):
+    for package, other, extra in _EXTRA_OF.findall(requirements):
         if extra not in _FOR_DEVELOPERS:
             wanted.setdefault(extra, []).extend(wanted[other] if package == "ctmasknet" else [package])
     checks = []

@@ -313,13 +313,11 @@ def _checked(one: Slice) -> Slice | InputError:
 
 
 def _counted(items: Iterable[Item], total: int, progress: bool | Callable[[int, int], None]) -> Iterator[Item]:
-    show = progress if callable(progress) else None
-    with tqdm(total=total, unit="slice", disable=None if progress is True else True) as bar:
-        for done, item in enumerate(items, start=1):
-            bar.update()
-            if show is not None:
-                show(done, total)
-            yield item
+    bar = tqdm(items, total=total, unit="slice", disable=None if progress is True else True)
+    for done, item in enumerate(bar, start=1):
+        if callable(progress):
+            progress(done, total)
+        yield item
 
 
 def predict(image: ImageLike, *, units: str | None = None, **options: Any) -> Prediction | VolumePrediction:

@@ -196,7 +196,7 @@ class Prediction:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but image, score map and RoI batch as plain values, ready for ``json.dumps(..., allow_nan=False)``.
+        """Plain values, ready for ``json.dumps(..., allow_nan=False)``; without image, score map and RoI batch.
 
         Masks are COCO's RLE, which ``pycocotools.mask.decode`` reads. `lesion_fraction` is None if no segmenter ran.
         """

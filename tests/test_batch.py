@@ -337,9 +337,9 @@ def test_scans_and_slices_share_a_run(here, predictor):
     assert predict_files(predictor, ["in"], "out").already_done == 6
 
 
-SCAN_COLUMNS = """source slices slices_failed slices_with_lesions lesion_ml lesions outside_lesion_ml
-right_lung_ml right_lesion_ml right_lesion_percent left_lung_ml left_lesion_ml left_lesion_percent
-both_lung_ml both_lesion_ml both_lesion_percent spacing_x_mm spacing_y_mm spacing_z_mm units problems score_threshold
+SCAN_COLUMNS = """source slices slices_failed slices_with_lesions lesion_ml units score_threshold lesions
+outside_lesion_ml right_lung_ml right_lesion_ml right_lesion_percent left_lung_ml left_lesion_ml left_lesion_percent
+both_lung_ml both_lesion_ml both_lesion_percent spacing_x_mm spacing_y_mm spacing_z_mm problems
 segmenter segmenter_sha256 classifier classifier_sha256 version"""
 
 
