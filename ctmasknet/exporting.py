@@ -19,7 +19,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torchvision
@@ -86,12 +86,14 @@ class Exported:
         return asdict(self) | {"path": str(self.path)}
 
     def __repr__(self) -> str:
-        found = ", ".join(f"{name} {value:.0e}" for name, value in self.differences.items())
         size = f"{self.bytes / 1e6:.1f} MB"
+        if not self.differences:
+            return f"{self.path} and {self.path.with_suffix('.bin').name}: OpenVINO, {size}; {self.metadata['int8']}"
+        found = ", ".join(f"{name} {value:.0e}" for name, value in self.differences.items())
         return f"{self.path}: ONNX opset {OPSET}, {size}; differs from PyTorch by at most: {found}"
 
 
-def export(model: Model, path: str | os.PathLike[str]) -> Exported:
+def export(model: Model, path: str | os.PathLike[str], *, format: Literal["onnx", "openvino"] = "onnx") -> Exported:
     """Write a model as one ONNX file that describes itself, checked against PyTorch (extra ``export``).
 
     The file takes ``image (3, H, W)`` float32 in 0..1, any H and W. It gives, of a segmenter at its operating point,
@@ -104,9 +106,13 @@ def export(model: Model, path: str | os.PathLike[str]) -> Exported:
     Args:
         model: from `create_model`, `from_pretrained` or `load_released`; on any device, in any mode.
         path: the file; folders are made as needed.
+        format: ``"openvino"`` instead writes what ``precision="int8"`` runs, as an XML file and a ``.bin`` beside it:
+            body, FPN and RPN head in int8. It takes (1, 3, H, W) normalised values, H and W multiples of 32, and gives
+            of every level the features (1, C, H, W), objectness (1, H, W, A) and deltas (1, H, W, 4 A). What was
+            measured of it stands in `Exported.metadata`; nothing is compared.
 
     Raises:
-        ConfigError: not a model of this library.
+        ConfigError: not a model of this library, another format, or weights without an int8 network.
         MissingExtraError: onnx or onnxruntime is not installed.
         ExportError: the file's outputs are not PyTorch's; nothing is written.
         OutputError: the file cannot be written.
@@ -114,6 +120,10 @@ def export(model: Model, path: str | os.PathLike[str]) -> Exported:
     path = Path(path)
     if not isinstance(model, LesionMaskRCNN | COVIDCTMaskNet):
         raise ConfigError(f"{type(model).__name__} cannot be exported: give a model made by ctmasknet.create_model")
+    if format == "openvino":
+        return _export_int8(model, path)
+    if format != "onnx":
+        raise ConfigError(f"format={format!r}: use 'onnx' or 'openvino'")
     onnx, onnxruntime = (import_extra(name, "export", "ONNX export") for name in ("onnx", "onnxruntime"))
     require_writable(path)
     model = deepcopy(model).cpu().float().eval().requires_grad_(False)
@@ -123,6 +133,17 @@ def export(model: Model, path: str | os.PathLike[str]) -> Exported:
     differences = check_onnx(onnxruntime, content, model)
     write_files({path: content})
     return Exported(path, len(content), differences, metadata)
+
+
+def _export_int8(model: Model, path: Path) -> Exported:
+    if path.suffix != ".xml":
+        raise ConfigError(f"{path}: OpenVINO files come as a pair, so name the .xml; the .bin goes beside it")
+    if model.int8_network is None:
+        raise ConfigError(f"these weights of {model.variant.name} have no int8 network: use format='onnx'")
+    network, weights = model.int8_network(model)
+    write_files({path: network, path.with_suffix(".bin"): weights})
+    facts = {"variant": model.variant.name, "int8": model.metadata["int8"]["measured"]}
+    return Exported(path, len(network) + len(weights), {}, facts)
 
 
 def describe(model: Model) -> dict[str, str]:

@@ -18,6 +18,7 @@ from safetensors.torch import load, save
 
 from ctmasknet import ConfigError, WeightsError, create_model, from_pretrained
 from ctmasknet.cli import main
+from ctmasknet.weights.assemble import int8_file
 from ctmasknet.weights.files import state_digest
 from ctmasknet.weights.manifest import MANIFEST, ManifestEntry, backbone_entry
 
@@ -79,6 +80,11 @@ def command(*arguments: str) -> tuple[int, str, str]:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(arguments)
     return code, out.getvalue(), err.getvalue()
+
+
+def int8_network(weights: str) -> tuple[bytes, bytes]:
+    model = from_pretrained(weights)
+    return model.int8_network(model)
 
 
 # --- fixtures
@@ -174,6 +180,19 @@ def test_a_branch_follows_new_commits_and_fetches_only_what_changed(online, hub,
     before = hub.count("GET")
     assert online(checksum, name) == state_digest(tensors) != first
     assert hub.count("GET") == before + 3  # the first bytes of the config and of the weights, and the weights
+
+
+def test_an_int8_network_comes_along_where_the_config_states_one(online, hub, files, tmp_path):
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    network = int8_file(from_pretrained(tmp_path), b"<net/>", b"weights")
+    facts = json.loads(files["config.json"])
+    facts["metadata"]["int8"] = {"sha256": sha256(network), "measured": "not measured"}
+    stated = files | {"config.json": json.dumps(facts).encode()}
+    hub.add(f"{OWNER}/int8", stated | {"int8.safetensors": network})
+    assert online(int8_network, f"{OWNER}/int8") == (b"<net/>", b"weights")
+    hub.add(f"{OWNER}/replaced", stated | {"int8.safetensors": network + b" "})
+    fails_at_once(online, "int8.safetensors has SHA-256", int8_network, f"{OWNER}/replaced")
 
 
 def test_an_existing_folder_goes_before_the_hub(online, hub, revision, files, tmp_path, monkeypatch):

@@ -7,7 +7,8 @@
 
 `predict`: slices per second of `Predictor` against the plain torchvision assembly (eager, float32, one image at a
 time) with the same weights, rounds alternating between the two. torchvision has no COVID-CT-Mask-Net: for classifiers
-the other side is the model's own plain call. `agreement`: what `Predictor` says of all slices of a data set against
+the other side is the model's own plain call. With --onnx the exported file takes its turns, too, in ONNX Runtime on as
+many threads. `agreement`: what `Predictor` says of all slices of a data set against
 what the plain side says, at a precision. `scaling`: how the cost grows with batch size, image side and number of
 proposals. `train`: slices per second of `ctmasknet.train` (recipe "fast") against the plain torchvision loop, the
 released code's way: float32, one image per step, a DataLoader that decodes with PIL, the paper's RoI sampling;
@@ -44,7 +45,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.ops import box_iou
 
-from ctmasknet import CTMaskNetError, Predictor, TrainConfig, create_model, get_variant, train
+from ctmasknet import CTMaskNetError, Predictor, TrainConfig, create_model, export, get_variant, train
 from ctmasknet.data.datasets import open_dataset
 from ctmasknet.data.layouts import instances
 from ctmasknet.engine.setup import speed_up
@@ -77,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     written = argparse.ArgumentParser(add_help=False)
     written.add_argument("-o", "--out", type=Path, metavar="DIR", help="write tables/ and figures/ there")
     exact = argparse.ArgumentParser(add_help=False)
-    exact.add_argument("--precision", default="float32", help="float32 (default), bfloat16 or float16, of Predictor")
+    exact.add_argument("--precision", default="float32", help="of Predictor (default: float32)")
     trained = [entry.variant for entry in manifest()]
 
     predicting = commands.add_parser(
@@ -87,6 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
     predicting.add_argument("--data", type=Path, help="CNCB folder (default: phantoms)")
     predicting.add_argument("--images", type=int, default=8, help="slices per round and side (default: 8)")
     predicting.add_argument("--no-memory", action="store_true", help="leave out the peak memory (a process each)")
+    predicting.add_argument("--onnx", action="store_true", help="also time the exported file in ONNX Runtime (CPU)")
     predicting.add_argument("--profile", action="store_true", help="print where the time of a variant goes")
     predicting.set_defaults(run=predict)
 
@@ -345,6 +347,9 @@ def predict_speed(name: str, images: list[np.ndarray], options: argparse.Namespa
         "plain": lambda: [plain(image) for image in images],
         "predictor": lambda: list(ours.batch(images)),
     }
+    if options.onnx:
+        session = onnx_session(model)
+        sides["onnx"] = lambda: [session.run(None, {"image": _three(image)}) for image in images]
     if options.device != "cpu":
         sides["network"] = _network_alone(model, images, ours)
     seconds = alternate(sides, options.rounds, options.device)
@@ -368,6 +373,21 @@ def predict_speed(name: str, images: list[np.ndarray], options: argparse.Namespa
             ours(images[0])
         print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=15))
     return facts
+
+
+def onnx_session(model: Model) -> Any:
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        file = export(model, Path(folder) / "model.onnx").path
+        return onnxruntime.InferenceSession(file, settings, providers=["CPUExecutionProvider"])
+
+
+def _three(image: np.ndarray) -> np.ndarray:
+    """(3, H, W) float32 in 0..1."""
+    return np.repeat(image[None].astype(np.float32) / 255, 3, axis=0)
 
 
 def _network_alone(model: Model, images: list[np.ndarray], ours: Predictor) -> Callable[[], Any]:
@@ -403,14 +423,14 @@ def write_predict(report: dict[str, Any], where: dict[str, Any], options: argpar
     rows = []
     for name, facts in report["variants"].items():
         same = facts["agreement"].get("matched", facts["agreement"].get("same_class"))
-        speed = facts["ms"]["plain"], facts["ms"]["predictor"], facts["images_per_s"]["predictor"], facts["ratio"]
+        speed = *(facts["ms"].get(side) for side in ("plain", "onnx", "predictor")), facts["ratio"]
         rows.append((name, facts["weights"], *speed, facts.get("peak_mb"), same))
     columns = (
         ("variant", "s"),
         ("weights", "s"),
         ("plain, ms", ".0f"),
+        ("ONNX Runtime, ms", ".0f"),
         ("Predictor, ms", ".0f"),
-        ("images/s", ".1f"),
         ("ratio", ".2f"),
         ("peak memory, MB", ".0f"),
         ("same", ".3f"),

@@ -16,7 +16,15 @@ from ctmasknet import CTMaskNetError
 from ctmasknet.errors import WeightsError
 from ctmasknet.output import write_files
 from ctmasknet.registry import get_variant
-from ctmasknet.weights.files import CARD_NAME, CONFIG_NAME, GOLDEN_NAME, WEIGHTS_NAME, read_weights, sha256_of
+from ctmasknet.weights.files import (
+    CARD_NAME,
+    CONFIG_NAME,
+    GOLDEN_NAME,
+    INT8_NAME,
+    WEIGHTS_NAME,
+    read_weights,
+    sha256_of,
+)
 from ctmasknet.weights.publish import check_folder, model_card
 
 PACKAGE = Path(__file__).parents[1] / "ctmasknet" / "weights"
@@ -53,7 +61,8 @@ def bundle(folder: Path, tag: str) -> dict[str, Any]:
     if missing:
         raise WeightsError(f"{folder}: config.json must state {', '.join(missing)}")
     target = PACKAGE / "bundled" / model.variant.name
-    contents = {target / name: (folder / name).read_bytes() for name in (WEIGHTS_NAME, CONFIG_NAME, GOLDEN_NAME)}
+    names = (WEIGHTS_NAME, CONFIG_NAME, GOLDEN_NAME, *([INT8_NAME] if model.int8_network else []))
+    contents = {target / name: (folder / name).read_bytes() for name in names}
     write_files(contents | {target / CARD_NAME: model_card(model.variant, model.metadata).encode()})
     file = target / WEIGHTS_NAME
     return {

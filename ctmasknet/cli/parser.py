@@ -141,6 +141,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag = _command(commands, "export", variants.export_command)
     flag("model", metavar="MODEL", help="a variant's name, a folder or Hub repository of weights, or an author's .pth")
     flag("-o", "--out", required=True, type=Path, metavar="FILE", help="the file to write")
+    flag("--format", choices=("onnx", "openvino"), default="onnx", help="kind of file (default: onnx)")
 
     _command(commands, "doctor", variants.doctor_command)
     return parser
@@ -183,7 +184,7 @@ def _running_flags(flag: Flag) -> None:
     flag("--device", help=_DEVICE_HELP)
     flag(
         "--precision",
-        choices=("float32", "bfloat16", "float16"),
-        help="precision of the backbone: bfloat16 and float16 (GPUs only) are faster on hardware made for them, and "
-        "change results a little (default: float32)",
+        choices=("float32", "bfloat16", "float16", "int8"),
+        help="precision of the backbone: bfloat16, float16 (GPUs only) and int8 (CPUs only, extra openvino) are faster "
+        "on hardware made for them, and change results a little (default: float32)",
     )

@@ -138,7 +138,8 @@ def export_command(options: argparse.Namespace) -> None:
     """Write a model as an ONNX file, which runs without this library.
 
     The file holds the whole model: image in, boxes and masks or class probabilities out. It is written only if
-    it gives the same results as PyTorch. Needs the extra export.
+    it gives the same results as PyTorch. Needs the extra export. With --format openvino, writes what
+    --precision int8 runs, backbone to proposals, as .xml and .bin.
 
     Examples:
       ctmasknet export maskrcnn_resnet18_t1 -o model.onnx
@@ -147,7 +148,7 @@ def export_command(options: argparse.Namespace) -> None:
     from ctmasknet import export
     from ctmasknet.zoo import open_model
 
-    exported = export(open_model(options.model, device="cpu"), options.out)
+    exported = export(open_model(options.model, device="cpu"), options.out, format=options.format)
     say(options, exported.to_dict(), exported)
 
 

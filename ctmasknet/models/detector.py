@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
@@ -196,10 +196,13 @@ class Detector(GeneralizedRCNN):
         metadata: what is known of its weights (operating point, metrics, ...); plain values.
         loaded: digest and metadata of the weights it was loaded with, None if random: tells whether what was said of
             them still holds.
+        int8_network: gives the body, FPN and RPN head of this model, as it is now, in int8; None if its weights came
+            without. An OpenVINO model: its XML and its weights.
     """
 
     loaded: tuple[str, dict[str, Any]] | None = None
     publisher: ClassVar[Any] = None
+    int8_network: Callable[[Detector], tuple[bytes, bytes]] | None = None
 
     def __init__(self, variant: Variant, config: ModelConfig) -> None:
         backbone, heads = ResNetFPN(variant), LesionRoIHeads(config, variant)

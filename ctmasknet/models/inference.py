@@ -40,12 +40,12 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.ops import MultiScaleRoIAlign, batched_nms, clip_boxes_to_image
 from torchvision.ops.poolers import LevelMapper
 
-from ctmasknet.errors import ConfigError
+from ctmasknet.errors import ConfigError, WeightsError, import_extra
 from ctmasknet.models import COVIDCTMaskNet, Model
 from ctmasknet.models.detector import Regions, checked_images, require_float32, rescale
 from ctmasknet.registry import Variant
 
-Precision = Literal["float32", "bfloat16", "float16"]
+Precision = Literal["float32", "bfloat16", "float16", "int8"]
 
 EVERY_SCORE = -0.01
 """Score threshold that lets every RoI through (paper section 3)."""
@@ -131,10 +131,14 @@ class Inference:
     Args:
         model: in float32, on its device, in either mode; later changes of its weights are not seen (`is_current`
             tells).
-        precision: of the convolutions of body, FPN and RPN head; ``"float16"`` on a GPU only.
+        precision: of the convolutions of body, FPN and RPN head; ``"float16"`` on a GPU only, ``"int8"`` on a CPU only,
+            by OpenVINO (extra ``openvino``), with weights that bring such a network.
 
     Raises:
-        ConfigError: unknown precision, or one that the device cannot compute; a model that is not in float32.
+        ConfigError: unknown precision, or one that the device or the weights do not have; a model that is not in
+            float32.
+        WeightsError: the int8 network is damaged, or made from other weights.
+        MissingExtraError: OpenVINO is not installed.
     """
 
     def __init__(self, model: Model, precision: Precision = "float32") -> None:
@@ -142,7 +146,8 @@ class Inference:
         device = next(model.parameters()).device
         self.model = model
         self._stamp = _stamp(model)
-        self._network = _Network(model, dtype_of(precision, device))
+        dtype = dtype_of(precision, device)
+        self._network = _Int8Network(model) if dtype == torch.int8 else _Network(model, dtype)
         self._transform = copy.deepcopy(model.transform).eval()
         self._mean, self._std = (
             torch.tensor(values, device=device)[:, None, None]
@@ -273,6 +278,8 @@ def dtype_of(precision: str, device: torch.device) -> torch.dtype:
         raise ConfigError(f"precision={precision!r}: use {', '.join(map(repr, get_args(Precision)))}")
     if precision == "float16" and device.type == "cpu":
         raise ConfigError("precision='float16' needs a GPU: on a CPU use 'float32', or 'bfloat16' where it has units")
+    if precision == "int8" and device.type != "cpu":
+        raise ConfigError(f"precision='int8' is for CPUs, not for {device}: use 'float16', or device='cpu'")
     dtype: torch.dtype = getattr(torch, precision)
     return dtype
 
@@ -337,10 +344,34 @@ class _Network(nn.Module):
         )
 
 
+class _Int8Network:
+    """The same in int8, by OpenVINO. Products are summed as whole numbers, so all processors that can, agree."""
+
+    def __init__(self, model: Model) -> None:
+        if not torch.cpu._is_vnni_supported():  # then sums overflow, and float32 is as fast; read in 2.14
+            raise ConfigError("precision='int8' needs a processor with AVX-512 VNNI: use precision='float32'")
+        if model.int8_network is None:
+            raise ConfigError(f"precision='int8': these weights of {model.variant.name} have no int8 network")
+        openvino = import_extra("openvino", "openvino", "precision='int8'")
+        core, (network, weights) = openvino.Core(), model.int8_network(model)
+        settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        try:
+            self._compiled = core.compile_model(core.read_model(network, weights), "CPU", settings)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise WeightsError(f"{model.variant.name}: OpenVINO cannot read its int8 network ({reason})") from None
+        self._levels = model.variant.levels
+
+    def __call__(self, images: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        request = self._compiled.create_infer_request()  # one each, as threads may share this
+        maps = list(map(torch.from_numpy, request.infer([images.contiguous().numpy()]).values()))
+        return maps[: self._levels], maps[self._levels : -self._levels], maps[-self._levels :]
+
+
 def _convolve(layer: nn.Conv2d, x: Tensor, *, relu: bool, add: Tensor | None = None) -> Tensor:
     """A convolution, the sum with another map, and ReLU: on a CPU in one pass over memory where torch has oneDNN."""
     fused = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)  # of torch.compile's CPU backend; read in 2.14
-    if fused is None or x.device.type != "cpu" or x.dtype != torch.float32:
+    if fused is None or x.device.type != "cpu" or x.dtype != torch.float32 or torch.jit.is_tracing():
         y = layer(x) if add is None else layer(x) + add
         return F.relu(y, inplace=True) if relu else y
     settings = layer.bias, layer.padding, layer.stride, layer.dilation, layer.groups

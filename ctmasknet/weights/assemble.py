@@ -5,16 +5,28 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from ctmasknet.errors import ConfigError, WeightsError, shown
 from ctmasknet.models import COVIDCTMaskNet, LesionMaskRCNN, Model, model_config
 from ctmasknet.registry import Variant, get_variant
-from ctmasknet.weights.files import WEIGHTS_NAME, StoredWeights, inherited, is_finite, read_tensors, state_digest
+from ctmasknet.weights.files import (
+    CONFIG_NAME,
+    INT8_NAME,
+    WEIGHTS_NAME,
+    StoredWeights,
+    inherited,
+    is_finite,
+    read_tensors,
+    sha256_of,
+    state_digest,
+)
 from ctmasknet.weights.hub import HubSource, from_hub
 from ctmasknet.weights.manifest import backbone_entry
 from ctmasknet.weights.released import read_state_dict, recognised
@@ -63,7 +75,34 @@ def assemble(stored: StoredWeights, options: Mapping[str, Any], variant: Variant
         metadata = inherited(stored.metadata, stored.variant)
     model.metadata = metadata
     model.loaded = (state_digest(model.state_dict()), dict(metadata))
+    if "int8" in metadata:
+        model.int8_network = partial(
+            read_int8, path=stored.path.with_name(INT8_NAME), sha256=metadata["int8"]["sha256"]
+        )
     return model.eval()
+
+
+def int8_file(model: Model, network: bytes, weights: bytes) -> bytes:
+    """The content of `int8.safetensors`: an OpenVINO model, and the digest of the weights that it was made from."""
+    parts = {"network": network, "weights": weights, "digest": bytes.fromhex(state_digest(model.state_dict()))}
+    return save({key: torch.frombuffer(bytearray(part), dtype=torch.uint8) for key, part in parts.items()})
+
+
+def read_int8(model: Model, *, path: Path, sha256: str) -> tuple[bytes, bytes]:
+    """The XML and the weights in an `int8.safetensors`.
+
+    Raises:
+        WeightsError: missing, damaged, or made from other weights than the model's.
+    """
+    if not path.is_file() or sha256_of(path) != sha256:
+        raise WeightsError(f"{path}: missing or damaged, by the SHA-256 in {CONFIG_NAME}. Download or copy it again.")
+    tensors = read_tensors(path)
+    if tensors.keys() != {"network", "weights", "digest"}:
+        raise WeightsError(f"{path}: holds {shown(sorted(tensors))}: not an int8 network of this library")
+    network, weights, digest = (tensors[key].numpy().tobytes() for key in ("network", "weights", "digest"))
+    if digest.hex() != state_digest(model.state_dict()):
+        raise WeightsError(f"{path}: made from other weights than the model's: quantize these with tools/quantize.py")
+    return network, weights
 
 
 def load(model: Model, tensors: Mapping[str, Tensor], path: Path) -> bool:

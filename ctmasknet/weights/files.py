@@ -20,7 +20,7 @@ from ctmasknet.errors import ConfigError, WeightsError, shown, typed
 from ctmasknet.registry import VARIANTS
 
 WEIGHTS_NAME, CONFIG_NAME, CARD_NAME = "model.safetensors", "config.json", "README.md"
-GOLDEN_NAME = "golden.safetensors"
+GOLDEN_NAME, INT8_NAME = "golden.safetensors", "int8.safetensors"
 OWN_STATE_DICT = (
     "A state dict of your own goes into a model first, model.load_state_dict(torch.load(path, weights_only=True)), "
     "and model.save_pretrained(folder) then writes what loads here."
@@ -40,8 +40,10 @@ _METADATA_TYPES = {
     "note": str,
     "caveat": str,
     "derived_from": list[dict[str, str | None]],
+    "int8": dict[str, str],
 }
 _POINT_TYPES = {"score_threshold": float, "nms_threshold": float}
+_INT8_TYPES = {"sha256": str, "measured": str}
 _JSON_LIMIT, _LONGEST_NAME = 1_000_000, 100
 _TERMS = ("license", "caveat")
 
@@ -182,6 +184,10 @@ def checked_metadata(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
     for key, value in point.items():
         if not 0 <= value <= 1:
             raise WeightsError(f"{path}: operating_point.{key}={value}: must lie in 0..1")
+    if "int8" in metadata:
+        _check_types(path, metadata["int8"], _INT8_TYPES)
+        if missing := sorted(_INT8_TYPES.keys() - metadata["int8"].keys()):
+            raise WeightsError(f"{path}: int8 lacks {', '.join(missing)}")
     if metadata.get("temperature", 1.0) <= 0:
         raise WeightsError(f"{path}: temperature={metadata['temperature']}: must be above 0")
     for name in metadata.get("classes", ()):

@@ -38,6 +38,7 @@ from ctmasknet.weights.files import (
     CARD_NAME,
     CONFIG_NAME,
     GOLDEN_NAME,
+    INT8_NAME,
     WEIGHTS_NAME,
     StoredWeights,
     read_weights,
@@ -317,8 +318,11 @@ def _load_entry(entry: ManifestEntry, *, golden: bool = False) -> StoredWeights:
 def _from_repository(source: HubSource, *, golden: bool = False, sha256: str | None = None) -> StoredWeights:
     folder = from_hub(source, (CONFIG_NAME, WEIGHTS_NAME, *((GOLDEN_NAME,) if golden else ())), sha256)
     try:
-        return read_weights(folder)
+        stored = read_weights(folder)
     except WeightsError as error:
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             _discard(folder / name)
         raise WeightsError(f"{source.repository}@{folder.name}: {error} It was not kept in the cache.") from None
+    if "int8" in stored.metadata:
+        _fetched(HubSource(source.repository, folder.name), INT8_NAME, stored.metadata["int8"]["sha256"])
+    return stored

@@ -39,6 +39,7 @@ from ctmasknet.weights.files import (
     CONFIG_NAME,
     FORMAT,
     GOLDEN_NAME,
+    INT8_NAME,
     WEIGHTS_NAME,
     StoredWeights,
     checked_metadata,
@@ -50,7 +51,7 @@ from ctmasknet.weights.files import (
 from ctmasknet.weights.hub import explained, hub_source
 
 FAILURES_NAME = "failures.png"
-_TRAVEL = (CARD_NAME, CONFIG_NAME, GOLDEN_NAME, WEIGHTS_NAME, FAILURES_NAME)
+_TRAVEL = (CARD_NAME, CONFIG_NAME, GOLDEN_NAME, INT8_NAME, WEIGHTS_NAME, FAILURES_NAME)
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
@@ -72,6 +73,7 @@ def save_pretrained(model: Model, folder: str | os.PathLike[str], said: dict[str
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype={dtype!r}: use {' or '.join(map(repr, _DTYPES))}")
     metadata = still_true(model) | {key: value for key, value in said.items() if value is not None}
+    metadata.pop("int8", None)  # that file is not written here: tools/quantize.py makes it anew
     if said["metrics"] is not None:
         measured = said["metrics"].items()
         plain = {str(name): value.item() if hasattr(value, "item") else value for name, value in measured}
@@ -251,6 +253,8 @@ def model_card(variant: Variant, metadata: Mapping[str, Any]) -> str:
         if metadata.get(key):
             rows = [f"| {name} | {value} |" for name, value in metadata[key].items()]
             parts += [f"## {title}", "\n".join([f"| {head} | value |", "| --- | --- |", *rows])]
+    if metadata.get("int8"):
+        parts += ["## In int8", str(metadata["int8"]["measured"])]
     parts += ["## Licence", f"{metadata.get('license', 'not stated')} (weights)."]
     terms = {before["license"] for before in origins if "license" in before} - {metadata.get("license")}
     if terms:
@@ -331,6 +335,8 @@ def verified(stored: StoredWeights) -> Model:
         raise
     except Exception as error:  # what a damaged file may hold cannot be foreseen
         raise WeightsError(f"{path}: not a readable golden file ({error}). Download or copy it again.") from None
+    if model.int8_network is not None:
+        model.int8_network(model)
     return model
 
 
