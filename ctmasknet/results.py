@@ -607,11 +607,10 @@ def gather(
         raise InputError(f"{volume.source}: no slice of it can be used; the first: {reason}")
 
     steps, in_hu = volume.stack_steps, volume.units != "range"
-    between_slices, between_rows, between_columns = np.linalg.norm(steps, axis=0).tolist()
     ids = join_slices(mask > 0)
     lungs: npt.NDArray[np.uint8] | None = None
     if has_segmentation and in_hu:
-        lungs = find_lungs(image, (between_slices, between_rows, between_columns), ids)
+        lungs = find_lungs(image, np.linalg.norm(steps, axis=0).tolist(), ids)
     if has_segmentation and (lungs is None or not lungs.any()):
         why = NO_LUNGS if in_hu else NOT_HU
         problems.append(f"{volume.source}: {why}; no percentages" + ", nothing dropped" * (keep == "lungs"))
@@ -622,17 +621,13 @@ def gather(
         mask[ids > len(lesions)] = 0
         ids[ids > len(lesions)] = 0
     counts = count_voxels(mask, np.zeros_like(mask) if lungs is None else lungs, len(class_names))
-    best: dict[int, float] = {}
-    for slot, pixels, score in detections:
-        if ids[slot].ravel()[pixels].any():
-            best[slot] = max(score, best.get(slot, 0.0))
-
     for row in rows:
         index, here = row["slice"], counts[row["slice"]]
         if has_segmentation and not row["error"]:
-            area = int(here[:, 1:].sum())
-            row["lesions"] = int(np.count_nonzero(np.bincount(ids[index].ravel())[1:]))
-            row["max_score"] = best.get(index)
+            area, marked = int(here[:, 1:].sum()), ids[index].ravel()
+            row["lesions"] = int(np.count_nonzero(np.bincount(marked)[1:]))
+            left = (one.score for one in detections if one.place == index and marked[one.pixels].any())
+            row["max_score"] = max(left, default=None)
             row |= {"lesion_area_mm2": area * volume.pixel_mm2, "lesion_fraction": area / int(here.sum())}
             row |= {} if lungs is None else involvement(here, volume.voxel_ml, class_names)
 

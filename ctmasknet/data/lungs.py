@@ -7,6 +7,7 @@ has no air: it counts where lesions are given that lie where a lung should be.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ FIELD = 360.0  # mm; across a slice whose spacing is unknown
 
 def find_lungs(
     image: npt.NDArray[np.uint8],
-    spacing: tuple[float, float, float],
+    spacing: Sequence[float],
     lesions: npt.NDArray[np.unsignedinteger] | None = None,
 ) -> npt.NDArray[np.uint8]:
     """The lungs of a scan or of a slice, airways left out.
