@@ -23,7 +23,7 @@ from ctmasknet.models import Model
 from ctmasknet.models.detector import LesionMaskRCNN
 from ctmasknet.models.inference import Inference, Precision, Protocol, Reading, dtype_of, same_detector
 from ctmasknet.registry import Task
-from ctmasknet.results import Keep, Prediction, RoIBatch, VolumePrediction, gather
+from ctmasknet.results import Keep, Prediction, RoIBatch, VolumePrediction, counted, gather
 from ctmasknet.weights.files import state_digest
 from ctmasknet.zoo import DEFAULT, choose_device, class_names, open_model
 
@@ -216,19 +216,16 @@ class Predictor:
                 results += self._predict(chunk)
                 continue
             except torch.OutOfMemoryError as error:
-                reason = str(error).splitlines()[0]
+                seen = counted(len(chunk), "slice")
+                reason = f"out of memory on {self.device} with {seen} ({str(error).splitlines()[0]})"
             # Outside the handler, which holds on to the tensors of the failed forward.
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             if len(chunk) == 1:
-                message = f"out of memory on {self.device} with a single slice ({reason}). Free the device, or pass"
-                results.append(InputError(f"{chunk[0].source}: {message} device='cpu'."))
-                continue
-            self.batch_size = len(chunk) // 2
-            warnings.warn(
-                f"out of memory on {self.device} with {len(chunk)} slices: going on with batches of {self.batch_size}",
-                stacklevel=2,
-            )
+                results.append(InputError(f"{chunk[0].source}: {reason}. Free the device, or pass device='cpu'."))
+            else:
+                self.batch_size = len(chunk) // 2
+                warnings.warn(f"{reason}: going on with batches of {self.batch_size}", stacklevel=2)
         return results
 
     def _predict(self, slices: list[Slice]) -> list[Prediction]:
