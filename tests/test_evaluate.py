@@ -692,7 +692,6 @@ def test_asking_for_more_slices_than_there_are_warns_and_takes_all(lesions: Path
         ({"batch_size": 0}, "batch_size=0"),
         ({"seed": -1}, "seed=-1"),
         ({"samples": -1}, "samples=-1"),
-        ({"workers": -1}, "workers=-1"),
         ({"precision": "half"}, "precision='half'"),
         ({"device": "nowhere"}, "nowhere"),
         ({"score_threshold": 1.5}, "score_threshold=1.5"),

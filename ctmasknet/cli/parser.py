@@ -131,7 +131,6 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--min-area", type=int, metavar="PX", help=_AREA_HELP)
     flag("--samples", type=int, metavar="N", help="bootstrap resamples (default: 1000)")
     flag("--batch-size", type=int, metavar="N", help="slices per batch")
-    flag("--workers", type=int, metavar="N", help="processes that read slices")
     flag("--limit", type=int, metavar="N", help="at most N slices, drawn at random")
     flag("--seed", type=int, help="for everything drawn at random (default: 0)")
     flag("--classes", choices=("merge", "both", "ggo"), help="lesion classes (default: the model's)")

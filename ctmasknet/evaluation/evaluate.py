@@ -12,19 +12,19 @@ from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, fields
 from functools import partial
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed
-from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from ctmasknet.batch import process_device, process_shard
+from ctmasknet.batch import READERS, process_device, process_shard
 from ctmasknet.data.datasets import SliceDataset, open_dataset
 from ctmasknet.data.layouts import LesionClasses, Names, classes_of, same_names
+from ctmasknet.data.scans import read_ahead
 from ctmasknet.errors import ConfigError, DataError, MissingExtraError, import_extra
 from ctmasknet.evaluation.metrics import (
     MIN_PATIENTS,
@@ -197,7 +197,6 @@ def evaluate(
     device: str | torch.device | None = None,
     batch_size: int | None = None,
     precision: Precision = "float32",
-    workers: int = 0,
     progress: bool = True,
 ) -> Evaluation:
     """Measure a model, or other people's predictions, on labelled slices.
@@ -208,7 +207,7 @@ def evaluate(
     Args:
         model: a variant's name (its default weights), a folder of weights, an author's ``.pth``, a model; or a
             ``.json`` of predictions (see `ctmasknet.evaluation.rows`).
-        data: labelled slices: paths as `open_dataset` takes them, or a data set.
+        data: labelled slices: paths as `open_dataset` takes them, or a data set, which several threads read.
         classes: ``"merge"``, ``"both"`` or ``"ggo"``; None: what the model tells apart, by the names of its classes.
         min_area: lesions of so many pixels or fewer join the background.
         names: restricts to these names: a text file that lists them, or the names.
@@ -222,7 +221,6 @@ def evaluate(
         device: None takes a GPU if there is one.
         batch_size: slices per forward; None takes 1 on the CPU, 8 elsewhere.
         precision: as for `Predictor`.
-        workers: processes that read slices.
         progress: show a progress bar on a terminal.
 
     Raises:
@@ -232,8 +230,8 @@ def evaluate(
         MissingExtraError: an extra is missing; the text names it.
     """
     began = time.monotonic()
-    counts = {"limit": (limit, 1), "batch_size": (batch_size, 1), "seed": (seed, 0), "workers": (workers, 0)}
-    for name, (count, least) in (counts | {"samples": (samples, 0)}).items():
+    counts = {"limit": (limit, 1), "batch_size": (batch_size, 1), "seed": (seed, 0), "samples": (samples, 0)}
+    for name, (count, least) in counts.items():
         if count is not None and count < least:
             raise ConfigError(f"{name}={count}: must be at least {least}")
     given = {"score_threshold": score_threshold, "nms_threshold": nms_threshold}
@@ -250,8 +248,8 @@ def evaluate(
     settings = subject.facts | {"task": subject.task, "classes": classes, "min_area": min_area}
     if subject.task == "segmentation":
         settings["dice"] = DICE
-    loading = {"batch_size": batch_size or (1 if where.type == "cpu" else 8), "num_workers": workers}
-    rows = _measure(subject, source, chosen, settings, out, loading, progress)
+    size = batch_size or (1 if where.type == "cpu" else 8)
+    rows = _measure(subject, source, chosen, settings, out, size, progress)
     rows = [row | {"patient": source.patients[index]} for row, index in zip(rows, chosen, strict=True)]
     patients = [row["patient"] for row in rows]
     known = None not in patients
@@ -369,7 +367,7 @@ def _measure(
     chosen: list[int],
     settings: dict[str, Any],
     out: PathLike | None,
-    loading: dict[str, Any],
+    batch_size: int,
     progress: bool,
 ) -> list[Row]:
     """Rows of the chosen slices, in their order; this process computes its share of those that are not in `out`.
@@ -383,14 +381,14 @@ def _measure(
     done = {row["image_id"]: row for row in read_logs(kept, "image_id")}
     gather(None)  # every process has read before one writes
     own = [index for index in chosen if source.names[index] not in done][rank::world]
-    loader = DataLoader(Subset(source, own), collate_fn=list, **loading)
+    reads = read_ahead(source.__getitem__, own, threads=READERS, depth=2 * max(batch_size, READERS))
     fresh: list[Row] = []
     hidden = not progress or rank != 0 or not sys.stderr.isatty()
     with (
         nullcontext() if out is None else Log(Path(out) / f"rows-{key}-{rank}.jsonl", "image_id") as log,
         tqdm(total=len(own), unit="slice", desc=subject.name, disable=hidden) as bar,
     ):
-        for samples in loader:
+        while samples := [sample for _, sample in islice(reads, batch_size)]:
             rows = subject.rows(samples)
             if log is not None:
                 log.append(*rows)

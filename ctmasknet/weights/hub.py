@@ -32,7 +32,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
-from ctmasknet.errors import WeightsError
+from ctmasknet.errors import WeightsError, reason_of
 from ctmasknet.registry import VARIANTS, Variant, get_variant
 from ctmasknet.weights.files import (
     CARD_NAME,
@@ -225,27 +225,22 @@ def explained(source: HubSource, request: Callable[[], Result], name: str | None
             state = "busy" if status == 429 else "out of order"
             raise HubUnreachableError(f"{source}: {constants.ENDPOINT} is {state} (HTTP {status})") from None
         raise WeightsError(
-            f"{source}: {constants.ENDPOINT} refused (HTTP {status}: {_reason(error)}). Does HF_TOKEN allow this?"
+            f"{source}: {constants.ENDPOINT} refused (HTTP {status}: {reason_of(error)}). Does HF_TOKEN allow this?"
         ) from None
     except Exception as error:
         # The transport underneath (requests, httpx, ...) differs between versions of the client.
         if type(error).__module__.split(".")[0] in _TRANSPORTS:
             raise _unreachable(source, error) from None
         if isinstance(error, OSError):
-            raise WeightsError(f"{source}: {name or 'request'} failed ({_reason(error)})") from None
+            raise WeightsError(f"{source}: {name or 'request'} failed ({reason_of(error)})") from None
         raise
 
 
-def _unreachable(source: HubSource, error: BaseException) -> HubUnreachableError:
+def _unreachable(source: HubSource, error: Exception) -> HubUnreachableError:
     return HubUnreachableError(
-        f"{source}: {constants.ENDPOINT} cannot be reached ({_reason(error)}): check the network or HF_ENDPOINT, or "
+        f"{source}: {constants.ENDPOINT} cannot be reached ({reason_of(error)}): check the network or HF_ENDPOINT, or "
         "give the path of a copy"
     )
-
-
-def _reason(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def load_stored(
