@@ -346,7 +346,8 @@ print(status[status.index("VmHWM:") + 1])
 @pytest.mark.skipif(sys.platform != "linux", reason="measures memory in Linux's unit")
 def test_two_thousand_slices_stay_under_two_gigabytes_and_survive_a_kill(tmp_path: Path) -> None:
     command = [sys.executable, "-c", LARGE, str(tmp_path / "rows")]
-    first = subprocess.Popen(command)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # tools/phantom.py
+    first = subprocess.Popen(command, env=environment)
     deadline = time.monotonic() + 300
     while sum(path.read_bytes().count(b"\n") for path in (tmp_path / "rows").glob("rows-*.jsonl")) < 50:
         assert first.poll() is None
@@ -356,7 +357,7 @@ def test_two_thousand_slices_stay_under_two_gigabytes_and_survive_a_kill(tmp_pat
     first.wait()
     (file,) = (tmp_path / "rows").glob("rows-*.jsonl")
     kept = file.read_bytes().rpartition(b"\n")[0]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
     assert file.read_bytes().startswith(kept)  # gone on, not begun again
     assert int(done.stdout) * 1024 < 2e9
 
