@@ -216,25 +216,22 @@ class CocoMetrics(Metrics):
     """
 
     def statistic(self) -> Statistic:
-        images = [row["classes"] for row in self.rows]
+        flat = [(image, *one) for image, row in enumerate(self.rows) for one in row["detections"]]
+        detections = np.array(sorted(flat, key=lambda one: -one[2])).reshape(-1, 5)
         # Per class: (N,) lesions of each image; of its P detections in falling order of score (P,) which image each is
-        # of, and (P, T) whether it is right.
-        tables: list[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]] = []
-        for label in sorted({label for image in images for label in image}):
-            own = [image.get(label, {"lesions": 0, "scores": [], "box": [], "mask": []}) for image in images]
-            order = np.argsort([-score for found in own for score in found["scores"]], kind="stable")
-            right = {}
-            for kind in ("box", "mask"):
-                bits = np.array([bits for found in own for bits in found[kind]], np.int64)[order]
-                right[kind] = bits[:, None] >> np.arange(len(_COCO_IOU)) & 1
-            image_of = np.repeat(np.arange(len(own)), [len(found["scores"]) for found in own])[order]
-            tables.append((np.array([found["lesions"] for found in own]), image_of, right))
+        # of, and (P, 2, T) whether its box and its mask are right.
+        tables = []
+        for label in sorted({label for row in self.rows for label in row["lesions"]}):
+            own = detections[detections[:, 1] == int(label)].astype(np.float64)
+            right = own[:, 3:, None].astype(np.int64) >> np.arange(len(_COCO_IOU)) & 1
+            lesions = np.array([row["lesions"].get(label, 0) for row in self.rows])
+            tables.append((lesions, own[:, 0].astype(np.int64), right))
 
         def figures(weights: np.ndarray) -> dict[str, float]:
             found = {}
-            for kind in ("box", "mask"):
+            for column, kind in enumerate(("box", "mask")):
                 per_class = [
-                    _coco_average_precision(right[kind], weights[image_of], weights @ lesions)
+                    _coco_average_precision(right[:, column], weights[image_of], weights @ lesions)
                     for lesions, image_of, right in tables
                     if weights @ lesions
                 ]
@@ -248,29 +245,28 @@ class CocoMetrics(Metrics):
 
 
 def coco_row(target: Instances, found: Instances) -> Row:
-    """What `CocoMetrics` takes of one slice: of each class how many lesions, and its detections.
+    """What `CocoMetrics` takes of one slice: of each class how many lesions, and all detections.
 
-    Of each detection there are the score and a bit per IoU threshold (bit 0 is 0.5) that is 1 if it is right.
+    Of each detection there are label and score and, for its box and for its mask, a bit per IoU threshold (bit 0 is
+    0.5) that is 1 if it is right.
 
     Raises:
         DataError: shapes or types that do not fit together.
     """
     _, gt_labels, _, labels, scores, iou = _compare(target, found)
     boxes = (torch.as_tensor(given["boxes"]).double().cpu() for given in (found, target))
-    overlap = {"box": box_iou(*boxes).nan_to_num().numpy(), "mask": iou}
-    if overlap["box"].shape != iou.shape:
-        raise DataError(f"boxes: one per mask is needed, but they are {overlap['box'].shape} to masks {iou.shape}")
+    overlap = box_iou(*boxes).nan_to_num().numpy()
+    if overlap.shape != iou.shape:
+        raise DataError(f"boxes: one per mask is needed, but they are {overlap.shape} to masks {iou.shape}")
     counts = scores.astype(np.float32) > np.float32(COCO_SCORE)
-    classes = {}
+    lesions, detections = {}, []
     for label in np.union1d(labels[counts], gt_labels).astype(int).tolist():
-        mine, lesions = np.flatnonzero(counts & (labels == label)), np.flatnonzero(gt_labels == label)
+        mine, true = np.flatnonzero(counts & (labels == label)), np.flatnonzero(gt_labels == label)
         mine = mine[np.argsort(-scores[mine], kind="stable")][:_COCO_DETECTIONS]
-        classes[str(label)] = {
-            "lesions": len(lesions),
-            "scores": scores[mine].tolist(),
-            **{kind: _right(iou[np.ix_(mine, lesions)]) for kind, iou in overlap.items()},
-        }
-    return {"classes": classes}
+        lesions[str(label)] = len(true)
+        bits = [_right(pairs[np.ix_(mine, true)]) for pairs in (overlap, iou)]
+        detections += [[label, *one] for one in zip(scores[mine].tolist(), *bits, strict=True)]
+    return {"lesions": lesions, "detections": detections}
 
 
 def operating_points(rows: Sequence[Row]) -> list[Figures]:
