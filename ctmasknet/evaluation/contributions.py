@@ -50,14 +50,11 @@ class RoIContributions:
 def roi_contributions(model: COVIDCTMaskNet, batch: RoIBatch) -> RoIContributions:
     """Contribution of every RoI of a `Prediction.roi_batch` to the class logits of the classifier, in either mode."""
     weight = next(model.parameters())
-    entries = weight.new_zeros(model.variant.roi_batch or 0, 5)
+    entries = weight.new_zeros(model.module_s.slots, 5)
     count = len(batch.scores)
     entries[:count] = torch.from_numpy(np.concatenate([batch.scores[:, None], batch.deltas], axis=1))
-    entries.requires_grad_(True)
-    with torch.enable_grad():
-        logits = model.module_s(entries[None])[0]
-        slopes = [torch.autograd.grad(logit, entries, retain_graph=True)[0] for logit in logits]
-    per_slot = torch.stack([(slope * entries.detach()).sum(1) for slope in slopes], dim=1).cpu().numpy()
+    slopes = torch.autograd.functional.jacobian(lambda inputs: model.module_s(inputs[None])[0], entries)
+    per_slot = (slopes * entries).sum(-1).T.cpu().numpy()  # from (K, slots, 5)
     # Copies stand behind their original, so a new region begins where box or score changes.
     seen = np.concatenate([batch.boxes, batch.scores[:, None]], axis=1)
     starts = np.flatnonzero(np.r_[[True] * (count > 0), (seen[1:] != seen[:-1]).any(axis=1)])
@@ -66,7 +63,7 @@ def roi_contributions(model: COVIDCTMaskNet, batch: RoIBatch) -> RoIContribution
         scores=batch.scores[starts],
         copies=np.diff(np.r_[starts, count]).astype(np.int64),
         contributions=np.add.reduceat(per_slot[:count], starts) if count else per_slot[:0],
-        logits=logits.detach().cpu().numpy(),
+        logits=model.module_s(entries[None])[0].detach().cpu().numpy(),
     )
 
 

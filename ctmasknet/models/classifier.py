@@ -56,11 +56,9 @@ class COVIDCTMaskNet(Detector):
         if variant.roi_batch is None or variant.hidden is None:
             raise ValueError(f"{variant.name} is not a classifier")
         self.module_s = ModuleS(variant.roi_batch, variant.hidden, config.image_classes)
-        for module in (self.backbone, self.rpn, self.roi_heads):
-            module.requires_grad_(False)
-        for name, parameter in self.backbone.body.named_parameters():
-            if "bn" in name:
-                parameter.requires_grad_(True)
+        for name, parameter in self.named_parameters():
+            normalises = name.startswith("backbone.body.") and "bn" in name
+            parameter.requires_grad_(normalises or name.startswith("module_s."))
 
     def train(self, mode: bool = True) -> COVIDCTMaskNet:
         """Training mode for module S alone; the detector never leaves evaluation behaviour."""
