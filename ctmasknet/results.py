@@ -243,7 +243,7 @@ class Prediction:
         return overlay(
             self.image,
             lesions,
-            headlines=[self.summary, *filter(None, [self.class_line])],
+            headlines=[*([self._lesion_summary()] if self.has_segmentation else []), *filter(None, [self.class_line])],
             notes=self.caveats,
             scale=scale,
         )
