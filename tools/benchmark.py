@@ -51,6 +51,7 @@ from ctmasknet.data.layouts import instances
 from ctmasknet.engine.setup import speed_up
 from ctmasknet.evaluation.evaluate import Table
 from ctmasknet.evaluation.metrics import segmentation_rows
+from ctmasknet.exporting import ExportError
 from ctmasknet.models import Model
 from ctmasknet.models.inference import Inference, Protocol
 from ctmasknet.registry import DEFAULT_SEGMENTER, VARIANTS
@@ -347,8 +348,7 @@ def predict_speed(name: str, images: list[np.ndarray], options: argparse.Namespa
         "plain": lambda: [plain(image) for image in images],
         "predictor": lambda: list(ours.batch(images)),
     }
-    if options.onnx:
-        session = onnx_session(model)
+    if options.onnx and (session := onnx_session(model)):
         sides["onnx"] = lambda: [session.run(None, {"image": _three(image)}) for image in images]
     if options.device != "cpu":
         sides["network"] = _network_alone(model, images, ours)
@@ -376,12 +376,17 @@ def predict_speed(name: str, images: list[np.ndarray], options: argparse.Namespa
 
 
 def onnx_session(model: Model) -> Any:
+    """The exported file in ONNX Runtime; None for weights whose many equal scores let no export pass its check."""
     import onnxruntime
 
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
-        file = export(model, Path(folder) / "model.onnx").path
+        try:
+            file = export(model, Path(folder) / "model.onnx").path
+        except ExportError as error:
+            print(error, file=sys.stderr)
+            return None
         return onnxruntime.InferenceSession(file, settings, providers=["CPUExecutionProvider"])
 
 
