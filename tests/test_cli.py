@@ -214,7 +214,8 @@ def test_doctor_says_what_each_extra_would_add(monkeypatch):
 
     monkeypatch.setattr(doctor, "version", installed)
     found = {check.name: check.detail for check in doctor.examine() if check.name.startswith("extra")}
-    assert set(found) == {"extra io", "extra dicom", "extra train", "extra plots", "extra export", "extra demo"}
+    extras = ("io", "dicom", "train", "plots", "export", "openvino", "demo")
+    assert set(found) == {f"extra {extra}" for extra in extras}
     assert found["extra io"] == "pip install 'ctmasknet[io]' (in a checkout: '.[io]') adds pydicom"
     assert found["extra demo"].endswith("adds pydicom, gradio")
     assert found["extra export"].endswith("adds onnxruntime")

@@ -262,6 +262,7 @@ def test_missing_files_are_named(tmp_path):
         ("config", {"box_score_thresh": None}, "a finite number is needed"),
         ("config", {"image_mean": [0.5, None, 0.5]}, "a finite number is needed"),
         ("config", {"nonsense": 1}, "unknown option 'nonsense'"),
+        ("config", {"variant": "maskrcnn_resnet18_t2"}, "unknown option 'variant'"),
         ("config", {"num_classes": "two"}, "whole number"),
         ("config", {"roi_score": "__import__('os')"}, "'softmax' or 'sigmoid'"),
     ],
@@ -314,6 +315,15 @@ def test_a_safetensors_header_that_lies_is_refused(length, header, tmp_path):
     file.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + bytes(4))
     with pytest.raises(WeightsError, match=r"model\.safetensors: not a readable"):
         read_weights(file)
+
+
+def test_weights_that_compute_nothing_finite_are_not_saved(tmp_path):
+    model = create_model(NAME)
+    with torch.no_grad():
+        model.backbone.fpn.layer_blocks[0][0].weight.mul_(1e38)
+    with pytest.raises(WeightsError, match="not finite"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_failed_write_leaves_what_was_there(folder, tmp_path, monkeypatch):

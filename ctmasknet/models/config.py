@@ -97,7 +97,7 @@ _MOST = {"num_classes": 1000, "image_classes": 1000, "min_size": 8192, "max_size
 _MOST_OF_OTHERS, _MOST_ANCHORS = 100_000, 256  # whole numbers; anchors per cell
 
 
-def model_config(variant: Variant, **overrides: Any) -> ModelConfig:
+def model_config(variant: Variant, /, **overrides: Any) -> ModelConfig:
     """The variant's default config with `overrides`.
 
     A segmenter keeps detections above the paper's score 0.75; a classifier lets every RoI enter its batch

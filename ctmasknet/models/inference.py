@@ -596,7 +596,7 @@ def _axes(
     at = start[:, :, None] + step[:, :, None] * offsets
     outside = (at < -1) | (at > cells)
     at = at.clamp(min=0)
-    low = torch.minimum(at.to(torch.int64), cells - 1)
+    low = torch.minimum(at.to(torch.int64), cells - 1).clamp(min=0)  # of a box that is NaN
     fraction = torch.where(low == cells - 1, torch.zeros_like(at), at - low)
     weights = torch.stack([1 - fraction, fraction], dim=-1) / samples
     read = torch.stack([low, torch.minimum(low + 1, cells - 1)], dim=-1)

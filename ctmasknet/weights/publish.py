@@ -44,6 +44,7 @@ from ctmasknet.weights.files import (
     StoredWeights,
     checked_metadata,
     inherited,
+    is_finite,
     read_weights,
     sha256_of,
     state_digest,
@@ -366,6 +367,9 @@ def _digest(model: Model) -> Tensor:
 def _outputs(model: Model, image: Tensor, count: int) -> dict[str, Tensor]:
     inference = Inference(model)
     (reading,) = inference.read([(image.float() / 255).expand(3, -1, -1)])
+    if not is_finite(reading.scores):
+        name = model.variant.name
+        raise WeightsError(f"{name}: what these weights compute is not finite. Download or train them again")
     if isinstance(model, LesionMaskRCNN):
         (found,) = inference.detect(reading, Protocol(0.0, _NMS_THRESHOLD, model.roi_heads.mask_score, count))
         result = vars(found) | {"areas": found.masks.flatten(1).sum(1).float()}
