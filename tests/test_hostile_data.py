@@ -66,9 +66,9 @@ def written(path: Path, **tags: Any) -> Path:
     return path
 
 
-def compressed(path: Path, syntax: str, *frames: bytes) -> Path:
+def compressed(path: Path, syntax: str, *frames: bytes, stored: np.ndarray = STORED) -> Path:
     packed = pydicom.encaps.encapsulate([frame + b"\0" * (len(frame) % 2) for frame in frames])
-    dataset = dicom_dataset(STORED, RescaleIntercept="-1024", PixelData=packed)
+    dataset = dicom_dataset(stored, RescaleIntercept="-1024", PixelData=packed)
     dataset["PixelData"].VR = "OB"
     dataset.file_meta.TransferSyntaxUID = syntax
     dataset.save_as(path, enforce_file_format=True)
@@ -118,6 +118,16 @@ def test_damaged_frames_raise_nothing_but_our_errors(tmp_path: Path, syntax: str
             assert "Traceback" not in str(error)  # noqa: PT017
             assert "\n" not in str(error)  # noqa: PT017
     refused(read_slice, compressed(tmp_path / "a.dcm", syntax, frame[:-30]), "are damaged")
+
+
+@pytest.mark.slow
+def test_a_frame_that_keeps_its_decoder_counting_is_damaged_in_the_end(tmp_path: Path) -> None:
+    frame = bytes.fromhex(  # found by tools/fuzz
+        "ffd8fff7000b0b0028003001011100ffda0008010100000000a18618c67feffea281040082fe633333336d11114512922404"
+        "7e21495552aaaabfff"
+    )
+    path = compressed(tmp_path / "a.dcm", "1.2.840.10008.1.2.4.80", frame, stored=STORED[:40, :48])
+    refused(read_slice, path, "are damaged")
 
 
 def test_a_frame_that_claims_another_size_never_reaches_its_decoder(tmp_path: Path) -> None:
